@@ -1,0 +1,33 @@
+# `make demo` and `make test` need Python 3.11+ and make, and do the rest in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/.demo
+	$(BIN)/bigbatch demo
+
+test: .venv/.test
+	$(BIN)/python tests/run.py
+
+lint: .venv/.test
+	$(BIN)/python tests/run.py lint
+
+bench: .venv/.test
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigbatch needs Python 3.11 or newer. Received: $(PYTHON) = %d.%d. Run make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[torch,demo]'
+	touch $@
+
+.venv/.test: .venv/.demo
+	$(INSTALL) --editable '.[torch,demo,dev]'
+	touch $@

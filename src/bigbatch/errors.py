@@ -1,0 +1,137 @@
+"""What users are told, and the checks that tell them.
+
+One wording for every framework: what is wrong, what was received (value and type), the likely fix. A check
+returns what it accepted; a function named after a mistake returns the exception for its caller to raise.
+Nothing here knows a framework: a room asks before it moves anything.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+
+def received(name: str, value: Any) -> str:
+    """`Received: items=-1 (int).`, with the shape and dtype of an array in place of its numbers."""
+    shown = repr(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        shown = f"shape {tuple(value.shape)}, dtype {value.dtype}"
+    elif len(shown) > 80:
+        shown = shown[:77] + "..."
+    return f"Received: {name}={shown} ({type(value).__name__})."
+
+
+def check_items(items: Any) -> Any:
+    """Accepts a finite number above zero: how many examples or tokens a mean loss is the mean of."""
+    fix = "Pass the number of examples or tokens the loss is the mean of."
+    if isinstance(items, bool) or not isinstance(items, numbers.Real):
+        raise TypeError(f"items must be a number. {received('items', items)} {fix}")
+    if not math.isfinite(items):
+        raise ValueError(f"items must be finite. {received('items', items)} {fix}")
+    if items <= 0:
+        raise ValueError(f"items must be positive. {received('items', items)} {fix}")
+    return items
+
+
+def _check_count(name: str, value: Any, kinds: str, fix: str) -> int:
+    """Accepts an integer of at least 1, NumPy's too, and never a bool."""
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = None
+    if count is None:
+        raise TypeError(f"{name} must be {kinds}. {received(name, value)} {fix}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1. {received(name, value)} {fix}")
+    return count
+
+
+def check_every(every: Any) -> int:
+    """Accepts the number of micro-batches in a window."""
+    return _check_count(
+        "every",
+        every,
+        "an integer, a callable of the update's index, or items(n)",
+        "Pass the number of micro-batches that make one update.",
+    )
+
+
+def check_micro_batch(micro_batch: Any) -> int:
+    """Accepts the number of examples that fit in memory at once."""
+    return _check_count(
+        "micro_batch", micro_batch, "an integer", "Pass the number of examples that fit in memory at once."
+    )
+
+
+def check_clip_norm(clip_norm: Any) -> float | None:
+    """Accepts a finite number above zero, or None for no clipping."""
+    if clip_norm is None:
+        return None
+    if isinstance(clip_norm, bool) or not isinstance(clip_norm, numbers.Real):
+        raise TypeError(f"clip_norm must be a number or None. {received('clip_norm', clip_norm)}")
+    if not (math.isfinite(clip_norm) and float(clip_norm) > 0):
+        raise ValueError(
+            f"clip_norm must be positive and finite. {received('clip_norm', clip_norm)} "
+            "Pass the largest 2-norm the mean gradient may have, or None for no clipping."
+        )
+    return float(clip_norm)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Accepts one of a few words."""
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {listed}. {received(name, value)}")
+    return value
+
+
+def check_lengths(lengths: Sequence[tuple[str, int]]) -> int:
+    """Accepts a batch whose leaves share one leading dimension, and returns its length.
+
+    Args:
+        lengths: for each leaf, where it stands in the batch (`batch['x']`) and its length in examples.
+    """
+    if not lengths:
+        raise ValueError("The batch holds no arrays. Pass a nesting of arrays that share their leading dimension.")
+    first = lengths[0][1]
+    odd = next(((where, length) for where, length in lengths if length != first), None)
+    if odd is not None:
+        raise ValueError(
+            "The leaves of a batch must have the same length. "
+            f"Received: {lengths[0][0]} of length {first}, {odd[0]} of length {odd[1]}. "
+            "Give every leaf one entry an example along its leading dimension."
+        )
+    if first == 0:
+        raise ValueError(f"The batch is empty. Received: {lengths[0][0]} of length 0. Pass at least one example.")
+    return first
+
+
+def leaf_without_length(where: str, value: Any) -> Exception:
+    """For a leaf of a batch that cannot be cut: a scalar, a number, a string."""
+    fix = "Bind what is the same for every micro-batch in loss_fn instead, with a closure or functools.partial."
+    return TypeError(f"A leaf of a batch must be an array with a leading dimension. {received(where, value)} {fix}")
+
+
+def loss_not_scalar(loss: Any) -> Exception:
+    """For a loss that is not one real number."""
+    return ValueError(
+        f"The loss must be a scalar of a floating type. {received('loss', loss)} "
+        "Return the mean over the micro-batch's items, as loss.mean() does."
+    )
+
+
+def loss_without_gradient(loss: Any) -> Exception:
+    """For a loss that no parameter has a part in."""
+    return ValueError(
+        f"The loss needs no gradient. {received('loss', loss)} "
+        "Compute it from parameters that require one, outside no_grad and without detach."
+    )
+
+
+def loss_not_finite(value: float, micro_batches: str) -> Exception:
+    """For a NaN found once the whole batch has been seen."""
+    return ValueError(
+        f"The loss is not a number. Received: loss={value} over {micro_batches}. "
+        "The gradients are as they were before the call; look for a division by zero, or a learning rate too high."
+    )

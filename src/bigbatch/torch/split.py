@@ -1,0 +1,164 @@
+"""The split door: you hold the batch, and bigbatch stands where PyTorch takes a gradient."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from bigbatch import errors
+from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
+
+Batch = TypeVar("Batch")
+
+
+def backward(
+    loss_fn: Callable[[Batch], Tensor | tuple[Tensor, float | Tensor]],
+    batch: Batch,
+    *,
+    micro_batch: int,
+    dtype: torch.dtype | None = torch.float32,
+) -> Tensor:
+    """Puts the whole batch's mean gradient into `.grad`, one micro-batch in memory at a time.
+
+    What `loss_fn(batch).backward()` would do, with the activations of `micro_batch` examples instead of all of them.
+    It adds to what `.grad` holds, as `Tensor.backward` does, and it steps no optimizer::
+
+        optimizer.zero_grad()
+        loss = bb.backward(loss_fn, (x, y), micro_batch=32)
+        optimizer.step()
+
+    Args:
+        loss_fn: takes a micro-batch, nested as `batch` is, and returns its mean loss, a real scalar; or
+            `(loss, items)` where the mean is over something other than the leading dimension, such as tokens.
+            `items` is a number above zero or a tensor of one element on the device.
+        batch: any nesting of tuples, lists, dicts, dataclasses and mappings of tensors (or None) that share the
+            length of their leading dimension. It is cut in order; the last micro-batch may be shorter.
+        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch.
+        dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
+            and are rounded once, at the end. None adds up in the parameters' own dtype.
+
+    Returns:
+        The mean loss over all items, a detached scalar of at least float32.
+
+    Raises:
+        TypeError, ValueError: `micro_batch`, the batch, a loss or its items are not as described, or the mean loss
+            is NaN. `.grad` is then what it was before the call, as after any error inside `loss_fn`.
+
+    The host waits for the device once, after the last micro-batch, to see that the loss is a number.
+    """
+    micro_batch = errors.check_micro_batch(micro_batch)
+    length = errors.check_lengths([(where, len(leaf)) for where, leaf in _leaves(batch, "batch")])
+    window = Window(planned=-(-length // micro_batch))
+    before: dict[Tensor, Tensor | None] = {}
+    try:
+        for start in range(0, length, micro_batch):
+            stop = min(start + micro_batch, length)
+            result = loss_fn(_cut(batch, start, stop))
+            loss, items = result if isinstance(result, tuple) else (result, None)
+            loss = check_loss(loss)
+            if items is None:
+                items = stop - start
+                if window.unit is None:
+                    window.unit = length
+            parameters = _parameters(loss)
+            for p in parameters:
+                if p not in before:
+                    before[p], p.grad = p.grad, None
+            if window.dtype is None and dtype is not None and is_wide(parameters, dtype):
+                window.widen(before, dtype)
+            window.backward(loss, check_items(items), parameters)
+        mean = window.mean_loss
+        if mean.isnan():
+            raise errors.loss_not_finite(mean.item(), f"{window.micro_batches} micro-batches")
+        scale_(window.gradients(before), window.factor)
+    except BaseException:
+        for p, grad in before.items():
+            p.grad = grad
+        raise
+    for p, grad in before.items():
+        _add(p, grad, window.sums.get(p, p.grad))
+    return mean
+
+
+@torch.no_grad()
+def _add(p: Tensor, before: Tensor | None, mean: Tensor | None) -> None:
+    """`.grad` = what it held before + the window's mean, in place where autograd would add in place."""
+    if before is None or mean is None:
+        p.grad = before if mean is None else mean.to(p.dtype)
+    elif before.is_sparse:
+        p.grad = (before + mean).to(p.dtype)
+    else:
+        p.grad = before.add_(mean)
+
+
+def _parameters(loss: Tensor) -> list[Tensor]:
+    """The leaves that `loss.backward()` will give a gradient to, read off the autograd graph."""
+    seen: set[Any] = set()
+    found: list[Tensor] = []
+    stack: list[Any] = [get_gradient_edge(loss).node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "Reentrant checkpointing hides its parameters until the backward runs, so their gradients cannot be "
+                "kept apart from what .grad holds. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+            )
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
+    """The parts of one level of nesting, each as (how it is written after the parent, its key, itself)."""
+    if isinstance(batch, Mapping):
+        return [(f"[{key!r}]", key, value) for key, value in batch.items()]
+    if isinstance(batch, tuple | list):
+        return [(f"[{i}]", i, value) for i, value in enumerate(batch)]
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [(f".{f.name}", f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)]
+    return None
+
+
+def _leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a batch, with the place where it stands."""
+    children = _children(batch)
+    if children is not None:
+        for written, _, child in children:
+            yield from _leaves(child, where + written)
+    elif isinstance(batch, Tensor) and batch.ndim > 0:
+        yield where, batch
+    elif batch is not None:
+        raise errors.leaf_without_length(where, batch)
+
+
+def _cut(batch: Any, start: int, stop: int) -> Any:
+    """The same nesting with every tensor cut to examples start … stop - 1, as views."""
+    if isinstance(batch, Tensor):
+        return batch[start:stop]
+    children = _children(batch)
+    if children is None:
+        return batch
+    cut = {key: _cut(child, start, stop) for _, key, child in children}
+    if isinstance(batch, Mapping):
+        if not isinstance(batch, MutableMapping):
+            return cut
+        # A copy that is written into keeps the class and what else it holds: BatchEncoding, OrderedDict, UserDict.
+        part = copy.copy(batch)
+        part.update(cut)
+        return part
+    if isinstance(batch, list):
+        return list(cut.values())
+    if isinstance(batch, tuple):
+        return type(batch)(*cut.values()) if hasattr(batch, "_fields") else tuple(cut.values())
+    part = copy.copy(batch)
+    for name, value in cut.items():
+        object.__setattr__(part, name, value)  # frozen ones too, and no __init__ that would expect the whole batch
+    return part

@@ -1,0 +1,337 @@
+"""The stream door: your loader yields micro-batches, and bigbatch stands where PyTorch applies a gradient."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from bigbatch import errors
+from bigbatch.every import Every, Items, as_every, planned
+from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one window came to. Plain numbers, so that a logger can take `dataclasses.asdict(update)`.
+
+    Attributes:
+        index: the update's index, from 0; a skipped window leaves it for the next.
+        micro_batches: how many micro-batches the window held.
+        items: the examples or tokens that they counted for.
+        loss: the window's mean loss over items.
+        grad_norm: the 2-norm of the window's mean gradient, before clipping.
+        skipped: why no update was made, or None where it was.
+    """
+
+    index: int
+    micro_batches: int
+    items: float
+    loss: float
+    grad_norm: float
+    skipped: str | None = None
+
+
+class Accumulator:
+    """Makes one update of `optimizer` from the gradients of many micro-batches.
+
+    It takes the place of `loss.backward()`, `optimizer.step()` and `optimizer.zero_grad()`::
+
+        acc = bb.Accumulator(optimizer, every=64, clip_norm=1.0)
+        for x, y in loader:
+            update = acc.backward(loss_fn(model(x), y), items=len(x))
+        acc.flush()
+
+    The update is the big batch's: the mean over all items, clipped, scheduled and decayed once. Between windows
+    `.grad` is None; inside one it holds the running sum, and nobody else should write to it.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` whose `step` needs no closure.
+        every: when a window closes. A number of micro-batches; a callable that takes the update's index and returns
+            one (batch-size warm-up); or `bb.items(4096)`.
+        clip_norm: clips the mean gradient to this 2-norm, as `clip_grad_norm_` would the big batch's.
+        scheduler: stepped once an update.
+        scaler: a `torch.amp.GradScaler`, which unscales once a window and skips a window that overflowed.
+        dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
+            and are rounded once, for the optimizer. None adds up in the parameters' own dtype.
+        partial: what `flush` does with a window that is not full: "apply" makes the update from what is there,
+            "carry" keeps it open, "drop" forgets it.
+        nonfinite: what becomes of a window whose loss or gradient is inf or NaN: "skip" makes no update, "raise"
+            raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; nothing was touched.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        every: Every,
+        *,
+        clip_norm: float | None = None,
+        scheduler: LRScheduler | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        partial: Literal["apply", "carry", "drop"] = "apply",
+        nonfinite: Literal["skip", "raise", "apply"] = "skip",
+    ):
+        self.optimizer = _check_optimizer(optimizer)
+        self.every = as_every(every)
+        self.clip_norm = errors.check_clip_norm(clip_norm)
+        self.scheduler = _check_scheduler(scheduler)
+        self.scaler = scaler
+        self.dtype = dtype
+        self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
+        self.nonfinite = errors.check_choice("nonfinite", nonfinite, ("skip", "raise", "apply"))
+        if scaler is not None and is_wide(self._parameters(), dtype):
+            raise ValueError(
+                "scaler unscales gradients that are as wide as the accumulation. "
+                f"Received: parameters of {self._narrowest()} and dtype={dtype}. "
+                "Keep the parameters in float32 under autocast, or leave the scaler out."
+            )
+        self._index = 0
+        self._window: Window | None = None
+        self._plan: int | Items = 0
+
+    @property
+    def pending(self) -> int:
+        """How many micro-batches the open window holds."""
+        return 0 if self._window is None else self._window.micro_batches
+
+    @property
+    def index(self) -> int:
+        """How many updates have been made, and so the index of the next."""
+        return self._index
+
+    def __repr__(self) -> str:
+        given = {"clip_norm": self.clip_norm, "scheduler": self.scheduler, "scaler": self.scaler}
+        options = "".join(
+            f", {name}={value if isinstance(value, float | int) else type(value).__name__}"
+            for name, value in given.items()
+            if value is not None
+        )
+        every = getattr(self.every, "__name__", self.every)
+        state = f"{self._index} updates made, {self.pending} micro-batches pending"
+        return f"Accumulator({type(self.optimizer).__name__}, every={every}{options}: {state})"
+
+    def backward(self, loss: Tensor, *, items: float | Tensor) -> Update | None:
+        """Takes one micro-batch in: differentiates its loss, and makes the update if that fills the window.
+
+        Args:
+            loss: the micro-batch's mean loss, a real scalar that requires a gradient.
+            items: what the mean is over: a number of examples or tokens above zero, or a tensor of one element on
+                the device (`(labels != -100).sum()`), whose value is then not waited for; 0 in it counts for nothing.
+
+        Returns:
+            The Update if this micro-batch filled the window, else None.
+
+        Raises:
+            TypeError, ValueError: the loss or `items` is not as described; the window stays as it was.
+            FloatingPointError: with `nonfinite="raise"`, the window came out inf or NaN; it was dropped.
+
+        Any error of autograd's or the optimizer's drops the open window, as `reset` does, and goes on to the caller.
+        An error in your own forward, before the call, leaves the window as it was.
+
+        The host never waits for the device inside a window. It waits once when the window closes.
+        """
+        loss, items = check_loss(loss), check_items(items)
+        if isinstance(items, Tensor) and isinstance(self.every, Items):
+            raise TypeError(
+                f"every={self.every} counts on the host. {errors.received('items', items)} "
+                "Pass a number, or a number of micro-batches as every."
+            )
+        window = self._window or self._open()
+        try:
+            window.backward(loss, items, self._parameters(), self.scaler)
+            self._window = window
+            full = (
+                window.items >= self._plan.count
+                if isinstance(self._plan, Items)
+                else window.micro_batches >= self._plan
+            )
+            return self._close(window) if full else None
+        except BaseException:
+            self.reset()
+            raise
+
+    def flush(self) -> Update | None:
+        """Ends a window that is not full, as `partial` says: at the end of an epoch, or of the data.
+
+        Returns:
+            None where nothing was pending. Otherwise the Update; with `partial` "carry" or "drop", one that was
+            skipped and says so.
+        """
+        window = self._window
+        if window is None:
+            return None
+        if self.partial == "apply":
+            return self._close(window)
+        held = f"{window.micro_batches} micro-batches of a partial window"
+        if self.partial == "carry":
+            return self._report(window, math.nan, f"carried: {held} wait for more")
+        update = self._report(window, math.nan, f"dropped: {held}")
+        self.reset()
+        return update
+
+    def reset(self) -> None:
+        """Forgets the open window: its gradients go, and the next `backward` starts a new one."""
+        self._window = None
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count of updates and the open window, as plain numbers and tensors; the latter are not copies.
+
+        `torch.load(..., weights_only=True)` reads it back. Save the model, optimizer, scheduler and scaler beside it.
+        """
+        parameters = self._parameters()
+        state: dict[str, Any] = {
+            "index": self._index,
+            "shapes": [tuple(p.shape) for p in parameters],
+            "window": None,
+        }
+        if (window := self._window) is not None:
+            state["window"] = {
+                "micro_batches": window.micro_batches,
+                "items": window.items,
+                "unit": window.unit,
+                "loss": window.loss,
+                "gradients": {
+                    i: grad for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
+                },
+            }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken, inside a window too, bit for bit.
+
+        Raises:
+            ValueError: the state is of other parameters, or no state at all; nothing was touched.
+        """
+        parameters = self._parameters()
+        shapes = [tuple(p.shape) for p in parameters]
+        missing = {"index", "shapes", "window"} - set(state)
+        if missing:
+            raise ValueError(f"The state is not an Accumulator's. Received: keys {sorted(state)}.")
+        if [tuple(shape) for shape in state["shapes"]] != shapes:
+            raise ValueError(
+                "The state is of other parameters. "
+                f"Received: shapes {state['shapes']}, but the optimizer holds {shapes}. "
+                "Build the same model and parameter groups before loading."
+            )
+        self.reset()
+        self._index = state["index"]
+        saved = state["window"]
+        if saved is None:
+            return
+        window = self._open()
+        window.micro_batches, window.items, window.unit = (
+            saved["micro_batches"],
+            saved["items"],
+            saved["unit"],
+        )
+        window.loss = saved["loss"].clone()
+        for i, grad in saved["gradients"].items():
+            p = parameters[i]
+            if window.dtype is None:
+                p.grad = grad.to(p.device, p.dtype, copy=True)
+            else:
+                window.sums[p] = grad.to(p.device, copy=True)
+        self._window = window
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _narrowest(self) -> torch.dtype:
+        return min((p.dtype for p in self._parameters()), key=lambda dtype: dtype.itemsize)
+
+    def _open(self) -> Window:
+        self._plan = planned(self.every, self._index)
+        dtype = self.dtype if is_wide(self._parameters(), self.dtype) else None
+        if isinstance(self._plan, Items):
+            return Window(unit=self._plan.count, dtype=dtype)
+        return Window(planned=self._plan, dtype=dtype)
+
+    def _close(self, window: Window) -> Update:
+        """One update from the window's sums; then, whatever happened, no gradients and no window."""
+        gradients = window.gradients(self._parameters())
+        # Without a gradient a scaler has recorded nothing, and would refuse to go on.
+        scaler = self.scaler if gradients else None
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        try:
+            norm = torch.nn.utils.get_total_norm(gradients) * window.factor
+            factor = window.factor
+            if self.clip_norm is not None:
+                # clip_grad_norm_'s own formula, so that a window of one is clipped to the same bits.
+                factor = factor * torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
+            update = self._report(window, float(norm))  # here the host waits
+            skipped = self._reason_to_skip(update, gradients)
+            if skipped is not None:
+                return replace(update, skipped=skipped)
+            scale_(gradients, float(factor))
+            while window.sums:
+                p, mean = window.sums.popitem()
+                p.grad = mean.to(p.dtype)
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self._index += 1
+            return update
+        finally:
+            if scaler is not None:
+                scaler.update()
+            self.reset()
+
+    def _report(self, window: Window, norm: float, skipped: str | None = None) -> Update:
+        return Update(self._index, window.micro_batches, float(window.items), float(window.mean_loss), norm, skipped)
+
+    def _reason_to_skip(self, update: Update, gradients: list[Tensor]) -> str | None:
+        if update.items <= 0:
+            return "the window holds no items"
+        if not gradients:
+            return "no parameter of the optimizer got a gradient"
+        if math.isfinite(update.loss) and math.isfinite(update.grad_norm):
+            return None
+        # A scaler has seen the inf too and would not step, so there is nothing to apply.
+        if self.nonfinite == "apply" and self.scaler is None:
+            return None
+        reason = f"the window is not finite: loss {update.loss}, gradient norm {update.grad_norm}"
+        if self.nonfinite == "raise":
+            raise FloatingPointError(f"{reason}. The parameters and the optimizer are as they were.")
+        return reason
+
+
+def _check_optimizer(optimizer: Any) -> Optimizer:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer. {errors.received('optimizer', optimizer)} "
+            "Pass the optimizer itself, such as torch.optim.AdamW(model.parameters())."
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss again inside its step (a required closure), "
+            "and a window's micro-batches are gone by then. Use an optimizer whose step needs no closure."
+        )
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError("The optimizer has no parameters. Pass it model.parameters() before making the Accumulator.")
+    return optimizer
+
+
+def _check_scheduler(scheduler: Any) -> Any:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau needs a metric that an update does not have. "
+            "Leave it out, and call scheduler.step(metric) where you validate."
+        )
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise TypeError(f"scheduler must have a step method. {errors.received('scheduler', scheduler)}")
+    return scheduler

@@ -1,0 +1,147 @@
+"""One window's sums: Σ nᵢ·gᵢ, Σ nᵢ·lossᵢ and Σ nᵢ (see `bigbatch.law`).
+
+The sums are kept divided by `unit`, the items the window is planned to hold. When the plan comes true,
+unit / Σ nᵢ is exactly 1 and the gradients need no pass at the end; otherwise they need one.
+
+The gradients add up where autograd puts them, in `.grad`, with the weight nᵢ / unit folded into the loss.
+Parameters narrower than the accumulation's dtype cannot: bf16 has eight bits, and a sum of 4,096 gradients in it
+is wrong by 18 %. Then every gradient is taken out of `.grad` after its backward and added to a wide accumulator,
+and the weight is applied there, where it can neither round nor underflow.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigbatch import errors
+
+
+def check_loss(loss: Any) -> Tensor:
+    """Accepts a real scalar tensor that autograd can differentiate."""
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+        raise errors.loss_not_scalar(loss)
+    if not loss.requires_grad:
+        raise errors.loss_without_gradient(loss)
+    return loss
+
+
+def check_items(items: Any) -> float | Tensor:
+    """Accepts a number above zero, or a tensor of one element; reading that one would make the host wait."""
+    if not isinstance(items, Tensor):
+        return errors.check_items(items)
+    if items.numel() != 1 or items.is_complex() or items.dtype == torch.bool:
+        errors.check_items(items)  # says what a number is
+    return items.detach().reshape(())
+
+
+def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
+    """Whether some parameter's own dtype is too narrow to accumulate in, now or once it is thawed."""
+    return dtype is not None and any(_widened(p, dtype) != p.dtype for p in parameters)
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, dtype)
+
+
+class Window:
+    """The sums of an open window.
+
+    Args:
+        planned: how many micro-batches are planned; with the first one's items it makes `unit`.
+        unit: the items planned for the window, where they are known beforehand.
+        dtype: what wide accumulators hold at least; None where gradients stay in `.grad`.
+    """
+
+    def __init__(self, *, planned: int = 1, unit: float | Tensor | None = None, dtype: torch.dtype | None = None):
+        self.planned = planned
+        self.unit = unit
+        self.dtype = dtype
+        self.micro_batches = 0
+        self.items: float | Tensor = 0
+        self.loss: Tensor | None = None
+        self.sums: dict[Tensor, Tensor] = {}
+
+    def backward(self, loss: Tensor, items: float | Tensor, parameters: Iterable[Tensor], scaler: Any = None) -> None:
+        """Differentiates one micro-batch's mean loss and adds the gradients. Never waits for the device."""
+        if self.unit is None:
+            # A masked micro-batch on the device may hold 0 items; the unit may be anything but that.
+            first = items.clamp(min=1) if isinstance(items, Tensor) else items
+            self.unit = first * self.planned
+        weight = items / self.unit
+        wide_loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+        if isinstance(weight, Tensor):
+            weight = weight.to(loss.device, self.dtype or wide_loss.dtype)
+            # A mean over no items is 0/0. It counts for nothing, and 0 × NaN would be NaN.
+            part = torch.where(weight == 0, 0, wide_loss * weight)
+        else:
+            part = wide_loss * weight
+
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        if self.dtype is not None:
+            loss.backward()
+            self._take(parameters, weight, self.dtype)
+        elif isinstance(weight, Tensor):
+            loss.backward(gradient=weight.to(loss.dtype))
+        else:
+            # new_full is a kernel on the device; torch.tensor(weight, device=…) would be a copy the host waits for.
+            loss.backward(gradient=loss.new_full((), weight))
+
+        self.loss = part if self.loss is None else self.loss + part
+        self.items = self.items + items
+        self.micro_batches += 1
+
+    def widen(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
+        """From here on in wide accumulators, which start from what `.grad` holds."""
+        self.dtype = dtype
+        self._take(parameters, 1.0, dtype)
+
+    @torch.no_grad()
+    def _take(self, parameters: Iterable[Tensor], weight: float | Tensor, dtype: torch.dtype) -> None:
+        """Moves the gradients out of `.grad` into the wide sums."""
+        for p in parameters:
+            if p.grad is None:
+                continue
+            grad = p.grad.to(_widened(p, dtype))
+            p.grad = None
+            if p not in self.sums:
+                self.sums[p] = grad * weight
+            elif isinstance(weight, Tensor):
+                self.sums[p] += grad * weight
+            else:
+                self.sums[p].add_(grad, alpha=weight)
+
+    def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """The summed gradients, dense: of a sparse one, the values of its distinct rows. Writing to them is allowed."""
+        gradients = []
+        for p in parameters:
+            grad = self.sums.get(p, p.grad)
+            if grad is not None and grad.is_sparse:
+                grad = grad.coalesce()  # the same row may stand in several micro-batches
+                if p in self.sums:
+                    self.sums[p] = grad
+                else:
+                    p.grad = grad
+                grad = grad.values()
+            if grad is not None:
+                gradients.append(grad)
+        return gradients
+
+    @property
+    def factor(self) -> float | Tensor:
+        """What turns the sums into means: unit / Σ nᵢ."""
+        return 1.0 if self.unit is None else self.unit / self.items
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """Σ nᵢ·lossᵢ / Σ nᵢ, a scalar on the loss's device."""
+        return torch.zeros(()) if self.loss is None else self.loss * self.factor
+
+
+def scale_(gradients: list[Tensor], factor: float | Tensor) -> None:
+    """One pass over the gradients, in place; none where the factor is the number 1."""
+    if gradients and not (isinstance(factor, float) and factor == 1.0):
+        # In torch's public list of foreach functions, underscore and all.
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,0 +1,248 @@
+"""PyTorch's two doors, driven as a PyTorch user would."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bigbatch.torch as bb
+from conformance import jobs
+from conformance.jobs import MicroBatch, Params, Spec
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "half": torch.bfloat16}
+
+
+class Model(torch.nn.Module):
+    """The four jobs. `sparse` makes the embedding's gradient a sparse tensor."""
+
+    def __init__(self, spec: Spec):
+        super().__init__()
+        for name, value in spec.params.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.as_tensor(value, dtype=DTYPES[spec.dtype]).clone()))
+        self.job, self.sparse = spec.job, spec.optimizer != "adamw"
+
+    def forward(self, m: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = m["x"]
+        if self.job == "net":
+            return (torch.tanh(x @ self.a + self.b) @ self.c - m["y"]) ** 2 / 2
+        if self.job == "missing":
+            w = self.w + F.embedding(m["ids"], self.table, sparse=self.sparse)
+            if m["has"].any():
+                w = w + m["has"][:, None] * self.extra
+            return (w * x).sum(1)
+        if self.job == "dropout":
+            x = F.dropout(x, 0.5)
+        return x @ self.w
+
+    def loss(self, m: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self(m) @ (m["weight"] / m["weight"].sum())
+
+
+class Overwriting(torch.optim.SGD):
+    """As schedule_free does, it takes the gradients' memory for its own use."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.fill_(float("nan"))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a value, or a shape that depends on values."""
+
+    READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+class TorchRun:
+    def __init__(self, spec: Spec):
+        torch.manual_seed(spec.seed)
+        self.spec = spec
+        self.model = Model(spec)
+        options = {"adamw": {"weight_decay": spec.decay}, "momentum": {"momentum": 0.9}}.get(spec.optimizer, {})
+        kind = {"adamw": torch.optim.AdamW, "overwriting": Overwriting}.get(spec.optimizer, torch.optim.SGD)
+        self.optimizer = kind(self.model.parameters(), lr=1.0, **options)
+        rates = spec.rates
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: rates[min(k, len(rates) - 1)])
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.optimizer.register_step_post_hook(self.after_step)
+
+    def after_step(self, *_: Any) -> None:
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if self.spec.shrink is not None:
+                    p.mul_(self.spec.shrink)
+                if self.spec.ema is not None:
+                    self.average[name].lerp_(p, 1 - self.spec.ema)
+
+    def tensors(self, m: MicroBatch) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.as_tensor(a) if name == "ids" else torch.as_tensor(a, dtype=DTYPES[self.spec.dtype])
+            for name, a in m.items()
+        }
+
+    def params(self) -> Params:
+        return {name: p.detach().double().numpy().copy() for name, p in self.model.named_parameters()}
+
+    def held(self) -> list[np.ndarray]:
+        slots = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        average = [torch.tensor(self.scheduler.last_epoch), *self.average.values()]
+        return [t.detach().numpy().copy() for t in [*slots, *average]]
+
+    def updates(self) -> int:
+        steps = {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+        return steps.pop() if len(steps) == 1 else self.scheduler.last_epoch
+
+    def ema(self) -> Params:
+        return {name: average.double().numpy() for name, average in self.average.items()}
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+    def save(self) -> bytes:
+        file = io.BytesIO()
+        torch.save({"average": self.average, **{k: part.state_dict() for k, part in self.parts().items()}}, file)
+        return file.getvalue()
+
+    def load(self, saved: bytes) -> None:
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        self.average = state["average"]
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+
+    def watch(self, work: Callable[[], Any]) -> tuple[int, int]:
+        with Waits() as waits:
+            work()
+        return 0, waits.count
+
+
+class Plain(TorchRun):
+    def window(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.model.loss(self.tensors(jobs.join(micro_batches))).backward()
+        if self.spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+
+class Stream(TorchRun):
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        self.acc = bb.Accumulator(
+            self.optimizer,
+            every=spec.every,
+            clip_norm=spec.clip_norm,
+            scheduler=self.scheduler,
+            partial=spec.partial,
+        )
+
+    def feed(self, micro_batch: MicroBatch) -> bb.Update | None:
+        return self.acc.backward(self.model.loss(self.tensors(micro_batch)), items=jobs.items(micro_batch))
+
+    def window(self, micro_batches: Sequence[MicroBatch]) -> bb.Update | None:
+        return [self.feed(m) for m in micro_batches][-1]
+
+    def flush(self) -> bb.Update | None:
+        return self.acc.flush()
+
+    def reset(self) -> None:
+        self.acc.reset()
+
+    @property
+    def pending(self) -> int:
+        return self.acc.pending
+
+    def parts(self) -> dict[str, Any]:
+        return {**super().parts(), "acc": self.acc}
+
+
+class Split(TorchRun):
+    def door(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        def loss_fn(m: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.model.loss(m), m["weight"].sum()
+
+        return bb.backward(loss_fn, self.tensors(jobs.join(micro_batches)), micro_batch=len(micro_batches[0]["x"]))
+
+    def gradient(self, micro_batches: Sequence[MicroBatch]) -> dict[str, np.ndarray | None]:
+        self.door(micro_batches)
+        gradients = {n: None if p.grad is None else p.grad.numpy().copy() for n, p in self.model.named_parameters()}
+        self.optimizer.zero_grad()
+        return gradients
+
+    def window(self, micro_batches: Sequence[MicroBatch]) -> SimpleNamespace:
+        count, items = len(micro_batches), jobs.items(jobs.join(micro_batches))
+        try:
+            loss = self.door(micro_batches).item()
+            skipped = None if math.isfinite(loss) else "not finite"
+        except ValueError as error:
+            loss, skipped = float("nan"), str(error)
+        if skipped is None:
+            if self.spec.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return SimpleNamespace(micro_batches=count, items=items, loss=loss, skipped=skipped)
+
+
+class Adapter:
+    absent, half = True, "bfloat16"
+    plain = Plain
+
+    def __init__(self, door: str, start: type[TorchRun]):
+        self.name, self.door, self.start = f"torch-{door}", door, start
+        self.model = torch.nn.Linear(2, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+
+    def mistakes(self) -> dict[str, Callable[[], Any]]:
+        x, y = torch.ones(8, 2), torch.ones(7, 1)
+        acc = bb.Accumulator(self.optimizer, every=1)
+
+        def split(batch: Any, micro_batch: Any = 2) -> Any:
+            return bb.backward(lambda b: self.model(b["x"]).mean(), batch, micro_batch=micro_batch)
+
+        def stream(items: Any) -> Any:
+            return acc.backward(self.model(x).mean(), items=items)
+
+        def window(every: Any) -> Any:
+            return bb.Accumulator(self.optimizer, every=every)
+
+        if self.door == "split":
+            return {
+                "micro_batch=0": lambda: split({"x": x}, 0),
+                "micro_batch=2.5": lambda: split({"x": x}, 2.5),
+                "lengths": lambda: split({"x": x, "y": y}),
+                "empty": lambda: split({"x": x[:0], "y": y[:0]}),
+            }
+        return {
+            "items=-1": lambda: stream(-1),
+            "items=0": lambda: stream(0),
+            "items=nan": lambda: stream(float("nan")),
+            "items='4'": lambda: stream("4"),
+            "every=0": lambda: window(0),
+            "every=-2": lambda: window(-2),
+            "every=2.5": lambda: window(2.5),
+            "every=True": lambda: window(True),
+        }
+
+    def untouched(self) -> Params:
+        return {name: p.detach().numpy().copy() for name, p in self.model.named_parameters()}
+
+
+ADAPTERS = [Adapter("split", Split), Adapter("stream", Stream)]

@@ -1,0 +1,45 @@
+"""`--backend NAME` runs the laws and the room's own tests for one framework; without it, what needs no framework.
+
+One framework a process: TensorFlow 1 flips global state, and Keras freezes its backend at import. A backend that is
+asked for and missing fails.
+"""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+BACKENDS = sorted(
+    path.stem for path in (Path(__file__).parent / "conformance/adapters").glob("[a-z]*.py")
+    if path.stem not in ("reference", "wrong")
+)  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", choices=BACKENDS, help="the framework under test")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Only the rooms of the backend, and of no backend what needs none."""
+    backend = config.getoption("backend")
+    parts = collection_path.relative_to(Path(__file__).parent).parts
+    needs_one = parts[:2] == ("conformance", "test_laws.py") or parts[:2] == ("conformance", "test_properties.py")
+    room = parts[0] if parts and parts[0] in ROOMS else None
+    if backend is None:
+        return True if needs_one or room else None
+    return True if not needs_one and room != ROOM_OF.get(backend, backend) and collection_path.is_file() else None
+
+
+ROOM_OF = {"keras_torch": "keras", "keras_jax": "keras", "keras_tensorflow": "keras"}
+ROOMS = {ROOM_OF.get(backend, backend) for backend in BACKENDS}
+
+
+def pytest_generate_tests(metafunc):
+    if "adapter" in metafunc.fixturenames:
+        adapters = importlib.import_module(f"conformance.adapters.{metafunc.config.getoption('backend')}").ADAPTERS
+        metafunc.parametrize("adapter", adapters, ids=lambda adapter: adapter.name)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures_on_screen(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
