@@ -33,7 +33,9 @@ def check_items(items: Any) -> float | Tensor:
         return errors.check_items(items)
     if items.numel() != 1 or items.is_complex() or items.dtype == torch.bool:
         errors.check_items(items)  # says what a number is
-    return items.detach().reshape(())
+    items = items.detach().reshape(())
+    # A sum of bf16 counts would stop at 256.
+    return items.to(torch.promote_types(items.dtype, torch.float32)) if items.is_floating_point() else items
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
