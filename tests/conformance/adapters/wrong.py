@@ -1,4 +1,4 @@
-"""Adapters that are wrong on purpose, each in one way that somebody's code is; `WRONG` names the law that must see it."""
+"""Adapters that are wrong on purpose, each in a way that somebody's code is. `WRONG` names the law that must see it."""
 
 from types import SimpleNamespace
 from typing import Any
