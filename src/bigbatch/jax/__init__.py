@@ -1,0 +1,11 @@
+"""bigbatch for JAX: `value_and_grad` for a batch you hold, `accumulate` for a loader that yields micro-batches."""
+
+from bigbatch.every import items as items
+from bigbatch.jax.aux import carry as carry
+from bigbatch.jax.split import value_and_grad as value_and_grad
+from bigbatch.jax.stream import AccumulateState as AccumulateState
+from bigbatch.jax.stream import Update as Update
+from bigbatch.jax.stream import accumulate as accumulate
+from bigbatch.jax.stream import flush as flush
+from bigbatch.jax.stream import has_updated as has_updated
+from bigbatch.jax.stream import reset as reset

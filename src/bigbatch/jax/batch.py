@@ -1,0 +1,146 @@
+"""A call's arguments as micro-batches: which leaves are cut and where, and how micro-batch i is taken out."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bigbatch import errors
+
+
+class Leaf(NamedTuple):
+    """A leaf of the arguments."""
+
+    value: Any
+    axis: int | None  # that holds the examples; None where every micro-batch gets it whole
+    where: str  # as it is written, `batch['x']`
+    argnum: int  # the positional argument that it belongs to
+
+
+class Batch:
+    """The arguments of one call, to be dealt out to micro-batches.
+
+    Examples are dealt in turn: of N full micro-batches, number i gets examples i, i + N, i + 2N, … A batch whose
+    examples are spread over devices stays where it is that way, for each device holds a part of every micro-batch.
+    What does not fill a micro-batch, at the end, is a shorter one of its own.
+    """
+
+    def __init__(self, loss_fn: Callable[..., Any], args: tuple[Any, ...], in_axes: Sequence[Any], micro_batch: int):
+        self.arguments = len(args)
+        self.tree = jax.tree.structure(args)
+        self.leaves = _leaves(loss_fn, args, in_axes)
+        lengths = [(leaf.where, leaf.value.shape[leaf.axis]) for leaf in self.leaves if leaf.axis is not None]
+        self.length = errors.check_lengths(lengths)
+        self.size = min(micro_batch, self.length)  # of a full micro-batch
+        self.full, self.rest = divmod(self.length, self.size)
+        self.count = self.full + (self.rest > 0)
+        self.dealt = [x if axis is None else self._deal(x, axis) for x, axis, *_ in self.leaves]
+
+    def check_whole(self, option: str, argnums: Sequence[int]) -> None:
+        """Refuses positional arguments that are not there, or that are cut."""
+        for k in argnums:
+            if not 0 <= k < self.arguments:
+                raise ValueError(
+                    f"{option} must be the number of a positional argument. "
+                    f"Received: {option}={k} for {self.arguments} positional arguments."
+                )
+            if any(leaf.argnum == k and leaf.axis is not None for leaf in self.leaves):
+                raise ValueError(
+                    f"An argument of {option} goes whole to every micro-batch. "
+                    f"Received: {option}={k}, which in_axes cuts. Say None for it in in_axes."
+                )
+
+    def examples(self) -> jax.Array:
+        """The lengths of the micro-batches."""
+        return jnp.asarray([self.size] * self.full + [self.rest] * (self.rest > 0))
+
+    def _deal(self, x: jax.Array, axis: int) -> jax.Array:
+        """(…, examples, …) → (…, size, full, …), without moving anything."""
+        if self.rest:
+            x = lax.slice_in_dim(x, 0, self.size * self.full, axis=axis)
+        return x.reshape(*x.shape[:axis], self.size, self.full, *x.shape[axis + 1 :])
+
+    def take(self, i: Any) -> tuple[Any, ...]:
+        """The arguments of full micro-batch i, where i may be traced."""
+
+        def part(leaf: Leaf, dealt: Any) -> Any:
+            if leaf.axis is None:
+                return _folded(leaf.value, i) if self.count > 1 else leaf.value
+            return lax.dynamic_index_in_dim(dealt, i, leaf.axis + 1, keepdims=False)
+
+        return self.tree.unflatten(map(part, self.leaves, self.dealt))
+
+    def tail(self) -> tuple[Any, ...]:
+        """The arguments of the shorter micro-batch at the end."""
+
+        def part(leaf: Leaf) -> Any:
+            if leaf.axis is None:
+                return _folded(leaf.value, self.full)
+            return lax.slice_in_dim(leaf.value, self.size * self.full, self.length, axis=leaf.axis)
+
+        return self.tree.unflatten(map(part, self.leaves))
+
+    def gather(self, full: jax.Array, tail: jax.Array | None) -> jax.Array:
+        """(full, size, …) and (rest, …) → (examples, …), in the batch's own order."""
+        joined = full.swapaxes(0, 1).reshape(self.full * self.size, *full.shape[2:])
+        return joined if tail is None else jnp.concatenate([joined, tail])
+
+
+def _leaves(loss_fn: Any, args: tuple[Any, ...], in_axes: Sequence[Any]) -> list[Leaf]:
+    if len(in_axes) != len(args):
+        raise ValueError(
+            "in_axes must have one entry for each positional argument: the axis that holds its examples, or None. "
+            f"Received: in_axes={in_axes} for {len(args)} positional arguments."
+        )
+    leaves = []
+    for k, (name, arg, axes) in enumerate(zip(_names(loss_fn, len(args)), args, in_axes, strict=True)):
+        paths = jax.tree_util.tree_leaves_with_path(arg)
+        for (path, value), axis in zip(paths, _broadcast(axes, arg, name), strict=True):
+            leaves.append(_leaf(value, axis, name + jax.tree_util.keystr(path), k))
+    return leaves
+
+
+def _broadcast(axes: Any, arg: Any, name: str) -> list[int | None]:
+    """The axis of every leaf of an argument."""
+    if axes is None or isinstance(axes, int):
+        return [axes] * len(jax.tree.leaves(arg))
+    is_none = lambda x: x is None  # noqa: E731
+    try:
+        spread = jax.tree.map(lambda axis, part: [axis] * len(jax.tree.leaves(part)), axes, arg, is_leaf=is_none)
+    except ValueError as error:
+        raise ValueError(f"in_axes must be nested as the arguments are. Received: {axes} for {name}.") from error
+    return jax.tree.leaves(spread, is_leaf=is_none)
+
+
+def _leaf(value: Any, axis: Any, where: str, argnum: int) -> Leaf:
+    if axis is None:
+        return Leaf(value, None, where, argnum)
+    if not isinstance(axis, int):
+        raise TypeError(f"An entry of in_axes must be an integer or None. {errors.received(where, axis)}")
+    if not isinstance(value, jax.Array | np.ndarray) or value.ndim == 0:
+        raise errors.leaf_without_length(where, value)
+    if not -value.ndim <= axis < value.ndim:
+        raise ValueError(f"in_axes must name an axis of the leaf. {errors.received(where, value)} Its axis is {axis}.")
+    return Leaf(jnp.asarray(value), axis % value.ndim, where, argnum)
+
+
+def _names(loss_fn: Any, count: int) -> list[str]:
+    """What the arguments are called in loss_fn, for errors."""
+    try:
+        parameters = list(inspect.signature(loss_fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [*names[:count], *(f"args[{i}]" for i in range(len(names), count))]
+
+
+def _folded(value: Any, i: Any) -> Any:
+    """A PRNG key of micro-batch i's own; anything else as it is."""
+    if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value
+    keys = jax.vmap(jax.random.fold_in, (0, None))(value.reshape(-1), i)
+    return keys.reshape(value.shape)

@@ -1,0 +1,166 @@
+"""The split door: you hold the batch, and bigbatch stands where JAX takes a gradient."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bigbatch import errors
+from bigbatch.jax.aux import Aux, finish, stack
+from bigbatch.jax.batch import Batch
+from bigbatch.jax.terms import Terms, as_terms
+from bigbatch.jax.window import widened
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    *,
+    micro_batch: int,
+    in_axes: Sequence[Any] = (None, 0),
+    aux: Any = None,
+    dtype: Any = jnp.float32,
+) -> Callable[..., tuple[Any, Any]]:
+    """A function of the whole batch's mean loss and its gradient, with one micro-batch in memory at a time.
+
+    It takes the place of `jax.value_and_grad`, and is used under `jax.jit` in the same way::
+
+        loss, grads = bb.value_and_grad(loss_fn, micro_batch=32)(params, batch)
+
+    The loop is one `lax.scan`. Micro-batch i of N gets examples i, i + N, i + 2N, …, which leaves a batch that is
+    sharded along its examples where it is; what does not fill a micro-batch is a shorter one at the end. A batch that
+    fits into one micro-batch is given to `jax.value_and_grad` as it is.
+
+    Args:
+        loss_fn: returns the mean loss of the micro-batch it is given, a real scalar; or `(loss, items)` where the
+            mean is over something other than examples, such as tokens; or several terms by name,
+            `{"language": (loss, tokens), "router": (loss, 1)}`, each with what it is the mean of, whose sum is
+            differentiated. Items are positive; 0 in an array counts for nothing, so that a padded batch may hold
+            micro-batches of padding alone. Of a named term, items may depend on the batch only.
+        argnums: the positional arguments to differentiate, as in `jax.value_and_grad`.
+        has_aux: whether `loss_fn` returns a pair, the second part being auxiliary outputs; `aux` says what becomes
+            of them.
+        holomorphic: refused.
+        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch.
+        in_axes: for each positional argument the axis that holds its examples, or None where every micro-batch gets
+            it whole; an integer, None, or a nesting of them, as in `jax.vmap`. Keyword arguments are given whole.
+            PRNG keys (`jax.random.key`) in an argument given whole are folded with the micro-batch's number.
+        aux: "mean" over items, "sum", "concatenate" in the batch's own order, or `bb.carry(k)`: the micro-batch
+            after gets it as argument k. One for all, or a nesting of them as the outputs are.
+        dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
+            and are rounded once, at the end. None adds up in the parameters' own dtype.
+
+    Returns:
+        A function with the arguments of `loss_fn` that returns `(loss, grads)`, or `((loss, aux), grads)`. The loss is
+        the mean over all items in at least float32; of named terms, a dict of their means. Gradients have the
+        parameters' dtypes.
+
+    Raises:
+        TypeError, ValueError: an argument, the batch, a loss or its items are not as described; while tracing.
+    """
+    micro_batch = errors.check_micro_batch(micro_batch)
+    if holomorphic:
+        raise ValueError("Holomorphic gradients are not accumulated. Received: holomorphic=True. Leave it out.")
+    if has_aux != (aux is not None):
+        raise ValueError(
+            "aux says what becomes of the auxiliary outputs, and has_aux that there are some. "
+            f"Received: has_aux={has_aux}, aux={aux!r}. "
+            "Pass both or neither; aux is 'mean', 'sum', 'concatenate' or carry(k)."
+        )
+    words = Aux(aux)
+    differentiated = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(loss_fn)
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        batch = Batch(loss_fn, args, in_axes, micro_batch)
+        batch.check_whole("argnums", differentiated)
+        batch.check_whole("carry", words.argnums)
+        params = args[argnums] if isinstance(argnums, int) else tuple(args[k] for k in argnums)
+
+        def run(args: Any, examples: int) -> tuple[Terms, Any]:
+            result = loss_fn(*args, **kwargs)
+            value, outputs = result if has_aux else (result, None)
+            return as_terms(value, examples / batch.size), outputs
+
+        def differentiate(args: Any, examples: int, total: Callable[[Terms], Any]) -> tuple[Any, Terms, Any]:
+            def scalar(*args: Any) -> tuple[Any, Any]:
+                terms, outputs = run(args, examples)
+                return total(terms), (terms, outputs)
+
+            (_, (terms, outputs)), grads = jax.value_and_grad(scalar, argnums, has_aux=True)(*args)
+            return grads, terms, outputs
+
+        if batch.count == 1:
+            grads, terms, outputs = differentiate(batch.take(0), batch.size, _sum)
+            loss = jax.tree.map(lambda loss: loss.astype(widened(loss.dtype, jnp.float32)), terms.losses)
+            return ((loss, outputs) if has_aux else loss), grads
+
+        several = jax.eval_shape(lambda: run(batch.take(0), batch.size)[0]).several
+        total = _shared(batch, run) if several else _sum
+
+        def micro(state: Any, args: Any, examples: int) -> Any:
+            sums, carried = state
+            args = tuple(carried.get(k, arg) for k, arg in enumerate(args))
+            grads, terms, outputs = differentiate(args, examples, total)
+            kept, carried = words.split(outputs)
+            weight = 1.0 if several else terms.items
+            return (jax.tree.map(functools.partial(_add, weight), sums, grads), carried), (terms, kept)
+
+        sums = jax.tree.map(lambda p: jnp.zeros_like(p, widened(jnp.result_type(p), dtype)), params)
+        state, (terms, kept) = lax.scan(
+            lambda state, i: micro(state, batch.take(i), batch.size),
+            (sums, {k: args[k] for k in words.argnums}),
+            jnp.arange(batch.full),
+        )
+        rest = [None] * len(kept)
+        if batch.rest:
+            state, (last, rest) = micro(state, batch.tail(), batch.rest)
+            terms = jax.tree.map(stack, terms, last)
+        sums, carried = state
+
+        count = batch.count if several else terms.items.sum()
+        grads = jax.tree.map(lambda s, p: (s / count).astype(jnp.result_type(p)), sums, params)
+        items = batch.examples() if several else terms.items
+        outputs = words.join(kept, rest, carried, lambda word, full, tail: finish(word, full, tail, items, batch))
+        return ((terms.means(), outputs) if has_aux else terms.means()), grads
+
+    return wrapped
+
+
+def _add(weight: Any, total: jax.Array, grad: jax.Array) -> jax.Array:
+    """Total + weight·grad. A mean over no items is 0/0; it counts for nothing, and 0 × NaN would be NaN."""
+    weight = jnp.asarray(weight, total.dtype)
+    return total + jnp.where(weight == 0, 0, weight * grad.astype(total.dtype))
+
+
+def _sum(terms: Terms) -> Any:
+    """What to differentiate of one loss, or of several terms that are the whole batch's."""
+    return sum(terms.losses.values()) if terms.several else terms.losses
+
+
+def _shared(batch: Batch, run: Callable[[Any, int], tuple[Terms, Any]]) -> Callable[[Terms], Any]:
+    """What to differentiate of several terms: each by its share of its own items, which must be known beforehand.
+
+    The loss function runs once more for its items. Where these depend on the batch only, the compiler leaves the
+    model out of that pass.
+    """
+
+    def items(args: Any, examples: int) -> Any:
+        return run(args, examples)[0].items
+
+    counted = lax.map(lambda i: items(batch.take(i), batch.size), jnp.arange(batch.full))
+    if batch.rest:
+        counted = jax.tree.map(stack, counted, items(batch.tail(), batch.rest))
+    totals = {name: n.sum() for name, n in counted.items()}
+
+    def total(terms: Terms) -> Any:
+        # Times the count, which the sums are divided by at the end: a share of 1/4096 might underflow in float16.
+        shares = {n: jnp.where(totals[n] == 0, 0, batch.count * i / totals[n]) for n, i in terms.items.items()}
+        return sum(shares[name].astype(loss.dtype) * loss for name, loss in terms.losses.items())
+
+    return total

@@ -1,0 +1,256 @@
+"""The stream door: your loader yields micro-batches, and bigbatch stands where optax applies a gradient."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from bigbatch import errors
+from bigbatch.every import Every, Items, as_every
+from bigbatch.jax.window import as_items, widened
+
+# What `Update.skipped` stands for. A pytree holds numbers; `Update.reason` puts the words to them.
+APPLIED, EMPTY, NO_ITEMS, NOT_FINITE, CARRIED, DROPPED = range(6)
+
+
+class Update(NamedTuple):
+    """What the last window came to: scalar arrays, so that it travels through `jit` and into checkpoints."""
+
+    micro_batches: jax.Array  # how many the window held, int32
+    items: jax.Array  # the examples or tokens that they counted for
+    loss: jax.Array  # the window's mean of `value` over items; NaN where none was given
+    grad_norm: jax.Array  # the 2-norm of the window's mean gradient, before the inner transformation
+    skipped: jax.Array  # 0 where the update was made, int32
+
+    @property
+    def reason(self) -> str | None:
+        """Why no update was made, or None where it was. The host waits for the device."""
+        return {
+            APPLIED: None,
+            EMPTY: "the window held no micro-batches",
+            NO_ITEMS: "the window holds no items",
+            NOT_FINITE: f"the window is not finite: loss {self.loss}, gradient norm {self.grad_norm}",
+            CARRIED: f"carried: {self.micro_batches} micro-batches of a partial window wait for more",
+            DROPPED: f"dropped: {self.micro_batches} micro-batches of a partial window",
+        }[int(self.skipped)]
+
+
+class AccumulateState(NamedTuple):
+    """The state of `accumulate`: the open window's sums, the inner state, and what the last window came to."""
+
+    updates: jax.Array  # made so far, and so the index of the next, int32
+    micro_batches: jax.Array  # in the open window, int32
+    items: jax.Array  # Σ nᵢ
+    unit: jax.Array  # the first micro-batch's items; weights are nᵢ / unit, so equal ones are exactly 1
+    loss: jax.Array  # Σ nᵢ·lossᵢ / unit
+    grads: Any  # Σ nᵢ·gᵢ / unit, at least float32
+    inner: Any
+    last: Update
+
+
+def accumulate(
+    tx: optax.GradientTransformation,
+    every: Every,
+    *,
+    dtype: Any = jnp.float32,
+    partial: Literal["apply", "carry", "drop"] = "apply",
+) -> optax.GradientTransformationExtraArgs:
+    """Makes one update of `tx` from the gradients of many micro-batches.
+
+    It is an optax transformation like `tx` itself, and takes its place::
+
+        tx = bb.accumulate(optax.adamw(1e-3), every=64)
+        opt_state = tx.init(params)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params, opt_state, x, y):
+            loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+            updates, opt_state = tx.update(grads, opt_state, params, items=len(x), value=loss)
+            return optax.apply_updates(params, updates), opt_state
+
+    Inside a window the updates are zeros and `tx` does not run: its step count, schedule, decay and clipping happen
+    once a window, on the mean over all items. A window whose mean gradient is inf or NaN makes no update and leaves
+    nothing behind. `update` takes, beside optax's own arguments:
+
+    * `items`, required: what the gradient's loss is the mean of, a number of examples or tokens above zero, or a
+      scalar array (`mask.sum()`), whose value cannot be checked while tracing; 0 in it counts for nothing.
+    * `value`: the micro-batch's mean loss. `tx` is given the window's mean of it as its `value`.
+    * any other extra argument, which reaches `tx` as given with the window's last micro-batch.
+
+    What stands outside `accumulate`, such as a `chain` or `inject_hyperparams` around it, sees every micro-batch.
+
+    Args:
+        tx: any optax gradient transformation, usually the whole optimizer.
+        every: when a window closes. A number of micro-batches; a traceable callable that takes the update's index
+            and returns one (batch-size warm-up); or `bb.items(4096)`.
+        dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
+            and are rounded once, for `tx`. None adds up in the parameters' own dtype.
+        partial: what `flush` does with a window that is not full: "apply" makes the update from what is there,
+            "carry" keeps it open, "drop" forgets it.
+
+    Returns:
+        A transformation whose state is an `AccumulateState`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"tx must be an optax.GradientTransformation. {errors.received('tx', tx)} "
+            "Pass the transformation itself, such as optax.adamw(1e-3)."
+        )
+    tx = optax.with_extra_args_support(tx)
+    every = as_every(every)
+    errors.check_choice("partial", partial, ("apply", "carry", "drop"))
+
+    def init(params: optax.Params) -> AccumulateState:
+        sums = jax.tree.map(lambda p: jnp.zeros_like(p, widened(p.dtype, dtype)), params)
+        return _emptied(sums, jnp.zeros((), jnp.int32), tx.init(params), _update(EMPTY))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        items: Any = None,
+        value: Any = None,
+        flush: bool = False,
+        **extra: Any,
+    ) -> tuple[optax.Updates, AccumulateState]:
+        grads = updates
+        if flush:
+            extra["value"] = state.loss * state.unit / state.items
+            full = (state.micro_batches > 0) & (partial == "apply")
+        else:
+            state = _add(state, grads, as_items(items), value)
+            if value is not None:
+                extra["value"] = state.loss * state.unit / state.items
+            full = _is_full(every, state)
+
+        def apply(mean: Any, state: AccumulateState) -> tuple[Any, Any, jax.Array]:
+            updates, inner = tx.update(mean, state.inner, params, items=state.items, **extra)
+            return updates, inner, state.updates + 1
+
+        def close(state: AccumulateState) -> tuple[Any, AccumulateState]:
+            mean = jax.tree.map(lambda s: s * (state.unit / state.items).astype(s.dtype), state.grads)
+            norm = optax.tree.norm(mean)
+            mean = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads)
+            finite, some = jnp.isfinite(norm), state.items > 0
+            skipped = jnp.where(some, jnp.where(finite, APPLIED, NOT_FINITE), NO_ITEMS)
+            applied, inner, made = lax.cond(finite & some, apply, skip, mean, state)
+            return applied, _emptied(state.grads, made, inner, _update(skipped, state, norm))
+
+        def skip(_: Any, state: AccumulateState) -> tuple[Any, Any, jax.Array]:
+            return zeros(), state.inner, state.updates
+
+        def stay(state: AccumulateState) -> tuple[Any, AccumulateState]:
+            if not flush:
+                return zeros(), state
+            if partial == "carry":
+                held = state._replace(last=_update(_if_any(state, CARRIED), state))
+                return zeros(), held
+            last = _update(_if_any(state, DROPPED), state)
+            return zeros(), _emptied(state.grads, state.updates, state.inner, last)
+
+        def zeros() -> Any:
+            # tx may give its updates another dtype than the gradients have.
+            return optax.tree.zeros_like(jax.eval_shape(apply, grads, state)[0])
+
+        if full is True:  # windows of one need no branch
+            return close(state)
+        return lax.cond(full, close, stay, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def flush(
+    tx: optax.GradientTransformationExtraArgs, state: optax.OptState, params: optax.Params, **extra: Any
+) -> tuple[optax.Updates, Any]:
+    """Ends a window that is not full, as `partial` says: at the end of an epoch, or of the data.
+
+    To be called like `tx.update`, under `jit` too; `state.last` then says what was done.
+
+    Args:
+        tx: `accumulate(…)`, or an optax transformation with one or several inside, such as a `chain`.
+        state: its state.
+        params: the parameters.
+        **extra: further arguments for the inner transformation.
+
+    Returns:
+        `(updates, state)`; the updates are zeros where none was made.
+    """
+    return tx.update(optax.tree.zeros_like(params), state, params, flush=True, **extra)
+
+
+def reset(state: AccumulateState) -> AccumulateState:
+    """The same state with an empty window."""
+    return _emptied(state.grads, state.updates, state.inner, state.last)
+
+
+def has_updated(state: AccumulateState) -> jax.Array:
+    """Whether the last call made an update: a boolean scalar, to be branched on inside `jit`.
+
+    Inside a `chain`, find the state with `optax.tree.get(opt_state, "AccumulateState")`.
+    """
+    return (state.micro_batches == 0) & (state.last.skipped == APPLIED)
+
+
+def _add(state: AccumulateState, grads: Any, items: jax.Array, value: Any) -> AccumulateState:
+    """One micro-batch's part in the sums."""
+    # A masked micro-batch may hold 0 items; the unit may be anything but that.
+    unit = jnp.where(state.micro_batches == 0, jnp.where(items > 0, items, 1), state.unit)
+    weight = items / unit
+
+    def add(s: jax.Array, v: jax.Array) -> jax.Array:
+        part = weight.astype(s.dtype) * v.astype(s.dtype)
+        return s + jnp.where(items == 0, 0, part)  # a mean over no items is 0/0, and 0 × NaN would be NaN
+
+    return state._replace(
+        micro_batches=state.micro_batches + 1,
+        items=state.items + items,
+        unit=unit,
+        loss=add(state.loss, jnp.asarray(jnp.nan if value is None else value)),
+        grads=jax.tree.map(add, state.grads, grads),
+    )
+
+
+def _is_full(every: Every, state: AccumulateState) -> Any:
+    if isinstance(every, Items):
+        return state.items >= every.count
+    if not callable(every):
+        return True if every == 1 else state.micro_batches >= every
+    count = every(state.updates)  # pyright: ignore[reportArgumentType] (a traced integer)
+    if isinstance(count, jax.Array) and jnp.issubdtype(count.dtype, jnp.integer) and count.ndim == 0:
+        return state.micro_batches >= count
+    return state.micro_batches >= errors.check_every(count)
+
+
+def _if_any(state: AccumulateState, code: int) -> jax.Array:
+    return jnp.where(state.micro_batches > 0, code, EMPTY)
+
+
+def _emptied(grads: Any, updates: jax.Array, inner: Any, last: Update) -> AccumulateState:
+    """An empty window. It is assigned zeros: a NaN that is multiplied by zero stays."""
+    return AccumulateState(
+        updates=updates,
+        micro_batches=jnp.zeros((), jnp.int32),
+        items=jnp.zeros((), jnp.result_type(float)),  # arrays of their own each: one array cannot be donated twice
+        unit=jnp.ones((), jnp.result_type(float)),
+        loss=jnp.zeros((), jnp.result_type(float)),
+        grads=optax.tree.zeros_like(grads),
+        inner=inner,
+        last=last,
+    )
+
+
+def _update(skipped: Any, state: AccumulateState | None = None, norm: Any = jnp.nan) -> Update:
+    """What the window came to; without one, nothing yet."""
+    return Update(
+        micro_batches=jnp.zeros((), jnp.int32) if state is None else state.micro_batches,
+        items=jnp.zeros((), jnp.result_type(float)) if state is None else state.items,
+        loss=jnp.full((), jnp.nan, jnp.result_type(float)) if state is None else state.loss * state.unit / state.items,
+        grad_norm=jnp.asarray(norm, jnp.result_type(float)),
+        skipped=jnp.asarray(skipped, jnp.int32),
+    )
