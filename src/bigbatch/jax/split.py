@@ -124,7 +124,9 @@ def value_and_grad(
         sums, carried = state
 
         count = batch.count if several else terms.items.sum()
-        grads = jax.tree.map(lambda s, p: (s / count).astype(jnp.result_type(p)), sums, params)
+        # Times the inverse: XLA fuses a product into the optimizer's passes over the gradients, and a quotient not.
+        factor = 1 / count
+        grads = jax.tree.map(lambda s, p: (s * jnp.asarray(factor, s.dtype)).astype(jnp.result_type(p)), sums, params)
         items = batch.examples() if several else terms.items
         outputs = words.join(kept, rest, carried, lambda word, full, tail: finish(word, full, tail, items, batch))
         return ((terms.means(), outputs) if has_aux else terms.means()), grads
