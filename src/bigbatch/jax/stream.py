@@ -129,21 +129,22 @@ def accumulate(
                 extra["value"] = state.loss * state.unit / state.items
             full = _is_full(every, state)
 
-        def apply(mean: Any, state: AccumulateState) -> tuple[Any, Any, jax.Array]:
+        def apply(state: AccumulateState) -> tuple[Any, Any, jax.Array]:
+            factor = state.unit / state.items
+            mean = jax.tree.map(lambda s, g: (s * factor.astype(s.dtype)).astype(g.dtype), state.grads, grads)
             updates, inner = tx.update(mean, state.inner, params, items=state.items, **extra)
             return updates, inner, state.updates + 1
 
+        def skip(state: AccumulateState) -> tuple[Any, Any, jax.Array]:
+            return zeros(), state.inner, state.updates
+
         def close(state: AccumulateState) -> tuple[Any, AccumulateState]:
-            mean = jax.tree.map(lambda s: s * (state.unit / state.items).astype(s.dtype), state.grads)
-            norm = optax.tree.norm(mean)
-            mean = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads)
+            wide = jax.tree.map(lambda s: s.astype(widened(s.dtype, jnp.float32)), state.grads)
+            norm = optax.tree.norm(wide) * (state.unit / state.items)
             finite, some = jnp.isfinite(norm), state.items > 0
             skipped = jnp.where(some, jnp.where(finite, APPLIED, NOT_FINITE), NO_ITEMS)
-            applied, inner, made = lax.cond(finite & some, apply, skip, mean, state)
+            applied, inner, made = lax.cond(finite & some, apply, skip, state)
             return applied, _emptied(state.grads, made, inner, _update(skipped, state, norm))
-
-        def skip(_: Any, state: AccumulateState) -> tuple[Any, Any, jax.Array]:
-            return zeros(), state.inner, state.updates
 
         def stay(state: AccumulateState) -> tuple[Any, AccumulateState]:
             if not flush:
@@ -156,7 +157,7 @@ def accumulate(
 
         def zeros() -> Any:
             # tx may give its updates another dtype than the gradients have.
-            return optax.tree.zeros_like(jax.eval_shape(apply, grads, state)[0])
+            return optax.tree.zeros_like(jax.eval_shape(apply, state)[0])
 
         if full is True:  # windows of one need no branch
             return close(state)
