@@ -14,8 +14,8 @@ import numpy as np
 
 Way = Literal["micro", "full", "stream", "split"]
 WAYS: dict[Way, str] = {
-    "micro": "micro-batches of 16 alone",
-    "full": "the true batch of 1,024",
+    "micro": "micro-batches of 16",
+    "full": "true batch of 1,024",
     "stream": "64 × 16 by stream",
     "split": "1,024 by split",
 }
@@ -103,6 +103,7 @@ class Result:
 
     @property
     def updates(self) -> int:
+        """How many updates were made."""
         return len(self.losses)
 
     def distance(self, other: "Result") -> float:

@@ -58,6 +58,8 @@ def backward(
         for start in range(0, length, micro_batch):
             stop = min(start + micro_batch, length)
             result = loss_fn(_cut(batch, start, stop))
+            if isinstance(result, tuple) and len(result) != 2:
+                raise errors.not_a_loss(result)
             loss, items = result if isinstance(result, tuple) else (result, None)
             loss = check_loss(loss)
             if items is None:

@@ -33,9 +33,8 @@ def check_items(items: Any) -> float | Tensor:
         return errors.check_items(items)
     if items.numel() != 1 or items.is_complex() or items.dtype == torch.bool:
         errors.check_items(items)  # says what a number is
-    items = items.detach().reshape(())
-    # A sum of bf16 counts would stop at 256.
-    return items.to(torch.promote_types(items.dtype, torch.float32)) if items.is_floating_point() else items
+    # A sum of bf16 counts would stop at 256, and int / int would be float32. Apple's devices have no float64.
+    return items.detach().reshape(()).to(torch.float32 if items.device.type == "mps" else torch.float64)
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
