@@ -255,6 +255,7 @@ class Stream(JaxRun):
 
     def reset(self) -> None:
         self.state["opt"] = bb.reset(self.state["opt"])
+        self.pending = 0
 
     def load(self, saved: Any) -> None:
         super().load(saved)
@@ -266,6 +267,7 @@ class Stream(JaxRun):
 
 class Adapter:
     absent, half = False, "bfloat16"
+    items_unseen = True  # `feed` passes them into a compiled step
     plain = Plain
 
     def __init__(self, door: str, start: type[JaxRun]):
