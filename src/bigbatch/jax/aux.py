@@ -1,14 +1,16 @@
 """What becomes of a loss function's auxiliary outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
 from bigbatch.jax.batch import Batch
+from bigbatch.jax.devices import summed
 from bigbatch.jax.terms import weighted_mean
 
 WORDS = ("mean", "sum", "concatenate")
@@ -46,6 +48,10 @@ class Aux:
         """The arguments that are carried."""
         return tuple(word.argnum for word in self.words if isinstance(word, Carry))
 
+    def specs(self, spread: P) -> Any:
+        """How the outputs lie on devices, where an example's entries are `spread`: `out_specs` for `shard_map`."""
+        return self.tree.unflatten(spread if word == "concatenate" else P() for word in self.words)
+
     def split(self, outputs: Any) -> tuple[list[Any], dict[int, Any]]:
         """One micro-batch's outputs: those to keep, None in place of the others, and those that are carried."""
         try:
@@ -65,25 +71,32 @@ class Aux:
         )
 
 
-def finish(word: str, full: Any, tail: Any, items: jax.Array, batch: Batch) -> Any:
-    """One output of all micro-batches as the window's: `full` is stacked, `tail` the shorter one's or None."""
-    tails = [None] * len(jax.tree.leaves(full)) if tail is None else jax.tree.leaves(tail)
-    leaves, treedef = jax.tree.flatten(full)
-    return treedef.unflatten(_finish(word, f, t, items, batch) for f, t in zip(leaves, tails, strict=True))
+def finish(word: str, parts: Sequence[Any], items: jax.Array, batch: Batch, names: Sequence[str]) -> Any:
+    """One output of all micro-batches as the window's.
 
+    Args:
+        word: what becomes of it.
+        parts: the full micro-batches' outputs, stacked, and the shorter one's or None.
+        items: what the micro-batches count for in a mean.
+        batch: where they come from.
+        names: the axes of the devices that they are spread over.
+    """
 
-def _finish(word: str, full: jax.Array, tail: jax.Array | None, items: jax.Array, batch: Batch) -> jax.Array:
-    if word == "concatenate":
-        if full.shape[1:2] != (batch.size,):
-            raise ValueError(
-                "An auxiliary output to concatenate must have one entry an example along its leading dimension. "
-                f"Received: shape {full.shape[1:]} from a micro-batch of {batch.size}. Say 'mean' or 'sum'."
-            )
-        return batch.gather(full, tail)
-    every = stack(full, tail)
-    if word == "mean":
-        return weighted_mean(every, items)
-    return every.sum(0, dtype=None if every.dtype == bool else every.dtype)
+    def leaf(full: jax.Array, tail: jax.Array | None) -> jax.Array:
+        if word == "concatenate":
+            if full.shape[1:2] != (batch.size,):
+                raise ValueError(
+                    "An auxiliary output to concatenate must have one entry an example along its leading dimension. "
+                    f"Received: shape {full.shape[1:]} from a micro-batch of {batch.size}. Say 'mean' or 'sum'."
+                )
+            return batch.gather(full, tail)
+        every = stack(full, tail)
+        if word == "mean":
+            return weighted_mean(every, items, names)
+        return summed(every.sum(0, dtype=None if every.dtype == bool else every.dtype), names)
+
+    full, tail = parts
+    return jax.tree.map(lambda x: leaf(x, None), full) if tail is None else jax.tree.map(leaf, full, tail)
 
 
 def stack(full: jax.Array, tail: jax.Array | None) -> jax.Array:

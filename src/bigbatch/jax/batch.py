@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
 
@@ -30,7 +32,7 @@ class Batch:
     """
 
     def __init__(self, loss_fn: Callable[..., Any], args: tuple[Any, ...], in_axes: Sequence[Any], micro_batch: int):
-        self.arguments = len(args)
+        self.args = args
         self.tree = jax.tree.structure(args)
         self.leaves = _leaves(loss_fn, args, in_axes)
         lengths = [(leaf.where, leaf.value.shape[leaf.axis]) for leaf in self.leaves if leaf.axis is not None]
@@ -38,15 +40,20 @@ class Batch:
         self.size = min(micro_batch, self.length)  # of a full micro-batch
         self.full, self.rest = divmod(self.length, self.size)
         self.count = self.full + (self.rest > 0)
-        self.dealt = [x if axis is None else self._deal(x, axis) for x, axis, *_ in self.leaves]
+        self._dealt = self._deal()
+
+    @property
+    def axes(self) -> list[int | None]:
+        """For each leaf of the arguments the axis that holds its examples."""
+        return [leaf.axis for leaf in self.leaves]
 
     def check_whole(self, option: str, argnums: Sequence[int]) -> None:
         """Refuses positional arguments that are not there, or that are cut."""
         for k in argnums:
-            if not 0 <= k < self.arguments:
+            if not 0 <= k < len(self.args):
                 raise ValueError(
                     f"{option} must be the number of a positional argument. "
-                    f"Received: {option}={k} for {self.arguments} positional arguments."
+                    f"Received: {option}={k} for {len(self.args)} positional arguments."
                 )
             if any(leaf.argnum == k and leaf.axis is not None for leaf in self.leaves):
                 raise ValueError(
@@ -58,11 +65,17 @@ class Batch:
         """The lengths of the micro-batches."""
         return jnp.asarray([self.size] * self.full + [self.rest] * (self.rest > 0))
 
-    def _deal(self, x: jax.Array, axis: int) -> jax.Array:
-        """(…, examples, …) → (…, size, full, …), without moving anything."""
-        if self.rest:
-            x = lax.slice_in_dim(x, 0, self.size * self.full, axis=axis)
-        return x.reshape(*x.shape[:axis], self.size, self.full, *x.shape[axis + 1 :])
+    def _deal(self) -> list[Any]:
+        """The leaves as (…, size, full, …) where they were (…, examples, …), without moving anything."""
+
+        def deal(x: jax.Array, axis: int) -> jax.Array:
+            if self.rest:
+                x = lax.slice_in_dim(x, 0, self.size * self.full, axis=axis)
+            spec = _spec(x)
+            shape = *x.shape[:axis], self.size, self.full, *x.shape[axis + 1 :]
+            return _reshaped(x, shape, spec and (*spec[: axis + 1], None, *spec[axis + 1 :]))
+
+        return [leaf.value if leaf.axis is None else deal(leaf.value, leaf.axis) for leaf in self.leaves]
 
     def take(self, i: Any) -> tuple[Any, ...]:
         """The arguments of full micro-batch i, where i may be traced."""
@@ -72,7 +85,7 @@ class Batch:
                 return _folded(leaf.value, i) if self.count > 1 else leaf.value
             return lax.dynamic_index_in_dim(dealt, i, leaf.axis + 1, keepdims=False)
 
-        return self.tree.unflatten(map(part, self.leaves, self.dealt))
+        return self.tree.unflatten(map(part, self.leaves, self._dealt))
 
     def tail(self) -> tuple[Any, ...]:
         """The arguments of the shorter micro-batch at the end."""
@@ -86,8 +99,23 @@ class Batch:
 
     def gather(self, full: jax.Array, tail: jax.Array | None) -> jax.Array:
         """(full, size, …) and (rest, …) → (examples, …), in the batch's own order."""
-        joined = full.swapaxes(0, 1).reshape(self.full * self.size, *full.shape[2:])
+        joined = full.swapaxes(0, 1)
+        spec = _spec(joined)
+        shape = self.full * self.size, *full.shape[2:]
+        joined = _reshaped(joined, shape, spec and (spec[0], *spec[2:]))
         return joined if tail is None else jnp.concatenate([joined, tail])
+
+
+def _spec(x: jax.Array) -> tuple[Any, ...] | None:
+    """How an array lies on a mesh with explicit axes, where JAX asks how a reshaped one shall lie; else None."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec if any(part is not None for part in spec) else None
+
+
+def _reshaped(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...] | None) -> jax.Array:
+    if spec is None:
+        return x.reshape(shape)
+    return x.reshape(shape, out_sharding=NamedSharding(jax.typeof(x).sharding.mesh, P(*spec)))
 
 
 def _leaves(loss_fn: Any, args: tuple[Any, ...], in_axes: Sequence[Any]) -> list[Leaf]:

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
 from bigbatch.jax.aux import Aux, finish, stack
 from bigbatch.jax.batch import Batch
+from bigbatch.jax.devices import are_bound, averaged, by_device, spread, summed
 from bigbatch.jax.terms import Terms, as_terms
 from bigbatch.jax.window import widened
 
@@ -25,6 +27,7 @@ def value_and_grad(
     in_axes: Sequence[Any] = (None, 0),
     aux: Any = None,
     dtype: Any = jnp.float32,
+    axis_name: str | Sequence[str] = (),
 ) -> Callable[..., tuple[Any, Any]]:
     """A function of the whole batch's mean loss and its gradient, with one micro-batch in memory at a time.
 
@@ -54,6 +57,10 @@ def value_and_grad(
             after gets it as argument k. One for all, or a nesting of them as the outputs are.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
+        axis_name: the axis or axes that the examples are spread over: of the `shard_map`, `vmap` or `pmap` around the
+            call, where `micro_batch` counts one device's examples; or of the mesh in scope (`jax.set_mesh`), where it
+            counts all devices'. Losses and gradients are the means over all devices' items, reduced once, after
+            the loop. `loss_fn` sees one device's part of a micro-batch.
 
     Returns:
         A function with the arguments of `loss_fn` that returns `(loss, grads)`, or `((loss, aux), grads)`. The loss is
@@ -73,19 +80,21 @@ def value_and_grad(
             "Pass both or neither; aux is 'mean', 'sum', 'concatenate' or carry(k)."
         )
     words = Aux(aux)
-    differentiated = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
-    @functools.wraps(loss_fn)
-    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        batch = Batch(loss_fn, args, in_axes, micro_batch)
-        batch.check_whole("argnums", differentiated)
+    def window(batch: Batch, kwargs: Any) -> tuple[Any, Any]:
+        batch.check_whole("argnums", (argnums,) if isinstance(argnums, int) else argnums)
         batch.check_whole("carry", words.argnums)
+        args = batch.args
         params = args[argnums] if isinstance(argnums, int) else tuple(args[k] for k in argnums)
 
         def run(args: Any, examples: int) -> tuple[Terms, Any]:
             result = loss_fn(*args, **kwargs)
-            value, outputs = result if has_aux else (result, None)
-            return as_terms(value, examples / batch.size), outputs
+            if not has_aux:
+                return as_terms(result, examples / batch.size), None
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise TypeError(f"With has_aux, loss_fn must return (loss, aux). {errors.received('result', result)}")
+            return as_terms(result[0], examples / batch.size), result[1]
 
         def differentiate(args: Any, examples: int, total: Callable[[Terms], Any]) -> tuple[Any, Terms, Any]:
             def scalar(*args: Any) -> tuple[Any, Any]:
@@ -95,13 +104,13 @@ def value_and_grad(
             (_, (terms, outputs)), grads = jax.value_and_grad(scalar, argnums, has_aux=True)(*args)
             return grads, terms, outputs
 
-        if batch.count == 1:
+        if batch.count == 1 and not names:
             grads, terms, outputs = differentiate(batch.take(0), batch.size, _sum)
             loss = jax.tree.map(lambda loss: loss.astype(widened(loss.dtype, jnp.float32)), terms.losses)
             return ((loss, outputs) if has_aux else loss), grads
 
         several = jax.eval_shape(lambda: run(batch.take(0), batch.size)[0]).several
-        total = _shared(batch, run) if several else _sum
+        total = _shared(batch, run, names) if several else _sum
 
         def micro(state: Any, args: Any, examples: int) -> Any:
             sums, carried = state
@@ -123,13 +132,30 @@ def value_and_grad(
             terms = jax.tree.map(stack, terms, last)
         sums, carried = state
 
-        count = batch.count if several else terms.items.sum()
+        sums = summed(sums, names)
+        count = batch.count if several else summed(terms.items.sum(), names)
         # Times the inverse: XLA fuses a product into the optimizer's passes over the gradients, and a quotient not.
         factor = 1 / count
         grads = jax.tree.map(lambda s, p: (s * jnp.asarray(factor, s.dtype)).astype(jnp.result_type(p)), sums, params)
         items = batch.examples() if several else terms.items
-        outputs = words.join(kept, rest, carried, lambda word, full, tail: finish(word, full, tail, items, batch))
-        return ((terms.means(), outputs) if has_aux else terms.means()), grads
+        outputs = words.join(
+            kept, rest, averaged(carried, names), lambda word, *parts: finish(word, parts, items, batch, names)
+        )
+        loss = terms.means(names)
+        return ((loss, outputs) if has_aux else loss), grads
+
+    @functools.wraps(loss_fn)
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        def local(given: Any, micro_batch: int) -> tuple[Any, Any]:
+            args, kwargs = spread(given, names)
+            return window(Batch(loss_fn, args, in_axes, micro_batch), kwargs)
+
+        if are_bound(names):
+            return local((args, kwargs), micro_batch)
+        batch = Batch(loss_fn, args, in_axes, micro_batch)
+        axes = [*batch.axes, *[None] * len(jax.tree.leaves(kwargs))]
+        specs = (P(), words.specs(P(names))) if has_aux else P()
+        return by_device(local, (args, kwargs), axes, names, micro_batch, (specs, P()))
 
     return wrapped
 
@@ -145,7 +171,7 @@ def _sum(terms: Terms) -> Any:
     return sum(terms.losses.values()) if terms.several else terms.losses
 
 
-def _shared(batch: Batch, run: Callable[[Any, int], tuple[Terms, Any]]) -> Callable[[Terms], Any]:
+def _shared(batch: Batch, run: Callable[[Any, int], tuple[Terms, Any]], names: Any) -> Callable[[Terms], Any]:
     """What to differentiate of several terms: each by its share of its own items, which must be known beforehand.
 
     The loss function runs once more for its items. Where these depend on the batch only, the compiler leaves the
@@ -158,7 +184,7 @@ def _shared(batch: Batch, run: Callable[[Any, int], tuple[Terms, Any]]) -> Calla
     counted = lax.map(lambda i: items(batch.take(i), batch.size), jnp.arange(batch.full))
     if batch.rest:
         counted = jax.tree.map(stack, counted, items(batch.tail(), batch.rest))
-    totals = {name: n.sum() for name, n in counted.items()}
+    totals = summed({name: n.sum() for name, n in counted.items()}, names)
 
     def total(terms: Terms) -> Any:
         # Times the count, which the sums are divided by at the end: a share of 1/4096 might underflow in float16.

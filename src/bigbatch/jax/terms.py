@@ -1,12 +1,13 @@
 """What a loss function returns: one mean loss, alone or with its items, or several terms, each with its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bigbatch import errors
+from bigbatch.jax.devices import summed
 from bigbatch.jax.window import as_items
 
 
@@ -21,9 +22,9 @@ class Terms(NamedTuple):
         """Whether there are terms by name."""
         return isinstance(self.losses, dict)
 
-    def means(self) -> Any:
-        """Σ nᵢ·lossᵢ / Σ nᵢ of each term, over stacked micro-batches."""
-        return jax.tree.map(weighted_mean, self.losses, self.items)
+    def means(self, names: Sequence[str]) -> Any:
+        """Σ nᵢ·lossᵢ / Σ nᵢ of each term, over stacked micro-batches and the devices of these axes."""
+        return jax.tree.map(lambda loss, items: weighted_mean(loss, items, names), self.losses, self.items)
 
 
 def as_terms(value: Any, items: float) -> Terms:
@@ -35,11 +36,11 @@ def as_terms(value: Any, items: float) -> Terms:
     return Terms(_loss(loss), as_items(items))
 
 
-def weighted_mean(values: jax.Array, items: jax.Array) -> jax.Array:
-    """Σ nᵢ·vᵢ / Σ nᵢ over the leading axis, in at least float32. What counts for no items may be NaN."""
+def weighted_mean(values: jax.Array, items: jax.Array, names: Sequence[str]) -> jax.Array:
+    """Σ nᵢ·vᵢ / Σ nᵢ over the leading axis and devices, in at least float32. What counts for no items may be NaN."""
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     weight = items.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
-    return jnp.where(weight == 0, 0, weight * values).sum(0) / weight.sum()
+    return summed(jnp.where(weight == 0, 0, weight * values).sum(0), names) / summed(weight.sum(), names)
 
 
 def _pair(name: str, term: Any) -> tuple[jax.Array, jax.Array]:
