@@ -146,6 +146,11 @@ def _broadcast(axes: Any, arg: Any, name: str) -> list[int | None]:
 
 def _leaf(value: Any, axis: Any, where: str, argnum: int) -> Leaf:
     if axis is None:
+        if _is_raw_key(value):
+            raise TypeError(
+                f"A raw PRNG key cannot be told from data, and every micro-batch would draw the same. "
+                f"{errors.received(where, value)} Pass jax.random.key(seed), or jax.random.wrap_key_data of it."
+            )
         return Leaf(value, None, where, argnum)
     if not isinstance(axis, int):
         raise TypeError(f"An entry of in_axes must be an integer or None. {errors.received(where, axis)}")
@@ -154,6 +159,12 @@ def _leaf(value: Any, axis: Any, where: str, argnum: int) -> Leaf:
     if not -value.ndim <= axis < value.ndim:
         raise ValueError(f"in_axes must name an axis of the leaf. {errors.received(where, value)} Its axis is {axis}.")
     return Leaf(jnp.asarray(value), axis % value.ndim, where, argnum)
+
+
+def _is_raw_key(value: Any) -> bool:
+    if not isinstance(value, jax.Array) or value.dtype != jnp.uint32:
+        return False
+    return value.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
 
 
 def _names(loss_fn: Any, count: int) -> list[str]:
