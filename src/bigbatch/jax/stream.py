@@ -45,7 +45,7 @@ class AccumulateState(NamedTuple):
     items: jax.Array  # Σ nᵢ
     unit: jax.Array  # the first micro-batch's items; weights are nᵢ / unit, so equal ones are exactly 1
     loss: jax.Array  # Σ nᵢ·lossᵢ / unit
-    grads: Any  # Σ nᵢ·gᵢ / unit, at least float32
+    grads: Any  # Σ nᵢ·gᵢ / unit, at least float32; left over from the window before where micro_batches is 0
     inner: Any
     last: Update
 
@@ -188,7 +188,7 @@ def flush(
 
 def reset(state: AccumulateState) -> AccumulateState:
     """The same state with an empty window."""
-    return _emptied(state.grads, state.updates, state.inner, state.last)
+    return _emptied(optax.tree.zeros_like(state.grads), state.updates, state.inner, state.last)
 
 
 def has_updated(state: AccumulateState) -> jax.Array:
@@ -207,6 +207,7 @@ def _add(state: AccumulateState, grads: Any, items: jax.Array, value: Any) -> Ac
 
     def add(s: jax.Array, v: jax.Array) -> jax.Array:
         part = weight.astype(s.dtype) * v.astype(s.dtype)
+        s = jnp.where(state.micro_batches == 0, 0, s)  # selected: a NaN that is multiplied by zero stays
         return s + jnp.where(items == 0, 0, part)  # a mean over no items is 0/0, and 0 × NaN would be NaN
 
     return state._replace(
@@ -234,14 +235,17 @@ def _if_any(state: AccumulateState, code: int) -> jax.Array:
 
 
 def _emptied(grads: Any, updates: jax.Array, inner: Any, last: Update) -> AccumulateState:
-    """An empty window. It is assigned zeros: a NaN that is multiplied by zero stays."""
+    """An empty window. The sums stay where they are, for `_add` selects zeros at the first micro-batch.
+
+    Zeros from here would come out of a `cond` in memory of their own, and cost a copy of the sums a micro-batch.
+    """
     return AccumulateState(
         updates=updates,
         micro_batches=jnp.zeros((), jnp.int32),
         items=jnp.zeros((), jnp.result_type(float)),  # arrays of their own each: one array cannot be donated twice
         unit=jnp.ones((), jnp.result_type(float)),
         loss=jnp.zeros((), jnp.result_type(float)),
-        grads=optax.tree.zeros_like(grads),
+        grads=grads,
         inner=inner,
         last=last,
     )
