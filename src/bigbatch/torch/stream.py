@@ -125,7 +125,8 @@ class Accumulator:
         Args:
             loss: the micro-batch's mean loss, a real scalar that requires a gradient.
             items: what the mean is over: a number of examples or tokens above zero, or a tensor of one element on
-                the device (`(labels != -100).sum()`), whose value is then not waited for; 0 in it counts for nothing.
+                the device (`(labels != -100).sum()`), whose value is then not waited for. 0 in it counts for nothing,
+                where the loss has a gradient of zero then, as `cross_entropy` has; a 0/0 of your own has NaN.
 
         Returns:
             The Update if this micro-batch filled the window, else None.
