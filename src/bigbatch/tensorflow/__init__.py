@@ -1,4 +1,4 @@
-"""bigbatch for TensorFlow 2 loops: `value_and_grad` for a batch you hold, `Accumulator` for a stream of micro-batches."""
+"""bigbatch for TensorFlow 2 loops: `value_and_grad` for a batch you hold, `Accumulator` for micro-batches."""
 
 from bigbatch.every import items as items
 from bigbatch.tensorflow.split import value_and_grad as value_and_grad

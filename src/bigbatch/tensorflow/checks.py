@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# Nothing public tells a function that it is traced for jit_compile=True; tests/tensorflow/test_xla.py fails if this moves.
+# Nothing public tells that a graph is traced for jit_compile=True. tests/tensorflow/test_xla.py fails if this moves.
 from tensorflow.python.ops import control_flow_util
 
 from bigbatch import errors

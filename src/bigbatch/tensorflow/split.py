@@ -13,6 +13,7 @@ from bigbatch.tensorflow.sums import Gradient, cast, merged, scaled, widened
 Part = Any
 
 
+@tf.autograph.experimental.do_not_convert  # loss_fn is converted where `_graph` traces it
 def value_and_grad(
     loss_fn: Callable[[Any], Any],
     batch: Any,
@@ -104,7 +105,7 @@ def _part(
     weight = items / unit
     # A loss in half precision would round the weight; then the gradients take it, once they are wide.
     early = loss.dtype.size >= tf.float32.size
-    seed = tf.cast(weight, loss.dtype) if early and not whole else None
+    seed = [tf.cast(weight, loss.dtype)] if early and not whole else None
     late = weight if not early and not whole else None
     gradients = tape.gradient(loss, variables, output_gradients=seed)
     narrow = [widened(v.dtype, dtype) for v in variables]
@@ -116,7 +117,7 @@ def _part(
     )
 
 
-def _weighted(value: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
+def _weighted(value: Gradient, weight: tf.Tensor | None) -> Any:
     return value if weight is None else scaled(value, weight)
 
 
@@ -260,8 +261,8 @@ def _leaves(batch: Any, where: str) -> list[tuple[str, tf.Tensor]]:
     if isinstance(batch, Mapping):
         for key in sorted(batch):
             found += _leaves(batch[key], f"{where}[{key!r}]")
-    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        for key in batch._fields:
+    elif isinstance(batch, tuple) and (fields := getattr(batch, "_fields", None)):
+        for key in fields:
             found += _leaves(getattr(batch, key), f"{where}.{key}")
     elif isinstance(batch, list | tuple):
         for key, child in enumerate(batch):

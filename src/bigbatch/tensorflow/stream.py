@@ -28,7 +28,7 @@ class Update(NamedTuple):
         outcome: 0 where the window is still open, 1 where the update was made; above that none was, see `skipped`.
     """
 
-    index: tf.Tensor  # int64; pyright: ignore[reportIncompatibleMethodOverride]
+    index: tf.Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int64
     micro_batches: tf.Tensor  # int64
     items: tf.Tensor  # float64
     loss: tf.Tensor  # float64
@@ -47,7 +47,7 @@ class Update(NamedTuple):
 
     @property
     def skipped(self) -> str | None:
-        """Why no update was made, or None where it was, or where the window is open. Reading it waits for the device."""
+        """Why no update was made; None where it was, or the window is open. Reading it waits for the device."""
         held = f"{int(self.micro_batches)} micro-batches of a partial window"
         return {
             NOT_FINITE: f"the window is not finite: loss {float(self.loss)}, gradient norm {float(self.grad_norm)}",
@@ -208,6 +208,14 @@ class Accumulator(tf.Module):
         self._micro_batches.assign(0)
 
     def _check_strategy(self) -> None:
+        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        clips = [n for n in ("clipnorm", "global_clipnorm", "clipvalue") if getattr(inner, n, None) is not None]
+        if clips and self._strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                f"{type(inner).__name__} clips each replica's gradient before it adds them up. "
+                f"Received: {clips[0]}={getattr(inner, clips[0])} on {self._strategy.num_replicas_in_sync} replicas. "
+                "Train on one replica, or without clipping."
+            )
         if tf.distribute.has_strategy() and not self._distributed:
             raise ValueError(
                 "The Accumulator was made outside the strategy it is used under. "
@@ -280,7 +288,7 @@ class Accumulator(tf.Module):
         return self._advance(strategy.experimental_local_results(items))
 
     def _advance(self, checked: Iterable[tf.Tensor]) -> Update:
-        """Counts the micro-batch, and closes the window if that fills it. Across replicas: optimizers may merge there."""
+        """Counts the micro-batch, and closes the window if that fills it: across replicas, where a cond may merge."""
         with tf.control_dependencies(checked):
             self._micro_batches.assign_add(1)
         return tf.cond(self._full(), self._close, lambda: self._report(OPEN))
@@ -310,25 +318,17 @@ class Accumulator(tf.Module):
     def _close(self) -> Update:
         """One update from the window's sums; then, whatever happened, an empty window."""
         if self._distributed:
-            strategy = tf.distribute.get_strategy()
-            items, loss, squares = tf.unstack(strategy.reduce("SUM", strategy.run(self._stats), axis=None))
-            factor = 1 / items
-            finite, norm = tf.math.is_finite(squares), tf.constant(math.nan, COUNT)
-            apply: Callable[[], Any] = lambda: strategy.run(self._apply, args=(factor,))
+            items, loss, factor, norm, finite, apply = self._across_replicas()
         else:
-            items, loss, factor = *map(tf.convert_to_tensor, (self._items, self._loss)), self._unit / self._items
+            items, loss, factor = tf.identity(self._items), tf.identity(self._loss), self._unit / self._items
             means = [one.mean(factor) for one in self._sums]
             norm = tf.cast(tf.linalg.global_norm(means), COUNT) if means else tf.zeros((), COUNT)
-            finite = tf.math.is_finite(norm)
-            apply = lambda: self._apply_means(means)
+            finite, apply = tf.math.is_finite(norm), lambda: self._apply_means(means)
         if not self._sums:
             outcome = tf.constant(EMPTY)
-        elif _scales_losses(self.optimizer):
+        elif self.nonfinite == "apply" or _scales_losses(self.optimizer):
             apply()
-            outcome = tf.where(finite, MADE, NOT_FINITE)
-        elif self.nonfinite == "apply":
-            apply()
-            outcome = tf.constant(MADE)
+            outcome = tf.constant(MADE) if self.nonfinite == "apply" else tf.where(finite, MADE, NOT_FINITE)
         else:
             tf.cond(finite, apply, lambda: None)
             outcome = tf.where(finite, MADE, NOT_FINITE)
@@ -338,12 +338,25 @@ class Accumulator(tf.Module):
             self._micro_batches.assign(0)
         return update
 
-    def _apply(self, factor: tf.Tensor) -> None:
-        self._apply_means([one.mean(factor) for one in self._sums])
+    def _across_replicas(self) -> Any:
+        """The same of a strategy's replicas: three numbers are reduced here, the gradient by the optimizer."""
+        strategy = tf.distribute.get_strategy()
+        items, loss, squares = tf.unstack(strategy.reduce("SUM", strategy.run(self._stats), axis=None))
+        # An inf on one replica is made every replica's, for a LossScaleOptimizer that looks at its own.
+        finite = tf.math.is_finite(squares)
+        factor = tf.where(finite, 1 / items, math.nan)
+
+        def apply_here() -> None:
+            self._apply_means([one.mean(factor) for one in self._sums])
+
+        norm = tf.constant(math.nan, COUNT)
+        return items, loss, factor, norm, finite, lambda: strategy.run(apply_here)
 
     def _apply_means(self, means: list[Gradient]) -> None:
         variables = self._host.variables
-        self.optimizer.apply_gradients([(cast(g, tf.as_dtype(v.dtype)), v) for g, v in zip(means, variables)])
+        self.optimizer.apply_gradients(
+            [(cast(g, tf.as_dtype(v.dtype)), v) for g, v in zip(means, variables, strict=True)]
+        )
 
     def _stats(self) -> tf.Tensor:
         """One replica's [items, loss, Σ|sum|²]: the last one only to see whether all is finite."""

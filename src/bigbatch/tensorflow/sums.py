@@ -20,14 +20,14 @@ def widened(dtype: Any, narrowest: Any) -> tf.DType:
     return dtype if narrowest is None or dtype.size >= tf.as_dtype(narrowest).size else tf.as_dtype(narrowest)
 
 
-def cast(gradient: Gradient, dtype: tf.DType) -> Gradient:
+def cast(gradient: Gradient, dtype: tf.DType) -> Any:
     """The gradient in another dtype, sparse if it was."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
     return tf.cast(gradient, dtype)
 
 
-def scaled(gradient: Gradient, factor: tf.Tensor) -> Gradient:
+def scaled(gradient: Gradient, factor: tf.Tensor) -> Any:
     """The gradient times a scalar of any dtype, sparse if it was."""
     factor = tf.cast(factor, gradient.dtype)
     if isinstance(gradient, tf.IndexedSlices):
@@ -74,7 +74,7 @@ class SparseSum(tf.Module):
         row = shape[1:]
         self.indices = tf.Variable(tf.zeros([0], tf.int64), shape=[None], **LOCAL)
         self.values = tf.Variable(tf.zeros([0, *row], dtype), shape=[None, *row], **LOCAL)
-        self._shape = shape
+        self._shape: Any = shape
 
     def clear(self) -> None:
         self.indices.assign(self.indices[:0])
@@ -92,4 +92,4 @@ class SparseSum(tf.Module):
 
     def mean(self, factor: tf.Tensor) -> Gradient:
         values, rows = tf.convert_to_tensor(self.values), tf.convert_to_tensor(self.indices)
-        return scaled(tf.IndexedSlices(values, rows, tf.constant(tuple(self._shape), tf.int64)), factor)
+        return scaled(tf.IndexedSlices(values, rows, tf.constant(self._shape.as_list(), tf.int64)), factor)
