@@ -226,7 +226,7 @@ def _finished(gradient: Part, factor: tf.Tensor, variable: Any) -> Gradient | No
     return cast(scaled(gradient, factor), tf.as_dtype(variable.dtype))
 
 
-def _length(batch: Any) -> int | tf.Tensor:
+def _length(batch: Any) -> Any:
     """The leading dimension: a number where the graph knows it, else a tensor that is checked when the graph runs."""
     leaves = _leaves(batch, "batch")
     for where, leaf in leaves:
