@@ -16,6 +16,12 @@ import bigbatch.tensorflow as bb
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
 
+# Two CPUs for the tests of tf.distribute: it has to be said before TensorFlow runs anything.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+CPUS = ["CPU:0", "CPU:1"]
+
 DTYPES = {"float64": tf.float64, "float32": tf.float32, "half": tf.bfloat16}
 
 
