@@ -234,6 +234,7 @@ class Split(TensorFlowRun):
 
 class Adapter:
     absent, half = True, "bfloat16"
+    refusal = tf.errors.InvalidArgumentError
     plain = Plain
 
     def __init__(self, door: str, start: type[TensorFlowRun]):
