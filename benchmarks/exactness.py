@@ -4,21 +4,15 @@ python benchmarks/exactness.py [--write]
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-# Beside this file stand others with the names of frameworks.
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
+import torch
+import torch.nn.functional as F
+from interleaved import circumstances
+from torch import nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-
-from bigbatch.demo import Job, Result  # noqa: E402
-from bigbatch.demo.torch import layers, network, train  # noqa: E402
-
-sys.path.append(str(Path(__file__).parent))
-from interleaved import circumstances  # noqa: E402
+from bigbatch.demo import Job, Result
+from bigbatch.demo.torch import layers, network, train
 
 N = 64
 

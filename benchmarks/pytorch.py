@@ -1,27 +1,21 @@
 """PyTorch: one window of an MLP, ours against the loop an expert writes, accelerate, and the floor.
 
-    python benchmarks/torch.py [--repetitions 200]
+    python benchmarks/pytorch.py [--repetitions 200]
 
 The floor is N forwards and backwards and one update, each gradient thrown away before the next comes: no way of
 accumulating can be faster without a faster backward.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-# This file has the name of the framework it measures.
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from interleaved import circumstances, measure, ratio, table
+from torch import nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from torch import nn  # noqa: E402
-
-import bigbatch.torch as bb  # noqa: E402
-
-sys.path.append(str(Path(__file__).parent))
-from interleaved import circumstances, measure, ratio, table  # noqa: E402
+import bigbatch.torch as bb
 
 N, SIZE = 16, 16
 
@@ -113,7 +107,7 @@ def contenders():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=200)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/torch.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/pytorch.md")
     options = parser.parse_args()
     timings = measure(contenders(), options.repetitions)
     shown = table(timings, ["hand-written", "floor"])
@@ -128,7 +122,7 @@ def main():
             f"one round. {options.repetitions} rounds.\n\n{shown}\n\n"
             "*Guarded* is the hand-written loop with what our update also does: the window's loss and the gradient's "
             f"norm, seen by the host before the step.\n\n{circumstances('torch', 'accelerate')}.\n\n"
-            f"    python benchmarks/torch.py --repetitions {options.repetitions} --write\n"
+            f"    python benchmarks/pytorch.py --repetitions {options.repetitions} --write\n"
         )
 
 
