@@ -55,6 +55,7 @@ def backward(
     length = errors.check_lengths([(where, len(leaf)) for where, leaf in _leaves(batch, "batch")])
     window = Window(planned=-(-length // micro_batch))
     before: dict[Tensor, Tensor | None] = {}
+    loss_dtype = torch.float32
     try:
         for start in range(0, length, micro_batch):
             stop = min(start + micro_batch, length)
@@ -74,6 +75,7 @@ def backward(
             if window.dtype is None and dtype is not None and is_wide(new, dtype):
                 window.widen(before, dtype)
             window.backward(loss, check_items(items), parameters)
+            loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
         _, mean, factor = window.close()
         if math.isnan(mean):
             raise errors.loss_not_finite(mean, f"{window.micro_batches} micro-batches")
@@ -84,8 +86,7 @@ def backward(
         raise
     for p, grad in before.items():
         _add(p, grad, window.sums.get(p, p.grad))
-    last = window.losses[-1]
-    return last.new_full((), mean, dtype=torch.promote_types(last.dtype, torch.float32))
+    return window.loss.new_full((), mean, dtype=loss_dtype)
 
 
 @torch.no_grad()

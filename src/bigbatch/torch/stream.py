@@ -125,7 +125,8 @@ class Accumulator:
         Args:
             loss: the micro-batch's mean loss, a real scalar that requires a gradient.
             items: what the mean is over: a number of examples or tokens above zero, or a tensor of one element on
-                the device (`(labels != -100).sum()`), whose value is then not waited for; 0 in it counts for nothing.
+                the device (`(labels != -100).sum()`), whose value is then not waited for. 0 in it counts for nothing,
+                where the loss has a gradient of zero then, as `cross_entropy` has; a 0/0 of your own has NaN.
 
         Returns:
             The Update if this micro-batch filled the window, else None.
@@ -150,7 +151,7 @@ class Accumulator:
             window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler)
             self._window = window
             plan = self._plan
-            full = sum(window.items) >= plan.count if isinstance(plan, Items) else window.micro_batches >= plan
+            full = window.items >= plan.count if isinstance(plan, Items) else window.micro_batches >= plan
             return self._close(window) if full else None
         except BaseException:
             self.reset()
@@ -193,9 +194,10 @@ class Accumulator:
         }
         if (window := self._window) is not None:
             state["window"] = {
-                "items": list(window.items),
-                "losses": list(window.losses),
+                "micro_batches": window.micro_batches,
+                "items": window.items,
                 "unit": window.unit,
+                "loss": window.loss,
                 "gradients": {
                     i: grad for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
                 },
@@ -225,7 +227,8 @@ class Accumulator:
         if saved is None:
             return
         window = self._open()
-        window.items, window.losses, window.unit = list(saved["items"]), list(saved["losses"]), saved["unit"]
+        window.micro_batches, window.items, window.unit = saved["micro_batches"], saved["items"], saved["unit"]
+        window.loss = saved["loss"].clone()
         for i, grad in saved["gradients"].items():
             p = parameters[i]
             if window.dtype is None:

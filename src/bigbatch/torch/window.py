@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bigbatch import errors, law
+from bigbatch import errors
 
 
 def check_loss(loss: Any) -> Tensor:
@@ -60,14 +60,10 @@ class Window:
         self.planned = planned
         self.unit = unit
         self.dtype = dtype
-        self.items: list[float | Tensor] = []
-        self.losses: list[Tensor] = []
+        self.micro_batches = 0
+        self.items: float | Tensor = 0.0
+        self.loss = torch.zeros(())
         self.sums: dict[Tensor, Tensor] = {}
-
-    @property
-    def micro_batches(self) -> int:
-        """How many were taken in so far."""
-        return len(self.losses)
 
     def backward(self, loss: Tensor, items: float | Tensor, parameters: Iterable[Tensor], scaler: Any = None) -> None:
         """Differentiates one micro-batch's mean loss and adds the gradients. Never waits for the device."""
@@ -77,6 +73,8 @@ class Window:
             self.unit = first * self.planned
         weight = items / self.unit
         mean = loss.detach()
+        if self.micro_batches == 0:
+            self.loss = mean.new_zeros((), dtype=_exact(mean.device))
         if scaler is not None:
             loss = scaler.scale(loss)
         if self.dtype is not None:
@@ -87,8 +85,16 @@ class Window:
         else:
             # new_full is a kernel on the device; torch.tensor(weight, device=…) would be a copy the host waits for.
             loss.backward(gradient=loss.new_full((), weight))
-        self.items.append(items)
-        self.losses.append(mean)
+
+        # In place: a small tensor kept from every micro-batch would lie between the large ones that come and go, and
+        # the allocator would have to reach for fresh pages.
+        if isinstance(weight, Tensor):
+            # A mean over no items is 0/0, and counts for nothing; 0 × NaN would not.
+            self.loss.add_(torch.where(weight == 0, 0, mean * weight).to(self.loss.device))
+        else:
+            self.loss.add_(mean, alpha=weight)
+        self.items = self.items + items
+        self.micro_batches += 1
 
     def widen(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
         """From here on in wide accumulators, which start from what `.grad` holds."""
@@ -128,14 +134,9 @@ class Window:
 
     def close(self) -> "Sums":
         """What the window holds and what turns its sums into means. Here the host waits for the device."""
-        n = self.micro_batches
-        numbers = _numbers([*self.losses, *self.items, self.unit])
-        losses, items, unit = numbers[:n], numbers[n:-1], numbers[-1]
-        total = sum(items)
-        # A mean over no items is 0/0, and counts for nothing; 0 × NaN would not.
-        counted = [(loss, n) for loss, n in zip(losses, items, strict=True) if n != 0]
-        loss = law.mean(*zip(*counted, strict=True)) if total else math.nan
-        return Sums(total, loss, factor=unit / total if total else math.nan)
+        loss, items, unit = _numbers([self.loss, self.items, self.unit])
+        factor = unit / items if items else math.nan
+        return Sums(items, loss * factor, factor)
 
 
 class Sums(NamedTuple):
