@@ -183,3 +183,11 @@ def test_a_strategy_of_one_replica(data):
         run.feed(list(parts))
     first = [(x,) for x, _ in data]
     np.testing.assert_allclose(run.w, by_hand(OPTIMIZERS["momentum"], [first])[0], rtol=1e-12)
+
+
+def test_outside_a_function(strategy, data):
+    run = Training(strategy, OPTIMIZERS["momentum"], every=4)
+    for parts in data:
+        update = strategy.run(run.replica_step, args=(list(parts),))
+    assert bool(update.made)
+    np.testing.assert_allclose(run.w, by_hand(OPTIMIZERS["momentum"], [data])[0], rtol=1e-12)

@@ -182,7 +182,7 @@ class Accumulator(tf.Module):
         gradients = [g for g, _ in pairs]
         if tf.executing_eagerly() and not self._distributed:
             return self._host.take(gradients, places, items, loss)
-        self._host.traced = not tf.executing_eagerly()
+        self._host.traced |= not tf.executing_eagerly()
         return self._take(gradients, places, items, loss)
 
     def flush(self) -> Update | None:
