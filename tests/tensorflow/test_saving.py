@@ -68,6 +68,16 @@ def test_flushing_a_restored_window_needs_its_variables(tmp_path):
     with pytest.raises(ValueError, match=r"The window was restored, but its sums wait"):
         run.acc.flush()
     assert int(run.acc.pending) == 2
+    wanted, _ = straight(2)
+    wanted.acc.flush()
+    whole, after = straight(2)[0], Training()
+    path = tf.train.Checkpoint(run=whole).write(str(tmp_path / "whole"))
+    status = tf.train.Checkpoint(run=after).read(path)
+    after.acc.build([after.w], sparse=[after.table])
+    assert bool(after.acc.flush().made)
+    status.assert_consumed()
+    np.testing.assert_array_equal(after.w, wanted.w)
+    np.testing.assert_array_equal(after.table, wanted.table)
 
 
 def test_a_saved_model_goes_on_inside_a_window(tmp_path):

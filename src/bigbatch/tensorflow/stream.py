@@ -142,15 +142,20 @@ class Accumulator(tf.Module):
         """How many updates have been made, and so the index of the next, an int64 scalar."""
         return tf.convert_to_tensor(self._index)
 
-    def build(self, variables: Iterable[Any]) -> None:
-        """Makes dense sums for these variables, and the optimizer's own state, before the first call makes them.
+    def build(self, variables: Iterable[Any], sparse: Iterable[Any] = ()) -> None:
+        """Makes the sums for these variables, and the optimizer's own state, before the first call makes them.
 
-        Needed where a variable's gradient is missing in the first micro-batch that is traced and not in others.
-        A variable that is built and gets no gradient counts as having had a gradient of zero.
+        Needed to `flush` a window that was restored before anything was fed, and where a variable's gradient is
+        missing in the first micro-batch that is traced and not in others. A variable that is built and gets no
+        gradient counts as having had a gradient of zero.
+
+        Args:
+            variables: those that will get dense gradients.
+            sparse: those that will get `tf.IndexedSlices`, such as embeddings.
         """
-        variables = list(variables)
-        self._build_optimizer(variables)
-        self._grow([(None, v) for v in variables])
+        kinds = [(v, False) for v in variables] + [(v, True) for v in sparse]
+        self._build_optimizer([v for v, _ in kinds])
+        self._grow(kinds)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], *, items: Any, loss: Any = None) -> Update:
         """Takes one micro-batch in, and makes the update if that fills the window.
@@ -177,7 +182,7 @@ class Accumulator(tf.Module):
         self._check_strategy()
         self._build_optimizer([v for _, v in pairs])
         pairs = [(g, v) for g, v in pairs if g is not None]
-        self._grow(pairs)
+        self._grow([(v, isinstance(g, tf.IndexedSlices)) for g, v in pairs])
         places = tuple(self._host.places[id(v)] for _, v in pairs)
         gradients = [g for g, _ in pairs]
         if tf.executing_eagerly() and not self._distributed:
@@ -199,7 +204,7 @@ class Accumulator(tf.Module):
         if not self._sums:
             raise ValueError(
                 "The window was restored, but its sums wait for the variables that they belong to. "
-                "Call build(variables) or apply_gradients before flush."
+                "Call build(variables) before flush."
             )
         return self._host.flush()
 
@@ -228,24 +233,23 @@ class Accumulator(tf.Module):
             return
         self._lifted(lambda: self.optimizer.build(variables))
 
-    def _grow(self, pairs: list[tuple[Gradient | None, Any]]) -> None:
-        """Makes sums for the variables that have none yet."""
-        new = [(g, v) for g, v in pairs if id(v) not in self._host.places]
+    def _grow(self, kinds: list[tuple[Any, bool]]) -> None:
+        """Makes sums for the variables that have none yet; with each comes whether its gradient is sparse."""
+        new = [(v, sparse) for v, sparse in kinds if id(v) not in self._host.places]
         if not new:
             return
         if self._host.traced:
             raise ValueError(
-                f"{new[0][1].name} had no gradient when apply_gradients was first traced, and has one now. "
+                f"{new[0][0].name} had no gradient when apply_gradients was first traced, and has one now. "
                 "Graphs traced before would leave it out. Call build(variables) before the first apply_gradients."
             )
         dense = self._distributed or under_xla()
 
         def make() -> None:
-            for gradient, v in new:
-                sparse = isinstance(gradient, tf.IndexedSlices) and not dense
-                place = contextlib.nullcontext() if self._distributed else tf.device(v.handle.device)
-                with place:
-                    one = (SparseSum if sparse else DenseSum)(tf.TensorShape(v.shape), widened(v.dtype, self.dtype))
+            for v, sparse in new:
+                kind = SparseSum if sparse and not dense else DenseSum
+                with contextlib.nullcontext() if self._distributed else tf.device(v.handle.device):
+                    one = kind(tf.TensorShape(v.shape), widened(v.dtype, self.dtype))
                 self._host.places[id(v)] = len(self._sums)
                 self._host.variables.append(v)
                 self._sums.append(one)

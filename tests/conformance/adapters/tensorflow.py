@@ -185,6 +185,7 @@ class Stream(TensorFlowRun):
 
     def load(self, saved: Path) -> None:
         super().load(saved)
+        self.acc.build(self.variables)  # a flush may come before anything is fed
         self.fed = self.pending
 
     @property
