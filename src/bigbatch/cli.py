@@ -9,7 +9,7 @@ from pathlib import Path
 import bigbatch
 
 # What a demo imports, in the order in which one is looked for.
-FRAMEWORKS = {"torch": "torch", "jax": "optax"}
+FRAMEWORKS = {"torch": "torch", "jax": "optax", "tensorflow": "tensorflow"}
 
 
 def main(arguments: list[str] | None = None) -> int:

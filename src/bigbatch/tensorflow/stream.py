@@ -1,0 +1,414 @@
+"""The stream door: your loader yields micro-batches, and bigbatch stands where TensorFlow applies a gradient."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import tensorflow as tf
+
+from bigbatch import errors
+from bigbatch.every import Every, Items, as_every
+from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
+from bigbatch.tensorflow.sums import LOCAL, DenseSum, Gradient, SparseSum, cast, widened
+
+OPEN, MADE, NOT_FINITE, EMPTY, CARRIED, DROPPED = range(6)
+
+
+class Update(NamedTuple):
+    """What one call came to. Scalar tensors, so that a `tf.function` can return it, with `jit_compile` too.
+
+    Attributes:
+        index: the update's index, from 0; a skipped window leaves it for the next.
+        micro_batches: how many micro-batches the window holds.
+        items: the examples or tokens that they count for.
+        loss: the window's mean loss over items; NaN unless every micro-batch gave its `loss`.
+        grad_norm: the 2-norm of the window's mean gradient, NaN inside a window. Also NaN under a `tf.distribute`
+            strategy, where only the optimizer sees the gradient of all replicas.
+        outcome: 0 where the window is still open, 1 where the update was made; above that none was, see `skipped`.
+    """
+
+    index: tf.Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int64
+    micro_batches: tf.Tensor  # int64
+    items: tf.Tensor  # float64
+    loss: tf.Tensor  # float64
+    grad_norm: tf.Tensor  # float64
+    outcome: tf.Tensor  # int32
+
+    @property
+    def closed(self) -> tf.Tensor:
+        """Whether this call ended a window."""
+        return tf.not_equal(self.outcome, OPEN)
+
+    @property
+    def made(self) -> tf.Tensor:
+        """Whether this call made an update."""
+        return tf.equal(self.outcome, MADE)
+
+    @property
+    def skipped(self) -> str | None:
+        """Why no update was made; None where it was, or the window is open. Reading it waits for the device."""
+        held = f"{int(self.micro_batches)} micro-batches of a partial window"
+        return {
+            NOT_FINITE: f"the window is not finite: loss {float(self.loss)}, gradient norm {float(self.grad_norm)}",
+            EMPTY: "no variable got a gradient",
+            CARRIED: f"carried: {held} wait for more",
+            DROPPED: f"dropped: {held}",
+        }.get(int(self.outcome))
+
+
+class Accumulator(tf.Module):
+    """Makes one update of `optimizer` from the gradients of many micro-batches.
+
+    It takes the optimizer's place in a training step, inside a `tf.function` or outside::
+
+        acc = bb.Accumulator(optimizer, every=64)
+
+        @tf.function
+        def train_step(x, y):
+            with tf.GradientTape() as tape:
+                loss = loss_fn(y, model(x, training=True))
+            grads = tape.gradient(loss, model.trainable_variables)
+            return acc.apply_gradients(zip(grads, model.trainable_variables), items=tf.shape(x)[0], loss=loss)
+
+        for x, y in dataset:
+            update = train_step(x, y)
+        acc.flush()
+
+    The update is the big batch's: the mean over all items, and clipping, weight decay, schedule and EMA, which are
+    the optimizer's own, once. Its state is `tf.Variable`s, made at the first call: `tf.train.Checkpoint(acc=acc, …)`
+    and SavedModel keep it, inside a window too.
+
+    Under a `tf.distribute` strategy, make it inside `strategy.scope()` and call `apply_gradients` in `strategy.run`.
+    The mean is over the items of all replicas, which may be unequal. The optimizer must sum gradients over replicas,
+    as Keras's do; it does so once a window.
+
+    Args:
+        optimizer: a Keras optimizer, or anything with `apply_gradients`.
+        every: when a window closes. A number of micro-batches; a callable that takes the update's index, an int64
+            scalar tensor, and returns one (batch-size warm-up); or `bb.items(4096)`. Replicas run side by side: each
+            call of `strategy.run` is one micro-batch.
+        dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 variables add up in float32
+            and are rounded once, for the optimizer. None adds up in the variables' own dtype.
+        partial: what `flush` does with a window that is not full: "apply" makes the update from what is there,
+            "carry" keeps it open, "drop" forgets it.
+        nonfinite: what becomes of a window whose gradient is inf or NaN: "skip" makes no update, "apply" applies it.
+            A `LossScaleOptimizer` is always shown it, for it lowers its scale and skips the update itself.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        every: Every,
+        *,
+        dtype: Any = tf.float32,
+        partial: Literal["apply", "carry", "drop"] = "apply",
+        nonfinite: Literal["skip", "apply"] = "skip",
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        if not callable(getattr(optimizer, "apply_gradients", None)):
+            raise TypeError(
+                f"optimizer must have an apply_gradients method. {errors.received('optimizer', optimizer)} "
+                "Pass the optimizer itself, such as tf.keras.optimizers.AdamW(1e-3)."
+            )
+        self.optimizer = optimizer
+        self.every = as_every(every)
+        self.dtype = dtype
+        self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
+        self.nonfinite = errors.check_choice("nonfinite", nonfinite, ("skip", "apply"))
+        self._distributed = tf.distribute.has_strategy()
+        self._strategy = tf.distribute.get_strategy()
+        once = {"trainable": False, "aggregation": tf.VariableAggregation.ONLY_FIRST_REPLICA}
+        self._index = tf.Variable(tf.zeros((), tf.int64), **once)
+        self._micro_batches = tf.Variable(tf.zeros((), tf.int64), **once)
+        self._unit = tf.Variable(tf.ones((), COUNT), trainable=False)
+        self._items = tf.Variable(tf.zeros((), COUNT), **LOCAL)
+        self._loss = tf.Variable(tf.zeros((), COUNT), **LOCAL)
+        self._sums = []
+        self._host = _Host()
+        self._trace_again()
+
+    @property
+    def pending(self) -> tf.Tensor:
+        """How many micro-batches the open window holds, an int64 scalar."""
+        return tf.convert_to_tensor(self._micro_batches)
+
+    @property
+    def index(self) -> tf.Tensor:
+        """How many updates have been made, and so the index of the next, an int64 scalar."""
+        return tf.convert_to_tensor(self._index)
+
+    def build(self, variables: Iterable[Any], sparse: Iterable[Any] = ()) -> None:
+        """Makes the sums for these variables, and the optimizer's own state, before the first call makes them.
+
+        Needed to `flush` a window that was restored before anything was fed, and where a variable's gradient is
+        missing in the first micro-batch that is traced and not in others. A variable that is built and gets no
+        gradient counts as having had a gradient of zero.
+
+        Args:
+            variables: those that will get dense gradients.
+            sparse: those that will get `tf.IndexedSlices`, such as embeddings.
+        """
+        kinds = [(v, False) for v in variables] + [(v, True) for v in sparse]
+        self._build_optimizer([v for v, _ in kinds])
+        self._grow(kinds)
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], *, items: Any, loss: Any = None) -> Update:
+        """Takes one micro-batch in, and makes the update if that fills the window.
+
+        Args:
+            grads_and_vars: pairs of a micro-batch's mean gradient and its variable, as for the optimizer. A gradient
+                that is None counts as zero, unless it is None in every micro-batch: then the optimizer never sees it.
+            items: what the mean is over: a number of examples or tokens above zero, or a tensor of one element.
+            loss: the micro-batch's mean loss, if the window's is wanted.
+
+        Returns:
+            An Update; its `closed` says whether this micro-batch filled the window.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described.
+            tf.errors.InvalidArgumentError: a tensor of `items` is not above zero and finite; the window and all
+                variables are as they were. XLA makes no such check; a window without items is skipped there.
+
+        Outside a `tf.function` this runs in one of its own, traced once. The host never waits for the device.
+        """
+        pairs = list(grads_and_vars)
+        items = as_items(items)
+        loss = None if loss is None else check_loss(loss)
+        self._check_strategy()
+        self._build_optimizer([v for _, v in pairs])
+        pairs = [(g, v) for g, v in pairs if g is not None]
+        self._grow([(v, isinstance(g, tf.IndexedSlices)) for g, v in pairs])
+        places = tuple(self._host.places[id(v)] for _, v in pairs)
+        gradients = [g for g, _ in pairs]
+        if tf.executing_eagerly() and not self._distributed:
+            return self._host.take(gradients, places, items, loss)
+        self._host.traced |= not tf.executing_eagerly()
+        return self._take(gradients, places, items, loss)
+
+    def flush(self) -> Update | None:
+        """Ends a window that is not full, as `partial` says: at the end of an epoch, or of the data.
+
+        Returns:
+            None where nothing was pending; inside a `tf.function`, an Update of no micro-batches. Otherwise the
+            Update; with `partial` "carry" or "drop", one that was skipped and says so.
+        """
+        if not tf.executing_eagerly():
+            return self._flush()
+        if int(self.pending) == 0:
+            return None
+        if not self._sums:
+            raise ValueError(
+                "The window was restored, but its sums wait for the variables that they belong to. "
+                "Call build(variables) before flush."
+            )
+        return self._host.flush()
+
+    def reset(self) -> None:
+        """Forgets the open window. Its sums are set to zero when the next one opens."""
+        self._micro_batches.assign(0)
+
+    def _check_strategy(self) -> None:
+        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        clips = [n for n in ("clipnorm", "global_clipnorm", "clipvalue") if getattr(inner, n, None) is not None]
+        if clips and self._strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                f"{type(inner).__name__} clips each replica's gradient before it adds them up. "
+                f"Received: {clips[0]}={getattr(inner, clips[0])} on {self._strategy.num_replicas_in_sync} replicas. "
+                "Train on one replica, or without clipping."
+            )
+        if tf.distribute.has_strategy() and not self._distributed:
+            raise ValueError(
+                "The Accumulator was made outside the strategy it is used under. "
+                f"Received: {type(tf.distribute.get_strategy()).__name__}. Make it inside strategy.scope()."
+            )
+
+    def _build_optimizer(self, variables: list[Any]) -> None:
+        """Keras optimizers make their slots here: inside the conditional would be too late."""
+        if getattr(self.optimizer, "built", True):
+            return
+        self._lifted(lambda: self.optimizer.build(variables))
+
+    def _grow(self, kinds: list[tuple[Any, bool]]) -> None:
+        """Makes sums for the variables that have none yet; with each comes whether its gradient is sparse."""
+        new = [(v, sparse) for v, sparse in kinds if id(v) not in self._host.places]
+        if not new:
+            return
+        if self._host.traced:
+            raise ValueError(
+                f"{new[0][0].name} had no gradient when apply_gradients was first traced, and has one now. "
+                "Graphs traced before would leave it out. Call build(variables) before the first apply_gradients."
+            )
+        dense = self._distributed or under_xla()
+
+        def make() -> None:
+            for v, sparse in new:
+                kind = SparseSum if sparse and not dense else DenseSum
+                with contextlib.nullcontext() if self._distributed else tf.device(v.handle.device):
+                    one = kind(tf.TensorShape(v.shape), widened(v.dtype, self.dtype))
+                self._host.places[id(v)] = len(self._sums)
+                self._host.variables.append(v)
+                self._sums.append(one)
+            self._trace_again()
+
+        self._lifted(make)
+
+    def _lifted(self, make: Callable[[], None]) -> None:
+        """Makes variables outside the graph that is being traced, and across replicas."""
+
+        def lifted(strategy: tf.distribute.Strategy | None = None) -> None:
+            with tf.init_scope(), strategy.scope() if strategy else contextlib.nullcontext():
+                make()
+
+        if self._distributed and not tf.distribute.in_cross_replica_context():
+            tf.distribute.get_replica_context().merge_call(lifted)
+        else:
+            lifted()
+
+    def _take(self, gradients: list[Gradient], places: tuple[int, ...], items: tf.Tensor, loss: Any) -> Update:
+        items = checked(items)
+        with tf.control_dependencies([items]):
+            first = tf.equal(self._micro_batches, 0)
+            tf.cond(first, self._clear, lambda: None)
+        if self._distributed:
+            unit = tf.ones((), COUNT)  # the replicas' sums are added up, so all have the same
+        else:
+            unit = tf.where(first, items, self._unit)
+            self._unit.assign(unit)
+        weight = items / unit
+        for gradient, place in zip(gradients, places, strict=True):
+            self._sums[place].add(gradient, weight)
+        self._items.assign_add(items)
+        self._loss.assign_add(weight * (math.nan if loss is None else tf.cast(tf.reshape(loss, ()), COUNT)))
+        if self._distributed:
+            return tf.distribute.get_replica_context().merge_call(self._advance_all, args=(items,))
+        return self._advance([items])
+
+    def _advance_all(self, strategy: tf.distribute.Strategy, items: Any) -> Update:
+        return self._advance(strategy.experimental_local_results(items))
+
+    def _advance(self, checked: Iterable[tf.Tensor]) -> Update:
+        """Counts the micro-batch, and closes the window if that fills it: across replicas, where a cond may merge."""
+        with tf.control_dependencies(checked):
+            self._micro_batches.assign_add(1)
+        return tf.cond(self._full(), self._close, lambda: self._report(OPEN))
+
+    def _clear(self) -> None:
+        """Zeros are assigned when a window opens: whatever stood there, a NaN or an old checkpoint's, is gone."""
+        for one in self._sums:
+            one.clear()
+        self._items.assign(0)
+        self._loss.assign(0)
+
+    def _full(self) -> tf.Tensor:
+        if isinstance(self.every, Items):
+            return tf.convert_to_tensor(self._items) >= tf.constant(self.every.count, COUNT)
+        if not callable(self.every):
+            return self._micro_batches >= self.every
+        planned = tf.function(self.every)(self.index)
+        if not tf.is_tensor(planned) or not planned.dtype.is_integer:
+            errors.check_every(planned)  # says what it may be
+        enough = require(
+            planned > 0,
+            lambda: words(lambda: errors.check_every(-1), {"-1": planned, "(int)": f"({planned.dtype.name})"}),
+        )
+        with tf.control_dependencies([enough]):
+            return self._micro_batches >= tf.cast(planned, tf.int64)
+
+    def _close(self) -> Update:
+        """One update from the window's sums; then, whatever happened, an empty window."""
+        if self._distributed:
+            items, loss, factor, norm, finite, apply = self._across_replicas()
+        else:
+            items, loss, factor = tf.identity(self._items), tf.identity(self._loss), self._unit / self._items
+            means = [one.mean(factor) for one in self._sums]
+            norm = tf.cast(tf.linalg.global_norm(means), COUNT) if means else tf.zeros((), COUNT)
+            finite, apply = tf.math.is_finite(norm), lambda: self._apply_means(means)
+        if not self._sums:
+            outcome = tf.constant(EMPTY)
+        elif self.nonfinite == "apply" or _scales_losses(self.optimizer):
+            apply()
+            outcome = tf.constant(MADE) if self.nonfinite == "apply" else tf.where(finite, MADE, NOT_FINITE)
+        else:
+            tf.cond(finite, apply, lambda: None)
+            outcome = tf.where(finite, MADE, NOT_FINITE)
+        update = Update(self.index, self.pending, items, loss * factor, norm, outcome)
+        with tf.control_dependencies([update.index, update.micro_batches]):
+            self._index.assign_add(tf.cast(update.made, tf.int64))
+            self._micro_batches.assign(0)
+        return update
+
+    def _across_replicas(self) -> Any:
+        """The same of a strategy's replicas: three numbers are reduced here, the gradient by the optimizer."""
+        strategy = tf.distribute.get_strategy()
+        items, loss, squares = tf.unstack(strategy.reduce("SUM", strategy.run(self._stats), axis=None))
+        # An inf on one replica is made every replica's, for a LossScaleOptimizer that looks at its own.
+        finite = tf.math.is_finite(squares)
+        factor = tf.where(finite, 1 / items, math.nan)
+
+        def apply_here() -> None:
+            self._apply_means([one.mean(factor) for one in self._sums])
+
+        norm = tf.constant(math.nan, COUNT)
+        return items, loss, factor, norm, finite, lambda: strategy.run(apply_here)
+
+    def _apply_means(self, means: list[Gradient]) -> None:
+        variables = self._host.variables
+        self.optimizer.apply_gradients(
+            [(cast(g, tf.as_dtype(v.dtype)), v) for g, v in zip(means, variables, strict=True)]
+        )
+
+    def _stats(self) -> tf.Tensor:
+        """One replica's [items, loss, Σ|sum|²]: the last one only to see whether all is finite."""
+        squares = [tf.cast(tf.nn.l2_loss(one.total), COUNT) for one in self._sums]
+        return tf.stack([self._items, self._loss, tf.add_n(squares) if squares else tf.zeros((), COUNT)])
+
+    def _flush(self) -> Update:
+        if self._distributed and not tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
+            return tf.distribute.get_replica_context().merge_call(lambda _: self._flush())
+        with self._strategy.scope() if self._distributed else contextlib.nullcontext():
+            return tf.cond(self._micro_batches > 0, self._flush_some, lambda: self._report(OPEN))
+
+    def _flush_some(self) -> Update:
+        if self.partial == "apply":
+            return self._close()
+        if self.partial == "carry":
+            return self._report(CARRIED)
+        update = self._report(DROPPED)
+        with tf.control_dependencies([update.micro_batches]):
+            self._micro_batches.assign(0)
+        return update
+
+    def _report(self, outcome: int) -> Update:
+        """Of a window that stays as it is. Adding up the replicas' items would cost a reduction: NaN there."""
+        nan = tf.constant(math.nan, COUNT)
+        if self._distributed:
+            items, loss = nan, nan
+        else:
+            items = tf.where(self._micro_batches > 0, self._items, 0)
+            loss = self._loss * self._unit / self._items
+        return Update(self.index, self.pending, items, loss, nan, tf.constant(outcome))
+
+    def _trace_again(self) -> None:
+        """The graphs of calls from outside a tf.function: they know the sums that there were when they were traced."""
+        self._host.take, self._host.flush = tf.function(self._take), tf.function(self._flush)
+
+
+def _scales_losses(optimizer: Any) -> bool:
+    """Whether it is a LossScaleOptimizer, which has to see an inf to lower its scale."""
+    return hasattr(optimizer, "inner_optimizer") and hasattr(optimizer, "dynamic_growth_steps")
+
+
+class _Host:
+    """What checkpoints and SavedModels are not to find: Python's own side of an Accumulator."""
+
+    def __init__(self):
+        self.variables: list[Any] = []  # keeps them alive, so that an id stays theirs
+        self.places: dict[int, int] = {}
+        self.traced = False
+        self.take: Callable[..., Update]
+        self.flush: Callable[[], Update]
