@@ -173,8 +173,13 @@ class Accumulator(v1.train.Optimizer):
                     full = self._is_full(after)
                     return tf.cond(full, lambda: self._close(after, global_step), lambda: tf.constant(False))
 
-            train_op = window.exclusively(train, scope)
-            self.accumulate = window.exclusively(lambda before: accumulate(before).micro_batches, "accumulate")
+            # Once the loss is known, the input pipeline has had its end and the forward pass its errors; the sums
+            # take each gradient as the backward pass comes to it. Without a loss, all of them have to be there.
+            known = [s.grad for s, _ in self._sums] if loss is None else [loss]
+            train_op = window.exclusively(train, scope, [items, *known])
+            self.accumulate = window.exclusively(
+                lambda before: accumulate(before).micro_batches, "accumulate", [items, *known]
+            )
             with tf.control_dependencies(None):
                 self.apply = self._unless_empty(lambda held: self._close(held, global_step), "apply")
                 self.zero = window.exclusively(lambda _: _after(window.reset()), "zero")
@@ -254,9 +259,7 @@ class Accumulator(v1.train.Optimizer):
             checked = []
             if self.nonfinite == "raise":
                 reason = ". The variables and the optimizer are as they were."
-                checked.append(
-                    checks.require(finite, lambda: tf.strings.join([not_finite(loss, norm), reason]), "finite")
-                )
+                checked.append(checks.require(finite, tf.strings.join([not_finite(loss, norm), reason])))
         with tf.control_dependencies([factor, *checked]):
             # A loss-scaling optimizer has to see the inf: it lowers the scale, and makes no update either.
             stepped = tf.cond(

@@ -5,7 +5,7 @@ inputs, and an op that needs no feed cannot wait for one that does. So readings 
 of two ops that change a window in one run the second is refused, whichever it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -51,7 +51,7 @@ class Window:
 
     Attributes:
         pending, pending_items, updates, last: readings, as a run finds them.
-        readings: all of them. An op that changes the window comes after them.
+        variables: what the readings read, and the run that changed them last.
     """
 
     def __init__(self):
@@ -61,49 +61,44 @@ class Window:
             self._updates = _variable(tf.int64, (), "updates")
             self._run = _variable(tf.float64, (), "run")
             self._stamp = tf.timestamp()  # once a run, for all that is fetched in it
-            self._lock = tf.CriticalSection(name="lock")
+            name = tf.raw_ops.NoOp(name="lock").name  # unique in the graph, and the same in the next process
+            self._mutex = tf.raw_ops.MutexV2(shared_name=name)
             initialized = require(
                 v1.is_variable_initialized(self._open),
-                lambda: (
-                    "The accumulator is not initialized. In this session, run the initializer that was made after "
-                    "minimize or apply_gradients: tf.compat.v1.global_variables_initializer()."
-                ),
-                "initialized",
+                "The accumulator is not initialized. In this session, run the initializer that was made after "
+                "minimize or apply_gradients: tf.compat.v1.global_variables_initializer().",
             )
             with tf.control_dependencies([initialized]):
-                found = self._read()
-                self.pending, self.pending_items = tf.cast(found.micro_batches, tf.int64), found.items
-                self.updates = self._updates.read_value()
-                report = self._report.read_value()
-            self.last = _last(report)
-            self.readings = [*found, self.updates, report]
+                self._found = [v.read_value() for v in (self._open, self._updates, self._report)]
+            found, self.updates = Scalars(*tf.unstack(self._found[0])), self._found[1]
+            self.pending, self.pending_items = tf.cast(found.micro_batches, tf.int64), found.items
+            self.last = _last(self._found[2])
         self.variables = [self._open, self._report, self._updates, self._run]
 
-    def exclusively(self, work: Callable[[Scalars], tf.Tensor], name: str) -> tf.Operation:
-        """An op that runs `work` on the open window while nobody else changes it, once a run.
+    def exclusively(self, work: Callable[[Scalars], tf.Tensor], name: str, after: Sequence[Any] = ()) -> tf.Operation:
+        """An op that runs `work` on the open window while nobody else changes it.
 
-        `work` returns a tensor that comes after all that it does.
+        It takes the lock after the readings and `after`. `work` returns a tensor that comes after all that it does.
+        tf.CriticalSection would wait for every input of every op of `work`, so for the whole backward pass; the sums
+        had better take each gradient as it comes.
         """
-
-        def alone() -> tf.Tensor:
+        with tf.control_dependencies([*self._found, *after]):
+            lock = tf.raw_ops.MutexLock(mutex=self._mutex)
+        with tf.control_dependencies([lock]):
             first = require(
                 tf.not_equal(self._run.read_value(), self._stamp),
-                lambda: (
-                    "One session.run may change a window once. Received: two of the op of minimize or "
-                    "apply_gradients, accumulate, apply, flush and zero. "
-                    "Run them one after the other; apply, flush and zero need no feed."
-                ),
-                "once_a_run",
+                "One session.run may change a window once. Received: two of the op of minimize or apply_gradients, "
+                "accumulate, apply, flush and zero. Run them one after the other; apply, flush and zero need no feed.",
             )
-            with tf.control_dependencies([first]):
-                mine = self._run.assign(self._stamp, read_value=False)
-            with tf.control_dependencies([mine]):
-                scalars = self._read()
-            with tf.control_dependencies(scalars):
-                return work(scalars)
-
-        with tf.control_dependencies(self.readings):
-            return tf.group(self._lock.execute(alone), name=name)
+        with tf.control_dependencies([first]):
+            mine = self._run.assign(self._stamp, read_value=False)
+        with tf.control_dependencies([mine]):
+            window = self._open.read_value()
+        with tf.control_dependencies([window]):
+            done = work(Scalars(*tf.unstack(window)))
+        with tf.control_dependencies([done]):
+            # Until here the lock's tensor lives, and with it the lock; after an error too it goes with the run.
+            return tf.group(tf.raw_ops.ConsumeMutexLock(mutex_lock=lock), name=name)
 
     def set(self, scalars: Scalars) -> tf.Operation:
         """Writes the open window's scalars."""
@@ -123,9 +118,6 @@ class Window:
                 self._report.assign(last, read_value=False),
                 self._updates.assign_add(tf.cast(tf.equal(code, APPLIED), tf.int64), read_value=False),
             )
-
-    def _read(self) -> Scalars:
-        return Scalars(*tf.unstack(self._open.read_value()))
 
 
 def not_finite(loss: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
