@@ -45,10 +45,12 @@ def positive(items: Any) -> tf.Tensor:
         return tf.constant(items, tf.float64)
     items = tf.reshape(items, ())
     wide = tf.cast(items, tf.float64)
-    finite = tf.math.is_finite(wide)
-    (not_finite, _), (not_positive, fix) = (_around(errors.check_items, refused) for refused in (float("nan"), 0))
-    words = tf.strings.join([tf.where(finite, not_positive, not_finite), _shown(items), fix])
-    with tf.control_dependencies([require(tf.logical_and(finite, wide > 0), words)]):
+    not_finite, not_positive = (_around(errors.check_items, refused) for refused in (float("nan"), 0))
+    holds, wrong = wide > 0, not_positive[0]
+    if items.dtype.is_floating:
+        finite = tf.math.is_finite(wide)
+        holds, wrong = tf.logical_and(holds, finite), tf.where(finite, wrong, not_finite[0])
+    with tf.control_dependencies([require(holds, tf.strings.join([wrong, *_shown(items), not_positive[1]]))]):
         return tf.identity(wide)
 
 
@@ -57,14 +59,13 @@ def check_plan(every: Any) -> Any:
     if not tf.is_tensor(every):
         return errors.check_every(every)
     before, after = _around(errors.check_every, 0)
-    with tf.control_dependencies([require(every >= 1, tf.strings.join([before, _shown(every), after]))]):
+    with tf.control_dependencies([require(every >= 1, tf.strings.join([before, *_shown(every), after]))]):
         return tf.identity(every)
 
 
-def _shown(number: tf.Tensor) -> tf.Tensor:
+def _shown(number: tf.Tensor) -> list[Any]:
     """The value and its type, as `errors.received` shows them."""
-    written = tf.strings.as_string(number, shortest=number.dtype.is_floating)
-    return tf.strings.join([written, f" ({number.dtype.name})"])
+    return [tf.strings.as_string(number, shortest=number.dtype.is_floating), f" ({number.dtype.name})"]
 
 
 def _around(check: Callable[[Any], Any], refused: float) -> list[str]:

@@ -1,7 +1,7 @@
 """The stream door: a `session.run` a micro-batch, and bigbatch stands where a v1 optimizer applies a gradient."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -10,7 +10,7 @@ from bigbatch import errors
 from bigbatch.every import Every, Items, as_every
 from bigbatch.tf1 import checks
 from bigbatch.tf1.sums import make_sum
-from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Scalars, Window, not_finite
+from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Scalars, Window, not_finite, packed
 from bigbatch.tf1.window import Update as Update
 
 v1 = tf.compat.v1
@@ -164,29 +164,26 @@ class Accumulator(v1.train.Optimizer):
                 self.pending, self.pending_items = window.pending, window.pending_items
                 self.updates, self.last = window.updates, window.last
 
+            # Once the loss is known, the input pipeline has had its end and the forward pass its errors; the sums
+            # take each gradient as the backward pass comes to it. Without a loss, all of them have to be there.
+            known = [items, *([s.grad for s, _ in self._sums] if loss is None else [loss])]
+
             def accumulate(before: Scalars) -> Scalars:
                 return self._accumulate(before, items, loss)
 
             def train(before: Scalars) -> tf.Tensor:
                 after = accumulate(before)
-                with tf.control_dependencies([after.micro_batches]):
-                    full = self._is_full(after)
-                    return tf.cond(full, lambda: self._close(after, global_step), lambda: tf.constant(False))
+                return tf.cond(self._is_full(after), lambda: self._close(after, global_step), lambda: packed(after))
 
-            # Once the loss is known, the input pipeline has had its end and the forward pass its errors; the sums
-            # take each gradient as the backward pass comes to it. Without a loss, all of them have to be there.
-            known = [s.grad for s, _ in self._sums] if loss is None else [loss]
-            train_op = window.exclusively(train, scope, [items, *known])
-            self.accumulate = window.exclusively(
-                lambda before: accumulate(before).micro_batches, "accumulate", [items, *known]
-            )
+            train_op = window.exclusively(train, scope, known)
+            self.accumulate = window.exclusively(lambda before: packed(accumulate(before)), "accumulate", known)
             with tf.control_dependencies(None):
                 self.apply = self._unless_empty(lambda held: self._close(held, global_step), "apply")
-                self.zero = window.exclusively(lambda _: _after(window.reset()), "zero")
+                self.zero = window.exclusively(lambda _: window.empty(), "zero")
                 self.flush = {
                     "apply": lambda: self.apply,
-                    "carry": lambda: self._unless_empty(lambda held: self._leave(held, CARRIED), "flush"),
-                    "drop": lambda: self._unless_empty(lambda held: self._leave(held, DROPPED), "flush"),
+                    "carry": lambda: self._unless_empty(self._carry, "flush"),
+                    "drop": lambda: self._unless_empty(self._drop, "flush"),
                 }[self.partial]()
             train_ops.append(train_op)
         return train_op
@@ -206,69 +203,86 @@ class Accumulator(v1.train.Optimizer):
 
     def _accumulate(self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None) -> Scalars:
         """Adds one micro-batch to the open window, and returns its scalars, which come after the sums."""
-        first = tf.equal(before.micro_batches, 0)
-        unit = tf.where(first, items, before.unit)
-        weight = items / unit if self.reduction == "mean" else tf.ones_like(items)
-        after = Scalars(
+        one = tf.ones_like(items)
+
+        def start() -> list[tf.Tensor]:
+            unit = items * self._planned() if self.reduction == "mean" else one
+            weight = items / unit if self.reduction == "mean" else one
+            return _after([s.start(weight) for s, _ in self._sums], unit, weight)
+
+        def add() -> list[tf.Tensor]:
+            weight = items / before.unit if self.reduction == "mean" else one
+            return _after([s.add(weight) for s, _ in self._sums], before.unit, weight)
+
+        unit, weight = tf.cond(tf.equal(before.micro_batches, 0), start, add)
+        return Scalars(
+            before.run,
             before.micro_batches + 1,
             before.items + items,
             unit,
             before.loss if loss is None else before.loss + weight * tf.cast(loss, tf.float64),
         )
-        # Empty until all sums are written: if one of them fails, the next micro-batch starts anew.
-        with tf.control_dependencies([self._window.reset()]):
-            added = tf.cond(
-                first,
-                lambda: _after(*(s.start(weight) for s, _ in self._sums)),
-                lambda: _after(*(s.add(weight) for s, _ in self._sums)),
-            )
-        with tf.control_dependencies([added]), tf.control_dependencies([self._window.set(after)]):
-            return Scalars(*map(tf.identity, after))
+
+    def _planned(self) -> Any:
+        """How many micro-batches the open window is planned to hold, as far as that is known: 1 for `items(n)`."""
+        if isinstance(self.every, Items):
+            return 1
+        plan = checks.check_plan(self.every(self._window.updates)) if callable(self.every) else self.every
+        return tf.cast(plan, tf.float64)
+
+    def _is_full(self, window: Scalars) -> tf.Tensor:
+        if isinstance(self.every, Items):
+            return window.items >= self.every.count
+        return window.micro_batches >= self._planned()
 
     def _factor(self, window: Scalars) -> tf.Tensor:
-        """What turns the sums into means."""
+        """What turns the sums into means: exactly 1 where the plan came true."""
         return window.unit / window.items if self.reduction == "mean" else tf.ones_like(window.items)
 
     def _mean_loss(self, window: Scalars) -> tf.Tensor:
         return window.loss * self._factor(window) if self._has_loss else tf.constant(float("nan"), tf.float64)
 
-    def _is_full(self, window: Scalars) -> tf.Tensor:
-        if isinstance(self.every, Items):
-            return window.items >= self.every.count
-        if not callable(self.every):
-            return window.micro_batches >= self.every
-        plan = checks.check_plan(self.every(self._window.updates))
-        return window.micro_batches >= tf.cast(plan, tf.float64)
+    def _gradients(self, factor: tf.Tensor) -> list[Any]:
+        """The window's, in one pass over the sums, or in none."""
+        sums = [s for s, _ in self._sums]
+        return tf.cond(tf.equal(factor, 1), lambda: [s.read() for s in sums], lambda: [s.read(factor) for s in sums])
 
     def _close(self, window: Scalars, global_step: Any) -> tf.Tensor:
-        """One update from the window's sums. The window is empty before it starts, whatever happens."""
-        with tf.control_dependencies([self._window.reset()]):
-            factor = self._factor(window)
-            loss = self._mean_loss(window)
-            gradients: list[Any] = [s.mean(factor) for s, _ in self._sums]
-            widest = max((s.dtype for s, _ in self._sums), key=lambda dtype: dtype.size)
-            norm = tf.linalg.global_norm([tf.cast(g, widest) for g in gradients])
-            if self.clip_norm is not None:
-                gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm, norm)
-            pairs = [(tf.cast(g, v.dtype.base_dtype), v) for g, (_, v) in zip(gradients, self._sums, strict=True)]
-            finite = tf.math.is_finite(norm)
-            if self._has_loss:
-                finite = tf.logical_and(finite, tf.math.is_finite(loss))
-            if self.nonfinite == "apply":
-                finite = tf.constant(True)
-            checked = []
-            if self.nonfinite == "raise":
-                reason = ". The variables and the optimizer are as they were."
-                checked.append(checks.require(finite, tf.strings.join([not_finite(loss, norm), reason])))
-        with tf.control_dependencies([factor, *checked]):
-            # A loss-scaling optimizer has to see the inf: it lowers the scale, and makes no update either.
-            stepped = tf.cond(
-                tf.logical_or(finite, isinstance(self.optimizer, LossScaling)),
-                lambda: _after(self._step(pairs, global_step)),
-                lambda: tf.constant(False),
-            )
-        with tf.control_dependencies([stepped]):
-            return _after(self._window.report(window, loss, norm, tf.where(finite, APPLIED, NOT_FINITE)))
+        """One update from the window's sums."""
+        factor, loss = self._factor(window), self._mean_loss(window)
+        gradients = self._gradients(factor)
+        widest = max((s.dtype for s, _ in self._sums), key=lambda dtype: dtype.size)
+        norm = tf.linalg.global_norm([tf.cast(g, widest) for g in gradients])
+        if self.clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm, norm)
+        pairs = [(tf.cast(g, v.dtype.base_dtype), v) for g, (_, v) in zip(gradients, self._sums, strict=True)]
+        finite = tf.math.is_finite(norm)
+        if self._has_loss:
+            finite = tf.logical_and(finite, tf.math.is_finite(loss))
+        if self.nonfinite == "apply":
+            finite = tf.constant(True)
+        if self.nonfinite == "raise":
+            words = tf.strings.join([not_finite(loss, norm), ". The variables and the optimizer are as they were."])
+            with tf.control_dependencies([checks.require(finite, words)]):
+                finite = tf.identity(finite)
+        # A loss-scaling optimizer has to see the inf: it lowers the scale, and makes no update either.
+        stepped = tf.cond(
+            tf.logical_or(finite, isinstance(self.optimizer, LossScaling)),
+            lambda: _after([self._step(pairs, global_step)], tf.constant(True)),
+            lambda: [tf.constant(False)],
+        )
+        with tf.control_dependencies(stepped):
+            report = self._window.report(window, loss, norm, tf.where(finite, APPLIED, NOT_FINITE))
+        with tf.control_dependencies([report]):
+            return self._window.empty()
+
+    def _carry(self, window: Scalars) -> tf.Tensor:
+        with tf.control_dependencies([self._window.report(window, self._mean_loss(window), float("nan"), CARRIED)]):
+            return packed(window)
+
+    def _drop(self, window: Scalars) -> tf.Tensor:
+        with tf.control_dependencies([self._window.report(window, self._mean_loss(window), float("nan"), DROPPED)]):
+            return self._window.empty()
 
     def _step(self, pairs: list[tuple[Any, Any]], global_step: Any) -> tf.Operation:
         # Built for the micro-batch's op and again for `apply`. Optimizers that call get_variable, as BERT's does, find
@@ -279,22 +293,17 @@ class Accumulator(v1.train.Optimizer):
         with v1.variable_scope(scope, reuse=reuse, auxiliary_name_scope=False):
             return self.optimizer.apply_gradients(pairs, global_step)
 
-    def _leave(self, window: Scalars, code: int) -> tf.Tensor:
-        """Makes no update from a partial window, and says so."""
-        report = self._window.report(window, self._mean_loss(window), float("nan"), code)
-        return _after(report, self._window.reset()) if code == DROPPED else _after(report)
-
     def _unless_empty(self, work: Callable[[Scalars], tf.Tensor], name: str) -> tf.Operation:
         def held(window: Scalars) -> tf.Tensor:
-            return tf.cond(window.micro_batches > 0, lambda: work(window), lambda: tf.constant(False))
+            return tf.cond(window.micro_batches > 0, lambda: work(window), self._window.empty)
 
         return self._window.exclusively(held, name)
 
 
-def _after(*operations: tf.Operation) -> tf.Tensor:
-    """True, once they have run: what a branch of a conditional returns, and what others wait for."""
+def _after(operations: Sequence[tf.Operation], *tensors: tf.Tensor) -> list[tf.Tensor]:
+    """The tensors, once the operations have run: what a branch of a conditional returns."""
     with tf.control_dependencies(operations):
-        return tf.constant(True)
+        return [tf.identity(tensor) for tensor in tensors]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class DenseSum:
         return [self.total]
 
     def start(self, weight: tf.Tensor) -> tf.Operation:
-        # A product, though the first weight is 1: assigning a fed array itself would keep the caller's own memory.
+        # A product even where the weight is 1: assigning a fed array itself would keep the caller's own memory.
         return self.total.assign(tf.cast(self.grad, self.dtype) * tf.cast(weight, self.dtype), read_value=False)
 
     def add(self, weight: tf.Tensor) -> tf.Operation:
@@ -42,8 +42,9 @@ class DenseSum:
             use_locking=True,
         )
 
-    def mean(self, factor: tf.Tensor) -> tf.Tensor:
-        return self.total.read_value() * tf.cast(factor, self.dtype)
+    def read(self, factor: tf.Tensor | None = None) -> tf.Tensor:
+        total = self.total.read_value()
+        return total if factor is None else total * tf.cast(factor, self.dtype)
 
 
 class SparseSum:
@@ -72,9 +73,10 @@ class SparseSum:
             tf.concat([self.values.read_value(), self._weighted(weight)], 0),
         )
 
-    def mean(self, factor: tf.Tensor) -> tf.IndexedSlices:
-        values = self.values.read_value() * tf.cast(factor, self.dtype)
-        indices = self.indices.read_value()
+    def read(self, factor: tf.Tensor | None = None) -> tf.IndexedSlices:
+        values, indices = self.values.read_value(), self.indices.read_value()
+        if factor is not None:
+            values *= tf.cast(factor, self.dtype)
         return tf.IndexedSlices(values, indices, tf.constant(self.shape.as_list(), indices.dtype))
 
     def _weighted(self, weight: tf.Tensor) -> tf.Tensor:

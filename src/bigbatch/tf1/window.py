@@ -40,9 +40,10 @@ class Update(NamedTuple):
 class Scalars(NamedTuple):
     """An open window's, all float64, which counts exactly to 2⁵³: one variable, so one read and one write."""
 
+    run: Any  # the stamp of the session.run that changed it last
     micro_batches: Any
     items: Any
-    unit: Any  # the first micro-batch's items; sums are kept divided by it, so that a window of one is only itself
+    unit: Any  # the items planned for the window; the sums are kept divided by it
     loss: Any  # Σ nᵢ·lossᵢ / unit
 
 
@@ -51,15 +52,14 @@ class Window:
 
     Attributes:
         pending, pending_items, updates, last: readings, as a run finds them.
-        variables: what the readings read, and the run that changed them last.
+        variables: what the readings read.
     """
 
     def __init__(self):
         with tf.device("/cpu:0"):
-            self._open = _variable(tf.float64, (len(Scalars._fields),), "window")
-            self._report = _variable(tf.float64, (len(Update._fields),), "last")
-            self._updates = _variable(tf.int64, (), "updates")
-            self._run = _variable(tf.float64, (), "run")
+            self._open = _variable(tf.float64, len(Scalars._fields), "window")
+            self._report = _variable(tf.float64, 1 + len(Update._fields), "last")
+            self.variables = [self._open, self._report]
             self._stamp = tf.timestamp()  # once a run, for all that is fetched in it
             name = tf.raw_ops.NoOp(name="lock").name  # unique in the graph, and the same in the next process
             self._mutex = tf.raw_ops.MutexV2(shared_name=name)
@@ -69,55 +69,53 @@ class Window:
                 "minimize or apply_gradients: tf.compat.v1.global_variables_initializer().",
             )
             with tf.control_dependencies([initialized]):
-                self._found = [v.read_value() for v in (self._open, self._updates, self._report)]
-            found, self.updates = Scalars(*tf.unstack(self._found[0])), self._found[1]
+                self._found = [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in self.variables]
+            found = Scalars(*tf.unstack(self._found[0]))
             self.pending, self.pending_items = tf.cast(found.micro_batches, tf.int64), found.items
-            self.last = _last(self._found[2])
-        self.variables = [self._open, self._report, self._updates, self._run]
+            self.updates, self.last = _reported(self._found[1])
 
     def exclusively(self, work: Callable[[Scalars], tf.Tensor], name: str, after: Sequence[Any] = ()) -> tf.Operation:
         """An op that runs `work` on the open window while nobody else changes it.
 
-        It takes the lock after the readings and `after`. `work` returns a tensor that comes after all that it does.
-        tf.CriticalSection would wait for every input of every op of `work`, so for the whole backward pass; the sums
-        had better take each gradient as it comes.
+        `work` takes the window's scalars and returns what they are to be, as a tensor (`packed`, `empty`) that comes
+        after all that it does. In between the window is empty: if some of `work` fails, the next one starts anew.
+
+        The lock is taken after the readings and `after`. tf.CriticalSection would wait for every input of every op of
+        `work`, so for the whole backward pass; the sums had better take each gradient as it comes.
         """
         with tf.control_dependencies([*self._found, *after]):
             lock = tf.raw_ops.MutexLock(mutex=self._mutex)
         with tf.control_dependencies([lock]):
-            first = require(
-                tf.not_equal(self._run.read_value(), self._stamp),
+            window = Scalars(*tf.unstack(self._open.read_value()))
+            once = require(
+                tf.not_equal(window.run, self._stamp),
                 "One session.run may change a window once. Received: two of the op of minimize or apply_gradients, "
                 "accumulate, apply, flush and zero. Run them one after the other; apply, flush and zero need no feed.",
             )
-        with tf.control_dependencies([first]):
-            mine = self._run.assign(self._stamp, read_value=False)
-        with tf.control_dependencies([mine]):
-            window = self._open.read_value()
-        with tf.control_dependencies([window]):
-            done = work(Scalars(*tf.unstack(window)))
+        with tf.control_dependencies([once]):
+            taken = self._open.assign(self.empty(), read_value=False)
+        with tf.control_dependencies([taken]):
+            done = self._open.assign(work(window._replace(run=self._stamp)), read_value=False)
         with tf.control_dependencies([done]):
             # Until here the lock's tensor lives, and with it the lock; after an error too it goes with the run.
             return tf.group(tf.raw_ops.ConsumeMutexLock(mutex_lock=lock), name=name)
 
-    def set(self, scalars: Scalars) -> tf.Operation:
-        """Writes the open window's scalars."""
-        return self._open.assign(tf.stack(list(scalars)), read_value=False)
-
-    def reset(self) -> tf.Operation:
-        """Makes the window empty. What the sums hold is then nobody's: the next micro-batch assigns them."""
-        return self._open.assign(tf.zeros_like(self._open), read_value=False)
+    def empty(self) -> tf.Tensor:
+        """No window. What the sums hold is then nobody's: the next micro-batch assigns them."""
+        return packed(Scalars(self._stamp, *[tf.constant(0, tf.float64)] * 4))
 
     def report(self, window: Scalars, loss: tf.Tensor, norm: tf.Tensor | float, code: tf.Tensor | int) -> tf.Operation:
         """Writes `last`, and counts the update if it was applied."""
         code, norm = tf.cast(code, tf.float64), tf.cast(norm, tf.float64)
-        index = self._updates.read_value()
-        last = tf.stack([tf.cast(index, tf.float64), window.micro_batches, window.items, loss, norm, code])
-        with tf.control_dependencies([index]):
-            return tf.group(
-                self._report.assign(last, read_value=False),
-                self._updates.assign_add(tf.cast(tf.equal(code, APPLIED), tf.int64), read_value=False),
-            )
+        index = self._report.read_value()[0]
+        updates = index + tf.cast(tf.equal(code, APPLIED), tf.float64)
+        last = [updates, index, window.micro_batches, window.items, loss, norm, code]
+        return self._report.assign(tf.stack(last), read_value=False)
+
+
+def packed(scalars: Scalars) -> tf.Tensor:
+    """As the variable holds them."""
+    return tf.stack(list(scalars))
 
 
 def not_finite(loss: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
@@ -126,9 +124,10 @@ def not_finite(loss: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
     return tf.strings.join(["the window is not finite: loss ", numbers[0], ", gradient norm ", numbers[1]])
 
 
-def _last(report: tf.Tensor) -> Update:
-    index, micro_batches, items, loss, norm, code = tf.unstack(report)
-    index, micro_batches = tf.cast(index, tf.int64), tf.cast(micro_batches, tf.int64)
+def _reported(report: tf.Tensor) -> tuple[tf.Tensor, Update]:
+    """The number of updates, and the last window's."""
+    updates, index, micro_batches, items, loss, norm, code = tf.unstack(report)
+    updates, index, micro_batches = (tf.cast(count, tf.int64) for count in (updates, index, micro_batches))
     held = tf.strings.join([tf.strings.as_string(micro_batches), " micro-batches of a partial window"])
     reasons = [
         tf.constant(""),
@@ -136,8 +135,8 @@ def _last(report: tf.Tensor) -> Update:
         tf.strings.join(["carried: ", held, " wait for more"]),
         tf.strings.join(["dropped: ", held]),
     ]
-    return Update(index, micro_batches, items, loss, norm, tf.gather(reasons, tf.cast(code, tf.int32)))
+    return updates, Update(index, micro_batches, items, loss, norm, tf.gather(reasons, tf.cast(code, tf.int32)))
 
 
-def _variable(dtype: tf.DType, shape: tuple[int, ...], name: str) -> Any:
-    return v1.Variable(lambda: tf.zeros(shape, dtype), trainable=False, use_resource=True, name=name)
+def _variable(dtype: tf.DType, size: int, name: str) -> Any:
+    return v1.Variable(lambda: tf.zeros([size], dtype), trainable=False, use_resource=True, name=name)
