@@ -1,7 +1,7 @@
 """The stream door: a `session.run` a micro-batch, and bigbatch stands where a v1 optimizer applies a gradient."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -69,7 +69,7 @@ class Accumulator(v1.train.Optimizer):
         name: str = "Accumulator",
     ):
         self.optimizer = checks.check_optimizer(optimizer)
-        self.every = as_every(every)
+        self.every: Any = as_every(every)
         self.clip_norm = errors.check_clip_norm(clip_norm)
         self.reduction = errors.check_choice("reduction", reduction, ("mean", "sum"))
         self.dtype = dtype
@@ -168,15 +168,19 @@ class Accumulator(v1.train.Optimizer):
             # take each gradient as the backward pass comes to it. Without a loss, all of them have to be there.
             known = [items, *([s.grad for s, _ in self._sums] if loss is None else [loss])]
 
-            def accumulate(before: Scalars) -> Scalars:
-                return self._accumulate(before, items, loss)
+            def accumulate(before: Scalars) -> tf.Tensor:
+                after, added = self._accumulate(before, items, loss)
+                with tf.control_dependencies([added]):
+                    return tf.identity(packed(after))
 
             def train(before: Scalars) -> tf.Tensor:
-                after = accumulate(before)
-                return tf.cond(self._is_full(after), lambda: self._close(after, global_step), lambda: packed(after))
+                after, added = self._accumulate(before, items, loss)
+                full, kept = self._is_full(after), packed(after)
+                with tf.control_dependencies([added]):
+                    return tf.cond(full, lambda: self._close(after, global_step), lambda: tf.identity(kept))
 
             train_op = window.exclusively(train, scope, known)
-            self.accumulate = window.exclusively(lambda before: packed(accumulate(before)), "accumulate", known)
+            self.accumulate = window.exclusively(accumulate, "accumulate", known)
             with tf.control_dependencies(None):
                 self.apply = self._unless_empty(lambda held: self._close(held, global_step), "apply")
                 self.zero = window.exclusively(lambda _: window.empty(), "zero")
@@ -201,32 +205,25 @@ class Accumulator(v1.train.Optimizer):
         window = [*self._window.variables, *(v for s, _ in self._sums for v in s.variables)] if self._built else []
         return [*self.optimizer.variables(), *window]
 
-    def _accumulate(self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None) -> Scalars:
-        """Adds one micro-batch to the open window, and returns its scalars, which come after the sums."""
-        one = tf.ones_like(items)
-
-        def start() -> list[tf.Tensor]:
-            unit = items * self._planned() if self.reduction == "mean" else one
-            weight = items / unit if self.reduction == "mean" else one
-            return _after([s.start(weight) for s, _ in self._sums], unit, weight)
-
-        def add() -> list[tf.Tensor]:
-            weight = items / before.unit if self.reduction == "mean" else one
-            return _after([s.add(weight) for s, _ in self._sums], before.unit, weight)
-
-        unit, weight = tf.cond(tf.equal(before.micro_batches, 0), start, add)
-        return Scalars(
-            before.run,
-            before.micro_batches + 1,
-            before.items + items,
-            unit,
-            before.loss if loss is None else before.loss + weight * tf.cast(loss, tf.float64),
+    def _accumulate(self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None) -> tuple[Scalars, tf.Tensor]:
+        """Adds one micro-batch to the open window. Returns its scalars, and a tensor that comes after the sums."""
+        first = tf.equal(before.micro_batches, 0)
+        unit = weight = tf.ones_like(items)
+        if self.reduction == "mean":
+            unit = v1.where(first, items * self._planned(), before.unit)
+            weight = items / unit
+        part = 0 if loss is None else weight * tf.cast(loss, tf.float64)
+        after = Scalars(before.run, before.micro_batches + 1, before.items + items, unit, before.loss + part)
+        sums = [s for s, _ in self._sums]
+        added = tf.cond(
+            first, lambda: _after(*(s.start(weight) for s in sums)), lambda: _after(*(s.add(weight) for s in sums))
         )
+        return after, added
 
-    def _planned(self) -> Any:
+    def _planned(self) -> tf.Tensor:
         """How many micro-batches the open window is planned to hold, as far as that is known: 1 for `items(n)`."""
         if isinstance(self.every, Items):
-            return 1
+            return tf.constant(1, tf.float64)
         plan = checks.check_plan(self.every(self._window.updates)) if callable(self.every) else self.every
         return tf.cast(plan, tf.float64)
 
@@ -268,10 +265,10 @@ class Accumulator(v1.train.Optimizer):
         # A loss-scaling optimizer has to see the inf: it lowers the scale, and makes no update either.
         stepped = tf.cond(
             tf.logical_or(finite, isinstance(self.optimizer, LossScaling)),
-            lambda: _after([self._step(pairs, global_step)], tf.constant(True)),
-            lambda: [tf.constant(False)],
+            lambda: _after(self._step(pairs, global_step)),
+            lambda: tf.constant(False),
         )
-        with tf.control_dependencies(stepped):
+        with tf.control_dependencies([stepped]):
             report = self._window.report(window, loss, norm, tf.where(finite, APPLIED, NOT_FINITE))
         with tf.control_dependencies([report]):
             return self._window.empty()
@@ -300,10 +297,10 @@ class Accumulator(v1.train.Optimizer):
         return self._window.exclusively(held, name)
 
 
-def _after(operations: Sequence[tf.Operation], *tensors: tf.Tensor) -> list[tf.Tensor]:
-    """The tensors, once the operations have run: what a branch of a conditional returns."""
+def _after(*operations: tf.Operation) -> tf.Tensor:
+    """True, once they have run: what a branch of a conditional returns, and what others wait for."""
     with tf.control_dependencies(operations):
-        return [tf.identity(tensor) for tensor in tensors]
+        return tf.constant(True)
 
 
 @contextlib.contextmanager
