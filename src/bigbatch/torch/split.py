@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
@@ -58,6 +59,8 @@ def backward(
         for start in range(0, length, micro_batch):
             stop = min(start + micro_batch, length)
             result = loss_fn(_cut(batch, start, stop))
+            if isinstance(result, tuple) and len(result) != 2:
+                raise errors.not_a_loss(result)
             loss, items = result if isinstance(result, tuple) else (result, None)
             loss = check_loss(loss)
             if items is None:
@@ -71,17 +74,18 @@ def backward(
             if window.dtype is None and dtype is not None and is_wide(parameters, dtype):
                 window.widen(before, dtype)
             window.backward(loss, check_items(items), parameters)
-        mean = window.mean_loss
-        if mean.isnan():
-            raise errors.loss_not_finite(mean.item(), f"{window.micro_batches} micro-batches")
-        scale_(window.gradients(before), window.factor)
+        _, mean, factor = window.close()
+        if math.isnan(mean):
+            raise errors.loss_not_finite(mean, f"{window.micro_batches} micro-batches")
+        scale_(window.gradients(before), factor)
     except BaseException:
         for p, grad in before.items():
             p.grad = grad
         raise
     for p, grad in before.items():
         _add(p, grad, window.sums.get(p, p.grad))
-    return mean
+    last = window.losses[-1]
+    return last.new_full((), mean, dtype=torch.promote_types(last.dtype, torch.float32))
 
 
 @torch.no_grad()
