@@ -120,8 +120,11 @@ def packed(scalars: Scalars) -> tf.Tensor:
 
 def not_finite(loss: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
     """The reason to make no update from a window with inf or NaN in it."""
-    numbers = [tf.strings.as_string(number, shortest=True) for number in (loss, norm)]
-    return tf.strings.join(["the window is not finite: loss ", numbers[0], ", gradient norm ", numbers[1]])
+
+    def shown(number: tf.Tensor) -> tf.Tensor:
+        return tf.where(tf.math.is_nan(number), "nan", tf.strings.as_string(number, shortest=True))  # not "-nan"
+
+    return tf.strings.join(["the window is not finite: loss ", shown(loss), ", gradient norm ", shown(norm)])
 
 
 def _reported(report: tf.Tensor) -> tuple[tf.Tensor, Update]:
