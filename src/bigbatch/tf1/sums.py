@@ -21,19 +21,24 @@ def make_sum(grad: tf.Tensor | tf.IndexedSlices, variable: Any, dtype: tf.DType 
 
 
 class DenseSum:
+    """One variable as large as the gradient."""
+
     def __init__(self, grad: tf.Tensor, variable: Any, dtype: tf.DType):
         self.grad, self.dtype = grad, dtype
         self.total = _variable(lambda: tf.zeros(variable.shape, dtype), f"{variable.op.name}/sum")
 
     @property
     def variables(self) -> list[Any]:
+        """What a checkpoint holds."""
         return [self.total]
 
     def start(self, weight: tf.Tensor) -> tf.Operation:
+        """Begins a window with the gradient times `weight`."""
         # A product even where the weight is 1: assigning a fed array itself would keep the caller's own memory.
         return self.total.assign(tf.cast(self.grad, self.dtype) * tf.cast(weight, self.dtype), read_value=False)
 
     def add(self, weight: tf.Tensor) -> tf.Operation:
+        """Adds the gradient times `weight`."""
         # total -= (−w)·g in one pass and without a temporary; assign_add(w·g) would need both.
         return tf.raw_ops.ResourceApplyGradientDescent(
             var=self.total.handle,
@@ -43,6 +48,7 @@ class DenseSum:
         )
 
     def read(self, factor: tf.Tensor | None = None) -> tf.Tensor:
+        """The sum, times `factor`."""
         total = self.total.read_value()
         return total if factor is None else total * tf.cast(factor, self.dtype)
 
@@ -62,18 +68,22 @@ class SparseSum:
 
     @property
     def variables(self) -> list[Any]:
+        """What a checkpoint holds."""
         return [self.indices, self.values]
 
     def start(self, weight: tf.Tensor) -> tf.Operation:
+        """Begins a window with the gradient's rows times `weight`."""
         return self._assign(self.grad.indices, self._weighted(weight))
 
     def add(self, weight: tf.Tensor) -> tf.Operation:
+        """Adds the gradient's rows times `weight`; rows that are there already are summed."""
         return self._assign(
             tf.concat([self.indices.read_value(), self.grad.indices], 0),
             tf.concat([self.values.read_value(), self._weighted(weight)], 0),
         )
 
     def read(self, factor: tf.Tensor | None = None) -> tf.IndexedSlices:
+        """The sum, times `factor`; each row once."""
         values, indices = self.values.read_value(), self.indices.read_value()
         if factor is not None:
             values *= tf.cast(factor, self.dtype)
