@@ -120,7 +120,7 @@ def main():
         "",
         f"`python benchmarks/tf1.py --repetitions {options.repetitions}`",
         "",
-        f"One window of {N} micro-batches of {SIZE}, Adam, wall time. A ratio is the median over rounds of the ratio in",
+        f"One window of {N} micro-batches of {SIZE}, Adam. Ratios are medians over rounds of the ratio in",
         "one round. Guarded is the three-op recipe with a finite check on the norm of the mean, which ours has too.",
     ]
     for name, widths in LAYERS.items():
