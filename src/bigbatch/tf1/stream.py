@@ -1,0 +1,312 @@
+"""The stream door: a `session.run` a micro-batch, and bigbatch stands where a v1 optimizer applies a gradient."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import tensorflow as tf
+
+from bigbatch import errors
+from bigbatch.every import Every, Items, as_every
+from bigbatch.tf1 import checks
+from bigbatch.tf1.sums import make_sum
+from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Scalars, Window, not_finite, packed
+from bigbatch.tf1.window import Update as Update
+
+v1 = tf.compat.v1
+LossScaling = v1.train.experimental.MixedPrecisionLossScaleOptimizer
+
+
+class Accumulator(v1.train.Optimizer):
+    """Makes one update of `optimizer` from the gradients of many micro-batches.
+
+    It wraps any `tf.compat.v1.train.Optimizer` and is used as one::
+
+        acc = bb.Accumulator(tf.compat.v1.train.AdamOptimizer(1e-3), every=64)
+        train_op = acc.minimize(loss, global_step, items=tf.shape(x)[0])
+        with tf.compat.v1.Session() as session:
+            session.run(tf.compat.v1.global_variables_initializer())
+            for batch in loader:
+                session.run(train_op, {x: batch})  # the 64th makes the update
+            session.run(acc.flush)
+
+    The update is the big batch's: the mean over all items, clipped, decayed and counted once. `global_step` counts
+    updates, so a learning rate that depends on it decays at the right speed. The graph may be any, with TensorFlow 2
+    behavior on or off.
+
+    Fetch the op with whatever else, such as the loss, summaries, `pending` and `last`. Each run of it is one
+    micro-batch, counted once. Of the ops that change a window (it, `accumulate`, `apply`, `flush`, `zero`), a run
+    may hold one; a second raises InvalidArgumentError.
+
+    Args:
+        optimizer: any optimizer of `tf.compat.v1.train`, or a subclass of `tf.compat.v1.train.Optimizer`.
+        every: when a window closes. A number of micro-batches; a callable that takes the update's index, an int64
+            scalar tensor, and returns one, a number or a tensor (batch-size warm-up); or `bb.items(4096)`.
+        clip_norm: clips the mean gradient to this 2-norm, as `tf.clip_by_global_norm` would the big batch's.
+        reduction: "mean" over items, or "sum" for losses that are sums.
+        dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 variables add up in float32
+            and are rounded once, for the optimizer. None adds up in the variables' own dtype.
+        partial: what `flush` does with a window that is not full: "apply" makes the update from what is there,
+            "carry" keeps it open, "drop" forgets it.
+        nonfinite: what becomes of a window whose loss or gradient is inf or NaN: "skip" makes no update, "raise"
+            raises InvalidArgumentError, "apply" applies it. The next window is clean in any case but the last.
+        name: of the ops and the variables.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; nothing was touched.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        every: Every,
+        *,
+        clip_norm: float | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        dtype: tf.DType | None = tf.float32,
+        partial: Literal["apply", "carry", "drop"] = "apply",
+        nonfinite: Literal["skip", "raise", "apply"] = "skip",
+        name: str = "Accumulator",
+    ):
+        self.optimizer = checks.check_optimizer(optimizer)
+        self.every: Any = as_every(every)
+        self.clip_norm = errors.check_clip_norm(clip_norm)
+        self.reduction = errors.check_choice("reduction", reduction, ("mean", "sum"))
+        self.dtype = dtype
+        self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
+        self.nonfinite = errors.check_choice("nonfinite", nonfinite, ("skip", "raise", "apply"))
+        super().__init__(use_locking=False, name=name)
+        self._built = self._stepped = self._has_loss = False
+
+    def minimize(
+        self,
+        loss: tf.Tensor,
+        global_step: Any = None,
+        var_list: Any = None,
+        gate_gradients: int = v1.train.Optimizer.GATE_OP,
+        aggregation_method: Any = None,
+        colocate_gradients_with_ops: bool = False,
+        name: str | None = None,
+        grad_loss: Any = None,
+        *,
+        items: Any,
+    ) -> tf.Operation:
+        """`compute_gradients`, then `apply_gradients`: the signature of every v1 optimizer, and `items`.
+
+        Args:
+            loss: the micro-batch's mean loss, a real scalar (its sum, for `reduction="sum"`).
+            global_step: a variable to increment by one after each update.
+            var_list: as any v1 optimizer takes it.
+            gate_gradients: likewise.
+            aggregation_method: likewise.
+            colocate_gradients_with_ops: likewise.
+            name: for the op.
+            grad_loss: as any v1 optimizer takes it.
+            items: what the mean is over: a number of examples or tokens above zero, or a tensor of one, such as
+                `tf.shape(x)[0]`.
+
+        Returns:
+            The op to run once a micro-batch.
+
+        Raises:
+            TypeError, ValueError: the loss or `items` is not as described; nothing was added to the graph.
+        """
+        loss, items = checks.check_loss(loss), checks.check_items(items)
+        pairs = self.compute_gradients(
+            loss, var_list, gate_gradients, aggregation_method, colocate_gradients_with_ops, grad_loss
+        )
+        return self.apply_gradients(pairs, global_step, name, items=items, loss=loss)
+
+    def compute_gradients(self, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
+        """The wrapped optimizer's own: one micro-batch's gradients, which nothing has scaled yet."""
+        return self.optimizer.compute_gradients(*args, **kwargs)
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        global_step: Any = None,
+        name: str | None = None,
+        *,
+        items: Any,
+        loss: Any = None,
+    ) -> tf.Operation:
+        """Adds the ops that accumulate these gradients and make the update.
+
+        Gradients that were computed elsewhere, in another graph or another process, go in as placeholders.
+
+        Args:
+            grads_and_vars: pairs as `compute_gradients` returns them: of a tensor, IndexedSlices or None, and a
+                variable. Embeddings' IndexedSlices stay sparse.
+            global_step: a variable to increment by one after each update.
+            name: for the op.
+            items: what the gradients are the mean over, as for `minimize`. Zero or less in a tensor raises
+                InvalidArgumentError in the run, and leaves the window and the variables as they were.
+            loss: the micro-batch's mean loss, for `last`; a NaN in it makes the window non-finite.
+
+        Returns:
+            The op to run once a micro-batch.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described; nothing was added to the graph.
+        """
+        items = checks.check_items(items)
+        loss = None if loss is None else checks.check_loss(loss)
+        pairs = checks.check_gradients(grads_and_vars)
+        if self._built:
+            raise ValueError("This Accumulator has its op already. Make another one for another loss or graph.")
+        self._built, self._has_loss = True, loss is not None
+        with v1.name_scope(name, self.get_name()) as scope, _one_train_op() as train_ops:
+            items = checks.positive(items)
+            # What the caller waits for, such as UPDATE_OPS, takes feeds; only the micro-batch's ops wait for it.
+            with tf.control_dependencies(None):
+                self._window = window = Window()
+                self._sums = [(make_sum(grad, v, self.dtype), v) for grad, v in pairs if grad is not None]
+                self.pending, self.pending_items = window.pending, window.pending_items
+                self.updates, self.last = window.updates, window.last
+
+            # Once the loss is known, the input pipeline has had its end and the forward pass its errors; the sums
+            # take each gradient as the backward pass comes to it. Without a loss, all of them have to be there.
+            known = [items, *([s.grad for s, _ in self._sums] if loss is None else [loss])]
+
+            def accumulate(before: Scalars) -> tf.Tensor:
+                after, added = self._accumulate(before, items, loss)
+                with tf.control_dependencies([added]):
+                    return tf.identity(packed(after))
+
+            def train(before: Scalars) -> tf.Tensor:
+                after, added = self._accumulate(before, items, loss)
+                full, kept = self._is_full(after), packed(after)
+                with tf.control_dependencies([added]):
+                    return tf.cond(full, lambda: self._close(after, global_step), lambda: tf.identity(kept))
+
+            train_op = window.exclusively(train, scope, known)
+            self.accumulate = window.exclusively(accumulate, "accumulate", known)
+            with tf.control_dependencies(None):
+                self.apply = self._unless_empty(lambda held: self._close(held, global_step), "apply")
+                self.zero = window.exclusively(lambda _: window.empty(), "zero")
+                self.flush = {
+                    "apply": lambda: self.apply,
+                    "carry": lambda: self._unless_empty(self._carry, "flush"),
+                    "drop": lambda: self._unless_empty(self._drop, "flush"),
+                }[self.partial]()
+            train_ops.append(train_op)
+        return train_op
+
+    def get_slot(self, var: Any, name: str) -> Any:
+        """The wrapped optimizer's slot."""
+        return self.optimizer.get_slot(var, name)
+
+    def get_slot_names(self) -> list[str]:
+        """The wrapped optimizer's slots."""
+        return self.optimizer.get_slot_names()
+
+    def variables(self) -> list[Any]:
+        """The wrapped optimizer's variables, and the window's."""
+        window = [*self._window.variables, *(v for s, _ in self._sums for v in s.variables)] if self._built else []
+        return [*self.optimizer.variables(), *window]
+
+    def _accumulate(self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None) -> tuple[Scalars, tf.Tensor]:
+        """Adds one micro-batch to the open window. Returns its scalars, and a tensor that comes after the sums."""
+        first = tf.equal(before.micro_batches, 0)
+        unit = weight = tf.ones_like(items)
+        if self.reduction == "mean":
+            unit = v1.where(first, items * self._planned(), before.unit)
+            weight = items / unit
+        part = 0 if loss is None else weight * tf.cast(loss, tf.float64)
+        after = Scalars(before.run, before.micro_batches + 1, before.items + items, unit, before.loss + part)
+        sums = [s for s, _ in self._sums]
+        added = tf.cond(
+            first, lambda: _after(*(s.start(weight) for s in sums)), lambda: _after(*(s.add(weight) for s in sums))
+        )
+        return after, added
+
+    def _planned(self) -> tf.Tensor:
+        """How many micro-batches the open window is planned to hold, as far as that is known: 1 for `items(n)`."""
+        if isinstance(self.every, Items):
+            return tf.constant(1, tf.float64)
+        plan = checks.check_plan(self.every(self._window.updates)) if callable(self.every) else self.every
+        return tf.cast(plan, tf.float64)
+
+    def _is_full(self, window: Scalars) -> tf.Tensor:
+        if isinstance(self.every, Items):
+            return window.items >= self.every.count
+        return window.micro_batches >= self._planned()
+
+    def _factor(self, window: Scalars) -> tf.Tensor:
+        """What turns the sums into means: exactly 1 where the plan came true."""
+        return window.unit / window.items if self.reduction == "mean" else tf.ones_like(window.items)
+
+    def _mean_loss(self, window: Scalars) -> tf.Tensor:
+        return window.loss * self._factor(window) if self._has_loss else tf.constant(float("nan"), tf.float64)
+
+    def _gradients(self, factor: tf.Tensor) -> list[Any]:
+        """The window's, in one pass over the sums, or in none."""
+        sums = [s for s, _ in self._sums]
+        return tf.cond(tf.equal(factor, 1), lambda: [s.read() for s in sums], lambda: [s.read(factor) for s in sums])
+
+    def _close(self, window: Scalars, global_step: Any) -> tf.Tensor:
+        """One update from the window's sums."""
+        factor, loss = self._factor(window), self._mean_loss(window)
+        gradients = self._gradients(factor)
+        widest = max((s.dtype for s, _ in self._sums), key=lambda dtype: dtype.size)
+        norm = tf.linalg.global_norm([tf.cast(g, widest) for g in gradients])
+        if self.clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm, norm)
+        pairs = [(tf.cast(g, v.dtype.base_dtype), v) for g, (_, v) in zip(gradients, self._sums, strict=True)]
+        finite = tf.math.is_finite(norm)
+        if self._has_loss:
+            finite = tf.logical_and(finite, tf.math.is_finite(loss))
+        if self.nonfinite == "apply":
+            finite = tf.constant(True)
+        if self.nonfinite == "raise":
+            words = tf.strings.join([not_finite(loss, norm), ". The variables and the optimizer are as they were."])
+            with tf.control_dependencies([checks.require(finite, words)]):
+                finite = tf.identity(finite)
+        # A loss-scaling optimizer has to see the inf: it lowers the scale, and makes no update either.
+        stepped = tf.cond(
+            tf.logical_or(finite, isinstance(self.optimizer, LossScaling)),
+            lambda: _after(self._step(pairs, global_step)),
+            lambda: tf.constant(False),
+        )
+        with tf.control_dependencies([stepped]):
+            report = self._window.report(window, loss, norm, tf.where(finite, APPLIED, NOT_FINITE))
+        with tf.control_dependencies([report]):
+            return self._window.empty()
+
+    def _carry(self, window: Scalars) -> tf.Tensor:
+        with tf.control_dependencies([self._window.report(window, self._mean_loss(window), float("nan"), CARRIED)]):
+            return packed(window)
+
+    def _drop(self, window: Scalars) -> tf.Tensor:
+        with tf.control_dependencies([self._window.report(window, self._mean_loss(window), float("nan"), DROPPED)]):
+            return self._window.empty()
+
+    def _step(self, pairs: list[tuple[Any, Any]], global_step: Any) -> tf.Operation:
+        # Built for the micro-batch's op and again for `apply`. Optimizers that call get_variable, as BERT's does, find
+        # the second time what they made the first.
+        reuse = v1.AUTO_REUSE if self._stepped else None
+        self._stepped = True
+        scope = v1.get_variable_scope()
+        with v1.variable_scope(scope, reuse=reuse, auxiliary_name_scope=False):
+            return self.optimizer.apply_gradients(pairs, global_step)
+
+    def _unless_empty(self, work: Callable[[Scalars], tf.Tensor], name: str) -> tf.Operation:
+        def held(window: Scalars) -> tf.Tensor:
+            return tf.cond(window.micro_batches > 0, lambda: work(window), self._window.empty)
+
+        return self._window.exclusively(held, name)
+
+
+def _after(*operations: tf.Operation) -> tf.Tensor:
+    """True, once they have run: what a branch of a conditional returns, and what others wait for."""
+    with tf.control_dependencies(operations):
+        return tf.constant(True)
+
+
+@contextlib.contextmanager
+def _one_train_op() -> Iterator[list[Any]]:
+    """The graph's train ops, as they were before: the wrapped optimizer's own stand in conditionals."""
+    collection = v1.get_collection_ref(v1.GraphKeys.TRAIN_OP)
+    before = list(collection)
+    yield before
+    collection[:] = before

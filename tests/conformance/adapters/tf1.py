@@ -1,0 +1,259 @@
+"""TensorFlow 1's door, driven as a user of graphs and sessions would. TensorFlow 2 behavior stays on."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import bigbatch.tf1 as bb
+from conformance import jobs
+from conformance.jobs import MicroBatch, Params, Spec
+
+v1 = tf.compat.v1
+DTYPES = {"float64": tf.float64, "float32": tf.float32, "half": tf.bfloat16}
+EXTRAS = {"net": ("y",), "missing": ("ids", "has")}
+
+
+class AdamW(v1.train.AdamOptimizer):
+    """v1 has none: Adam, and before it the decay of the variables that have a gradient."""
+
+    def __init__(self, learning_rate: Any, weight_decay: float):
+        super().__init__(learning_rate, name="AdamW")
+        self.weight_decay = weight_decay
+
+    def decay(self, var: Any) -> tf.Operation:
+        rate = tf.cast(self._lr_t, var.dtype.base_dtype)
+        return var.assign_sub(rate * self.weight_decay * var, read_value=False)
+
+    def _resource_apply_dense(self, grad: Any, var: Any) -> Any:
+        with tf.control_dependencies([self.decay(var)]):
+            return super()._resource_apply_dense(grad, var)
+
+    def _resource_apply_sparse(self, grad: Any, var: Any, indices: Any) -> Any:
+        with tf.control_dependencies([self.decay(var)]):
+            return super()._resource_apply_sparse(grad, var, indices)
+
+
+class Overwriting(v1.train.GradientDescentOptimizer):
+    """Takes the gradients' memory for its own use, as an op that works in place may."""
+
+    def _resource_apply_dense(self, grad: Any, var: Any) -> Any:
+        with tf.control_dependencies([super()._resource_apply_dense(grad, var)]):
+            rows = tf.range(tf.shape(grad)[0])
+            return tf.raw_ops.InplaceUpdate(x=grad, i=rows, v=tf.fill(tf.shape(grad), tf.constant(np.nan, grad.dtype)))
+
+
+class Averaged(v1.train.Optimizer):
+    """Keeps an exponential moving average of the variables, as contrib's MovingAverageOptimizer did."""
+
+    def __init__(self, optimizer: v1.train.Optimizer, decay: float, variables: Sequence[Any]):
+        super().__init__(use_locking=False, name="Averaged")
+        self.optimizer, self.of = optimizer, list(variables)
+        self.average = tf.train.ExponentialMovingAverage(decay)
+
+    def compute_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        return self.optimizer.compute_gradients(*args, **kwargs)
+
+    def apply_gradients(self, grads_and_vars: Any, global_step: Any = None, name: str | None = None) -> Any:
+        with tf.control_dependencies([self.optimizer.apply_gradients(grads_and_vars, global_step, name)]):
+            return self.average.apply(self.of)
+
+    def variables(self) -> list[Any]:
+        return [*self.optimizer.variables(), *(self.average.average(v) for v in self.of)]
+
+
+class TF1Run:
+    """The graph up to the gradients, and the session."""
+
+    def __init__(self, spec: Spec):
+        self.spec, self.dtype = spec, DTYPES[spec.dtype]
+        self.seen: set[Any] = set()
+        self.compiled = self.waits = 0
+        self.graph = tf.Graph()
+        with self.graph.as_default():
+            v1.set_random_seed(spec.seed)
+            self.step = v1.train.get_or_create_global_step()
+            self.vars = {name: self.variable(name, value) for name, value in spec.params.items()}
+            self.feeds = {name: self.placeholder(name) for name in ("x", "weight", *EXTRAS.get(spec.job, ()))}
+            self.items = tf.reduce_sum(tf.cast(self.feeds["weight"], tf.float64))
+            self.loss = self.mean_loss(self.feeds)
+            self.optimizer = self.make_optimizer()
+            self.op = self.train_op()
+            self.session = v1.Session()
+            self.saver = v1.train.Saver()
+            self.session.run(v1.global_variables_initializer())
+
+    def variable(self, name: str, value: np.ndarray) -> Any:
+        shrink = self.spec.shrink
+        constraint = None if shrink is None else lambda v: v * shrink
+        initial = tf.constant(value, self.dtype)
+        return v1.get_variable(name, initializer=initial, constraint=constraint)
+
+    def placeholder(self, name: str) -> tf.Tensor:
+        d = self.spec.params["w"].shape[0] if "w" in self.spec.params else jobs.D
+        return v1.placeholder(tf.int64 if name == "ids" else self.dtype, [None, d] if name == "x" else [None], name)
+
+    def mean_loss(self, m: dict[str, tf.Tensor]) -> tf.Tensor:
+        x, v, job = m["x"], self.vars, self.spec.job
+        if job == "net":
+            h = tf.tanh(x @ v["a"] + v["b"])
+            losses = (tf.linalg.matvec(h, v["c"]) - m["y"]) ** 2 / 2
+        elif job == "missing":
+            w = v["w"] + tf.gather(v["table"], m["ids"]) + m["has"][:, None] * v["extra"]
+            losses = tf.reduce_sum(w * x, 1)
+        else:
+            losses = tf.linalg.matvec(v1.nn.dropout(x, rate=0.5) if job == "dropout" else x, v["w"])
+        return tf.reduce_sum(losses * m["weight"]) / tf.reduce_sum(m["weight"])
+
+    def make_optimizer(self) -> v1.train.Optimizer:
+        spec, rates = self.spec, self.spec.rates
+        rate = rates[0]
+        if len(rates) > 1:
+            # Boundaries are included on their left.
+            rate = v1.train.piecewise_constant(self.step, [np.int64(k) for k in range(len(rates) - 1)], list(rates))
+        made = {
+            "sgd": lambda: v1.train.GradientDescentOptimizer(rate),
+            "momentum": lambda: v1.train.MomentumOptimizer(rate, 0.9),
+            "adamw": lambda: AdamW(rate, spec.decay),
+            "overwriting": lambda: Overwriting(rate),
+        }[spec.optimizer]()
+        return made if spec.ema is None else Averaged(made, spec.ema, list(self.vars.values()))
+
+    def train_op(self) -> tf.Operation:
+        raise NotImplementedError
+
+    def run(self, fetches: Any, micro_batch: MicroBatch | None = None) -> Any:
+        """`session.run`, and what it costs: a new signature is compiled, and a value has to be waited for."""
+        feed = {self.feeds[name]: a for name, a in (micro_batch or {}).items()}
+        signature = (str(fetches), tuple(sorted(t.name for t in feed)))
+        self.compiled += signature not in self.seen
+        self.seen.add(signature)
+        self.waits += any(not isinstance(fetch, tf.Operation) for fetch in tf.nest.flatten(fetches))
+        return self.session.run(fetches, feed)
+
+    def params(self) -> Params:
+        return {name: np.asarray(v, np.float64) for name, v in self.session.run(self.vars).items()}
+
+    def held(self) -> list[np.ndarray]:
+        return [np.asarray(v, np.float64) for v in self.session.run([self.step, *self.optimizer.variables()])]
+
+    def updates(self) -> int:
+        return int(self.session.run(self.step))
+
+    def ema(self) -> Params:
+        return self.session.run({name: self.optimizer.average.average(v) for name, v in self.vars.items()})
+
+    def save(self) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as directory, self.graph.as_default():
+            self.saver.save(self.session, str(Path(directory, "model")), write_meta_graph=False)
+            return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+    def load(self, saved: dict[str, bytes]) -> None:
+        with tempfile.TemporaryDirectory() as directory, self.graph.as_default():
+            for name, content in saved.items():
+                Path(directory, name).write_bytes(content)
+            self.saver.restore(self.session, str(Path(directory, "model")))
+
+    def watch(self, work: Callable[[], Any]) -> tuple[int, int]:
+        before = self.compiled + self.graph.version, self.waits
+        work()
+        return self.compiled + self.graph.version - before[0], self.waits - before[1]
+
+
+class Plain(TF1Run):
+    def train_op(self) -> tf.Operation:
+        pairs = self.optimizer.compute_gradients(self.loss)
+        if self.spec.clip_norm is not None:
+            gradients, variables = zip(*pairs, strict=True)
+            gradients, _ = tf.clip_by_global_norm(gradients, self.spec.clip_norm)
+            pairs = list(zip(gradients, variables, strict=True))
+        return self.optimizer.apply_gradients(pairs, self.step)
+
+    def window(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.run(self.op, jobs.join(micro_batches))
+
+
+class Stream(TF1Run):
+    """The session knows when a window is full; the host counts along, so that it need not ask."""
+
+    fed = 0
+
+    def train_op(self) -> tf.Operation:
+        spec = self.spec
+        self.acc = bb.Accumulator(self.optimizer, spec.every, clip_norm=spec.clip_norm, partial=spec.partial)
+        return self.acc.minimize(self.loss, self.step, items=self.items)
+
+    def feed(self, micro_batch: MicroBatch) -> bb.Update | None:
+        self.run(self.op, micro_batch)
+        self.fed += 1
+        if self.fed < self.spec.every:
+            return None
+        self.fed = 0
+        return self.run(self.acc.last)
+
+    def window(self, micro_batches: Sequence[MicroBatch]) -> bb.Update | None:
+        return [self.feed(m) for m in micro_batches][-1]
+
+    def flush(self) -> bb.Update | None:
+        if not self.pending:
+            return None
+        self.run(self.acc.flush)
+        self.fed = self.pending
+        return self.run(self.acc.last)
+
+    def reset(self) -> None:
+        self.run(self.acc.zero)
+        self.fed = 0
+
+    @property
+    def pending(self) -> int:
+        return int(self.run(self.acc.pending))
+
+    def load(self, saved: Any) -> None:
+        super().load(saved)
+        self.fed = self.pending
+
+
+class Adapter:
+    name, door, absent, half = "tf1-stream", "stream", True, "bfloat16"
+    start, plain = Stream, Plain
+
+    def __init__(self):
+        self.graph = tf.Graph()
+        with self.graph.as_default():
+            x = tf.ones([8, 2])
+            self.w = v1.get_variable("w", [2])
+            self.loss = tf.reduce_mean(tf.linalg.matvec(x, self.w))
+            self.optimizer = v1.train.GradientDescentOptimizer(1.0)
+            self.session = v1.Session()
+            self.session.run(v1.global_variables_initializer())
+
+    def mistakes(self) -> dict[str, Callable[[], Any]]:
+        acc = bb.Accumulator(self.optimizer, every=1)
+
+        def stream(items: Any) -> Any:
+            with self.graph.as_default():
+                return acc.minimize(self.loss, items=items)
+
+        def window(every: Any) -> Any:
+            return bb.Accumulator(self.optimizer, every=every)
+
+        return {
+            "items=-1": lambda: stream(-1),
+            "items=0": lambda: stream(0),
+            "items=nan": lambda: stream(float("nan")),
+            "items='4'": lambda: stream("4"),
+            "every=0": lambda: window(0),
+            "every=-2": lambda: window(-2),
+            "every=2.5": lambda: window(2.5),
+            "every=True": lambda: window(True),
+        }
+
+    def untouched(self) -> Params:
+        return {"w": self.session.run(self.w), "operations": np.array(len(self.graph.get_operations()))}
+
+
+ADAPTERS = [Adapter()]
