@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "jax", "tensorflow", "tf1"]
 STEPS = {
     "lint": [["ruff", "check"], ["ruff", "format", "--check"], ["pyright"]],
     "core": [["pytest", "-q"]],

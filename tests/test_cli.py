@@ -41,7 +41,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(output, cap
     [
         ({"rich"}, [], "The demo needs rich. Run: pip install 'bigbatch[demo]'"),
         ({"torch"}, ["--framework", "torch"], "torch is not installed. Run: pip install 'bigbatch[torch]'"),
-        (set(cli.FRAMEWORKS.values()), [], "Run: pip install 'bigbatch[torch]'"),
+        (
+            {"tensorflow"},
+            ["--framework", "tf1"],
+            "tensorflow is not installed. Run: pip install 'bigbatch[tensorflow]'",
+        ),
+        ({package for package, _ in cli.FRAMEWORKS.values()}, [], "Run: pip install 'bigbatch[torch]'"),
     ],
 )
 def test_what_is_not_installed_is_named_with_its_remedy(missing, arguments, message, capsys, monkeypatch):

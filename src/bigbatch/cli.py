@@ -8,8 +8,13 @@ from pathlib import Path
 
 import bigbatch
 
-# What a demo imports, in the order in which one is looked for.
-FRAMEWORKS = {"torch": "torch", "jax": "optax", "tensorflow": "tensorflow"}
+# For each demo what it imports and the extra that brings it, in the order in which one is looked for.
+FRAMEWORKS = {
+    "torch": ("torch", "torch"),
+    "jax": ("optax", "jax"),
+    "tensorflow": ("tensorflow", "tensorflow"),
+    "tf1": ("tensorflow", "tensorflow"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,11 +43,12 @@ def _demo(options: argparse.Namespace) -> int:
     for needed in ("rich", "matplotlib", "sklearn", "numpy"):
         if not _installed(needed):
             return _fail(f"The demo needs {needed}. Run: pip install 'bigbatch[demo]'")
-    framework = options.framework or next((name for name in FRAMEWORKS if _installed(FRAMEWORKS[name])), None)
+    framework = options.framework or next((name for name in FRAMEWORKS if _installed(FRAMEWORKS[name][0])), None)
     if framework is None:
         return _fail(f"The demo needs one of {', '.join(FRAMEWORKS)}. Run: pip install 'bigbatch[torch]'")
-    if not _installed(FRAMEWORKS[framework]):
-        return _fail(f"{framework} is not installed. Run: pip install 'bigbatch[{framework}]'")
+    package, extra = FRAMEWORKS[framework]
+    if not _installed(package):
+        return _fail(f"{package} is not installed. Run: pip install 'bigbatch[{extra}]'")
     if options.output.suffix.lower() not in (".png", ".pdf", ".svg") or not options.output.parent.is_dir():
         return _fail(f"--output must be a .png, .pdf or .svg in a folder that exists. Received: {options.output}")
 

@@ -19,7 +19,7 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
 
-def logits(params: Any, x: jax.Array) -> jax.Array:
+def logits(params: Any, x: Any) -> Any:
     """The job's network."""
     for kernel, bias in params[:-1]:
         x = jnp.tanh(x @ kernel + bias)
@@ -40,8 +40,8 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
     tx = optax.chain(optax.clip_by_global_norm(job.clip_norm), optax.adamw(schedule, weight_decay=job.weight_decay))
     if way == "stream":
         tx = bb.accumulate(tx, every=job.batch // job.micro_batch)
-    params = jax.tree.map(jnp.asarray, job.layers)
-    opt_state = tx.init(params)
+    params: Any = jax.tree.map(jnp.asarray, job.layers)
+    opt_state: Any = tx.init(params)
 
     value_and_grad = (
         bb.value_and_grad(loss_fn, micro_batch=job.micro_batch) if way == "split" else jax.value_and_grad(loss_fn)
@@ -58,6 +58,7 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
         return optax.apply_updates(params, changes), opt_state
 
     step, flush = jax.jit(step, donate_argnums=(0, 1)), jax.jit(flush, donate_argnums=(0, 1))
+    loss: Any = None
     seen, seconds, losses, peak_bytes = 0, 0.0, [], None
     for rows in job.batches(job.micro_batch if way == "micro" else job.batch):
         started = time.perf_counter()
@@ -72,7 +73,7 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
         losses.append((seen + len(rows), float(loss)))  # here the host waits
         seconds += time.perf_counter() - started
         if len(losses) == 3:
-            memory = step.lower(params, opt_state, (x[parts[0]], y[parts[0]])).compile().memory_analysis()
+            memory: Any = step.lower(params, opt_state, (x[parts[0]], y[parts[0]])).compile().memory_analysis()
             peak_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         seen += len(rows)
         advance(len(rows))
