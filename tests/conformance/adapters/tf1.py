@@ -1,9 +1,10 @@
 """TensorFlow 1's door, driven as a user of graphs and sessions would. TensorFlow 2 behavior stays on."""
 
+import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -66,12 +67,23 @@ class Averaged(v1.train.Optimizer):
 
 
 class TF1Run:
-    """The graph up to the gradients, and the session."""
+    """A session, and a graph that is built once for all sessions of a spec."""
+
+    graphs: ClassVar[dict[Any, dict[str, Any]]] = {}
 
     def __init__(self, spec: Spec):
-        self.spec, self.dtype = spec, DTYPES[spec.dtype]
+        key = type(self), pickle.dumps(spec)
+        if key not in self.graphs:
+            self.build(spec)
+            self.graphs[key] = dict(vars(self))
+        vars(self).update(self.graphs[key])
         self.seen: set[Any] = set()
         self.compiled = self.waits = 0
+        self.session = v1.Session(graph=self.graph)
+        self.session.run(self.initializer)
+
+    def build(self, spec: Spec) -> None:
+        self.spec, self.dtype = spec, DTYPES[spec.dtype]
         self.graph = tf.Graph()
         with self.graph.as_default():
             v1.set_random_seed(spec.seed)
@@ -82,9 +94,8 @@ class TF1Run:
             self.loss = self.mean_loss(self.feeds)
             self.optimizer = self.make_optimizer()
             self.op = self.train_op()
-            self.session = v1.Session()
             self.saver = v1.train.Saver()
-            self.session.run(v1.global_variables_initializer())
+            self.initializer = v1.global_variables_initializer()
 
     def variable(self, name: str, value: np.ndarray) -> Any:
         shrink = self.spec.shrink
@@ -220,6 +231,7 @@ class Stream(TF1Run):
 class Adapter:
     name, door, absent, half = "tf1-stream", "stream", True, "bfloat16"
     start, plain = Stream, Plain
+    refusal = tf.errors.InvalidArgumentError  # items are a tensor in the graph
 
     def __init__(self):
         self.graph = tf.Graph()
