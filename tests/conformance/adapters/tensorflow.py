@@ -154,6 +154,8 @@ class Stream(TensorFlowRun):
     def __init__(self, spec: Spec):
         super().__init__(spec)
         self.acc = bb.Accumulator(self.optimizer, every=spec.every, partial=spec.partial)
+        if spec.job != "missing":
+            self.acc.build(self.variables)  # the step is traced once, and a restored window can be flushed at once
         self.checkpoint = tf.train.Checkpoint(model=self.model, optimizer=self.optimizer, acc=self.acc)
         self.step = tf.function(self.train_step, reduce_retracing=True)
         self.fed = 0
@@ -185,7 +187,6 @@ class Stream(TensorFlowRun):
 
     def load(self, saved: Path) -> None:
         super().load(saved)
-        self.acc.build(self.variables)  # a flush may come before anything is fed
         self.fed = self.pending
 
     @property
