@@ -133,7 +133,7 @@ def loss_without_gradient(loss: Any) -> Exception:
     """For a loss that no parameter has a part in."""
     return ValueError(
         f"The loss needs no gradient. {received('loss', loss)} "
-        "Compute it from parameters that require one, outside no_grad and without detach."
+        "Compute it from the parameters, with nothing that stops gradients (no_grad, detach, stop_gradient) between."
     )
 
 
