@@ -19,7 +19,7 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
 
-def logits(params: Any, x: jax.Array) -> jax.Array:
+def logits(params: Any, x: Any) -> jax.Array:
     """The job's network."""
     for kernel, bias in params[:-1]:
         x = jnp.tanh(x @ kernel + bias)
@@ -41,7 +41,7 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
     if way == "stream":
         tx = bb.accumulate(tx, every=job.batch // job.micro_batch)
     params = jax.tree.map(jnp.asarray, job.layers)
-    opt_state = tx.init(params)
+    opt_state: Any = tx.init(params)
 
     value_and_grad = (
         bb.value_and_grad(loss_fn, micro_batch=job.micro_batch) if way == "split" else jax.value_and_grad(loss_fn)
@@ -59,6 +59,7 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
 
     step, flush = jax.jit(step, donate_argnums=(0, 1)), jax.jit(flush, donate_argnums=(0, 1))
     seen, seconds, losses, peak_bytes = 0, 0.0, [], None
+    loss: Any = None
     for rows in job.batches(job.micro_batch if way == "micro" else job.batch):
         started = time.perf_counter()
         size = job.micro_batch if way == "stream" else len(rows)
@@ -72,7 +73,7 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
         losses.append((seen + len(rows), float(loss)))  # here the host waits
         seconds += time.perf_counter() - started
         if len(losses) == 3:
-            memory = step.lower(params, opt_state, (x[parts[0]], y[parts[0]])).compile().memory_analysis()
+            memory: Any = step.lower(params, opt_state, (x[parts[0]], y[parts[0]])).compile().memory_analysis()
             peak_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         seen += len(rows)
         advance(len(rows))
