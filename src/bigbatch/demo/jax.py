@@ -19,7 +19,7 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
 
-def logits(params: Any, x: Any) -> Any:
+def logits(params: Any, x: Any) -> jax.Array:
     """The job's network."""
     for kernel, bias in params[:-1]:
         x = jnp.tanh(x @ kernel + bias)
@@ -40,7 +40,7 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
     tx = optax.chain(optax.clip_by_global_norm(job.clip_norm), optax.adamw(schedule, weight_decay=job.weight_decay))
     if way == "stream":
         tx = bb.accumulate(tx, every=job.batch // job.micro_batch)
-    params: Any = jax.tree.map(jnp.asarray, job.layers)
+    params = jax.tree.map(jnp.asarray, job.layers)
     opt_state: Any = tx.init(params)
 
     value_and_grad = (
@@ -58,8 +58,8 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
         return optax.apply_updates(params, changes), opt_state
 
     step, flush = jax.jit(step, donate_argnums=(0, 1)), jax.jit(flush, donate_argnums=(0, 1))
-    loss: Any = None
     seen, seconds, losses, peak_bytes = 0, 0.0, [], None
+    loss: Any = None
     for rows in job.batches(job.micro_batch if way == "micro" else job.batch):
         started = time.perf_counter()
         size = job.micro_batch if way == "stream" else len(rows)

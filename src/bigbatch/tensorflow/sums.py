@@ -49,9 +49,11 @@ class DenseSum(tf.Module):
         self.total = tf.Variable(tf.zeros(shape, dtype), **LOCAL)
 
     def clear(self) -> None:
+        """Assigns zeros, whatever stood there."""
         self.total.assign(tf.zeros_like(self.total))
 
     def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
+        """Adds weight · gradient."""
         weight = tf.cast(weight, self.total.dtype)
         gradient = cast(gradient, self.total.dtype)
         if isinstance(gradient, tf.IndexedSlices):
@@ -63,6 +65,7 @@ class DenseSum(tf.Module):
             tf.raw_ops.ResourceApplyGradientDescent(var=self.total.handle, alpha=-weight, delta=gradient)
 
     def mean(self, factor: tf.Tensor) -> Gradient:
+        """The sum times `factor`."""
         return scaled(tf.convert_to_tensor(self.total), factor)
 
 
@@ -77,10 +80,12 @@ class SparseSum(tf.Module):
         self._shape: Any = shape
 
     def clear(self) -> None:
+        """Forgets every row."""
         self.indices.assign(self.indices[:0])
         self.values.assign(self.values[:0])
 
     def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
+        """Adds weight · gradient to the rows that it names."""
         gradient = scaled(cast(gradient, self.values.dtype), weight)
         if isinstance(gradient, tf.IndexedSlices):
             rows, values = tf.cast(gradient.indices, tf.int64), gradient.values
@@ -91,5 +96,6 @@ class SparseSum(tf.Module):
         self.values.assign(values)
 
     def mean(self, factor: tf.Tensor) -> Gradient:
+        """The sum times `factor`, each row once."""
         values, rows = tf.convert_to_tensor(self.values), tf.convert_to_tensor(self.indices)
         return scaled(tf.IndexedSlices(values, rows, tf.constant(self._shape.as_list(), tf.int64)), factor)
