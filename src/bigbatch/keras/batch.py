@@ -18,7 +18,7 @@ def leaves(data: Any) -> list[Any]:
 def nest(data: Any, values: list[Any]) -> Any:
     """The nesting of `data` with `values` in the places of its arrays; None stays None."""
     following = iter(values)
-    return tree.map_structure(lambda leaf: None if leaf is None else next(following), data)
+    return tree.pack_sequence_as(data, [None if leaf is None else next(following) for leaf in tree.flatten(data)])
 
 
 def check(data: Any) -> int | None:

@@ -4,6 +4,7 @@ The scan carries the sums and the state that a forward changes: seeds, moving st
 shape make one scan; a shorter last one is a step of its own. All of it is one compiled function, as in plain `fit`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,6 +88,11 @@ def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[d
     described: list[loss.Term] = []
     micro_step = _micro_step(model, like, trainable, optimizer_variables, described)
     first = [leaf[0] for leaf in runs[0]]
+    examples = sum(run[0].shape[0] * run[0].shape[1] for run in runs)
+    update = functools.partial(_update, model, described, examples, trainable, optimizer_variables)
+    if len(runs) == 1 and len(runs[0][0]) == 1:
+        # The plain step, with nothing to add up.
+        return update(*micro_step(None, first, non_trainable, metrics))
     like_sums = jax.eval_shape(lambda leaves: micro_step(None, leaves, non_trainable, metrics)[0], first)
     sums = tree.map_structure(lambda x: jnp.zeros(x.shape, x.dtype), like_sums)
 
@@ -96,10 +102,20 @@ def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[d
     carry = (sums, non_trainable, metrics)
     for run in runs:
         carry, _ = lax.scan(body, carry, run)
-    sums, non_trainable, metrics = carry
+    return update(*carry)
 
+
+def _update(
+    model: Any,
+    described: list[loss.Term],
+    examples: int,
+    trainable: Any,
+    optimizer_variables: Any,
+    sums: Sums,
+    non_trainable: Any,
+    metrics: Any,
+) -> tuple[dict[str, Any], Any]:
     means = [total / jnp.where(items == 0, 1, items) for total, items in sums.losses]
-    examples = sum(run[0].shape[0] * run[0].shape[1] for run in runs)
     with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
         total = loss.report(model, described, means, examples)
         logs = model.get_metrics_result()
@@ -110,14 +126,17 @@ def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[d
         sum(g * factor.astype(g.dtype) for g, factor in zip(parts, factors, strict=True)).astype(v.dtype)
         for v, *parts in zip(trainable, *sums.gradients, strict=True)
     ]
-    updated = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
-    if not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+    def apply() -> Any:
+        return tuple(map(list, model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)))
+
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        updated = apply()
+    else:
         # A window that is not finite leaves no trace. Loss scaling asks that itself, and takes note.
         finite = jnp.isfinite(total)
         for g in gradients:
             finite &= jnp.isfinite(g).all()
-        before = (list(trainable), list(optimizer_variables))
-        updated = tree.map_structure(lambda new, old: jnp.where(finite, new, old), tuple(map(list, updated)), before)
+        updated = lax.cond(finite, apply, lambda: (list(trainable), list(optimizer_variables)))
     trainable, optimizer_variables = updated
     return logs, (trainable, non_trainable, optimizer_variables, metrics)
 

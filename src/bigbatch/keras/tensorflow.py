@@ -117,7 +117,8 @@ def _window(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> dict[str, An
     _build(model, batch.nest(like, first))
     described: list[loss.Term] = []
     take = _micro_step(model, like, described)
-    if not model.run_eagerly and not model.jit_compile:
+    alone = len(runs) == 1 and isinstance(runs[0][0], int) and runs[0][0] == 1
+    if not (alone or model.run_eagerly or model.jit_compile):
         # Traced once, whatever the micro-batches' lengths are.
         signature = [tf.TensorSpec([None, *_common([run[1](0)[n] for run in runs])], x.dtype) for n, x in enumerate(first)]
         unit_signature = tf.TensorSpec([None], model._loss_tracker.dtype)
@@ -130,7 +131,7 @@ def _window(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> dict[str, An
         return tree.map_structure(lambda a, b: None if a is None else a + b, sums, more)
 
     start = 1
-    for count, pull in runs:
+    for count, pull in [] if alone else runs:
         # Only what is there is carried: a loop knows no None.
         held = batch.leaves(sums)
 
