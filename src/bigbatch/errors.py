@@ -113,6 +113,14 @@ def leaf_without_length(where: str, value: Any) -> Exception:
     return TypeError(f"A leaf of a batch must be an array with a leading dimension. {received(where, value)} {fix}")
 
 
+def not_a_loss(result: Any) -> Exception:
+    """For a loss_fn that returns a tuple of something else."""
+    return TypeError(
+        f"loss_fn must return the mean loss or (loss, items). Received: a tuple of {len(result)}. "
+        "Bind other outputs outside, or return them through a variable of your own."
+    )
+
+
 def loss_not_scalar(loss: Any) -> Exception:
     """For a loss that is not one real number."""
     return ValueError(

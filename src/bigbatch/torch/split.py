@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
@@ -58,6 +59,8 @@ def backward(
         for start in range(0, length, micro_batch):
             stop = min(start + micro_batch, length)
             result = loss_fn(_cut(batch, start, stop))
+            if isinstance(result, tuple) and len(result) != 2:
+                raise errors.not_a_loss(result)
             loss, items = result if isinstance(result, tuple) else (result, None)
             loss = check_loss(loss)
             if items is None:
@@ -65,23 +68,24 @@ def backward(
                 if window.unit is None:
                     window.unit = length
             parameters = _parameters(loss)
-            for p in parameters:
-                if p not in before:
-                    before[p], p.grad = p.grad, None
-            if window.dtype is None and dtype is not None and is_wide(parameters, dtype):
+            new = [p for p in parameters if p not in before]
+            for p in new:
+                before[p], p.grad = p.grad, None
+            if window.dtype is None and dtype is not None and is_wide(new, dtype):
                 window.widen(before, dtype)
             window.backward(loss, check_items(items), parameters)
-        mean = window.mean_loss
-        if mean.isnan():
-            raise errors.loss_not_finite(mean.item(), f"{window.micro_batches} micro-batches")
-        scale_(window.gradients(before), window.factor)
+        _, mean, factor = window.close()
+        if math.isnan(mean):
+            raise errors.loss_not_finite(mean, f"{window.micro_batches} micro-batches")
+        scale_(window.gradients(before), factor)
     except BaseException:
         for p, grad in before.items():
             p.grad = grad
         raise
     for p, grad in before.items():
         _add(p, grad, window.sums.get(p, p.grad))
-    return mean
+    last = window.losses[-1]
+    return last.new_full((), mean, dtype=torch.promote_types(last.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -97,22 +101,23 @@ def _add(p: Tensor, before: Tensor | None, mean: Tensor | None) -> None:
 
 def _parameters(loss: Tensor) -> list[Tensor]:
     """The leaves that `loss.backward()` will give a gradient to, read off the autograd graph."""
-    seen: set[Any] = set()
-    found: list[Tensor] = []
-    stack: list[Any] = [get_gradient_edge(loss).node]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
+    root: Any = get_gradient_edge(loss).node
+    found, nodes, seen = [], [root], {root}
+    for node in nodes:
+        # By the type's name: asking every node for an attribute that few have would take most of the time.
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            found.append(node.variable)
             continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
+        if kind == "CheckpointFunctionBackward":
             raise ValueError(
                 "Reentrant checkpointing hides its parameters until the backward runs, so their gradients cannot be "
                 "kept apart from what .grad holds. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
             )
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        stack.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
     return found
 
 

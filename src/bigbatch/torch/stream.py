@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every, planned
-from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
+from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +147,10 @@ class Accumulator:
             )
         window = self._window or self._open()
         try:
-            window.backward(loss, items, self._parameters(), self.scaler)
+            window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler)
             self._window = window
-            full = (
-                window.items >= self._plan.count
-                if isinstance(self._plan, Items)
-                else window.micro_batches >= self._plan
-            )
+            plan = self._plan
+            full = sum(window.items) >= plan.count if isinstance(plan, Items) else window.micro_batches >= plan
             return self._close(window) if full else None
         except BaseException:
             self.reset()
@@ -173,8 +170,8 @@ class Accumulator:
             return self._close(window)
         held = f"{window.micro_batches} micro-batches of a partial window"
         if self.partial == "carry":
-            return self._report(window, math.nan, f"carried: {held} wait for more")
-        update = self._report(window, math.nan, f"dropped: {held}")
+            return self._report(window, window.close(), math.nan, f"carried: {held} wait for more")
+        update = self._report(window, window.close(), math.nan, f"dropped: {held}")
         self.reset()
         return update
 
@@ -196,10 +193,9 @@ class Accumulator:
         }
         if (window := self._window) is not None:
             state["window"] = {
-                "micro_batches": window.micro_batches,
-                "items": window.items,
+                "items": list(window.items),
+                "losses": list(window.losses),
                 "unit": window.unit,
-                "loss": window.loss,
                 "gradients": {
                     i: grad for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
                 },
@@ -229,12 +225,7 @@ class Accumulator:
         if saved is None:
             return
         window = self._open()
-        window.micro_batches, window.items, window.unit = (
-            saved["micro_batches"],
-            saved["items"],
-            saved["unit"],
-        )
-        window.loss = saved["loss"].clone()
+        window.items, window.losses, window.unit = list(saved["items"]), list(saved["losses"]), saved["unit"]
         for i, grad in saved["gradients"].items():
             p = parameters[i]
             if window.dtype is None:
@@ -264,16 +255,18 @@ class Accumulator:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         try:
-            norm = torch.nn.utils.get_total_norm(gradients) * window.factor
-            factor = window.factor
-            if self.clip_norm is not None:
-                # clip_grad_norm_'s own formula, so that a window of one is clipped to the same bits.
-                factor = factor * torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
-            update = self._report(window, float(norm))  # here the host waits
+            norm = torch.nn.utils.get_total_norm(gradients)
+            sums = window.close()  # here the host waits
+            norm = norm * sums.factor
+            update = self._report(window, sums, norm.item())
             skipped = self._reason_to_skip(update, gradients)
             if skipped is not None:
                 return replace(update, skipped=skipped)
-            scale_(gradients, float(factor))
+            factor = sums.factor
+            if self.clip_norm is not None:
+                # clip_grad_norm_'s own formula, so that a window of one is clipped to the same bits.
+                factor *= torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0).item()
+            scale_(gradients, factor)
             while window.sums:
                 p, mean = window.sums.popitem()
                 p.grad = mean.to(p.dtype)
@@ -290,8 +283,8 @@ class Accumulator:
                 scaler.update()
             self.reset()
 
-    def _report(self, window: Window, norm: float, skipped: str | None = None) -> Update:
-        return Update(self._index, window.micro_batches, float(window.items), float(window.mean_loss), norm, skipped)
+    def _report(self, window: Window, sums: Sums, norm: float, skipped: str | None = None) -> Update:
+        return Update(self._index, window.micro_batches, sums.items, sums.loss, norm, skipped)
 
     def _reason_to_skip(self, update: Update, gradients: list[Tensor]) -> str | None:
         if update.items <= 0:

@@ -9,13 +9,14 @@ is wrong by 18 %. Then every gradient is taken out of `.grad` after its backward
 and the weight is applied there, where it can neither round nor underflow.
 """
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bigbatch import errors
+from bigbatch import errors, law
 
 
 def check_loss(loss: Any) -> Tensor:
@@ -33,9 +34,8 @@ def check_items(items: Any) -> float | Tensor:
         return errors.check_items(items)
     if items.numel() != 1 or items.is_complex() or items.dtype == torch.bool:
         errors.check_items(items)  # says what a number is
-    items = items.detach().reshape(())
-    # A sum of bf16 counts would stop at 256.
-    return items.to(torch.promote_types(items.dtype, torch.float32)) if items.is_floating_point() else items
+    # A sum of bf16 counts would stop at 256, and int / int would be float32.
+    return items.detach().reshape(()).to(_exact(items.device))
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
@@ -60,10 +60,14 @@ class Window:
         self.planned = planned
         self.unit = unit
         self.dtype = dtype
-        self.micro_batches = 0
-        self.items: float | Tensor = 0
-        self.loss: Tensor | None = None
+        self.items: list[float | Tensor] = []
+        self.losses: list[Tensor] = []
         self.sums: dict[Tensor, Tensor] = {}
+
+    @property
+    def micro_batches(self) -> int:
+        """How many were taken in so far."""
+        return len(self.losses)
 
     def backward(self, loss: Tensor, items: float | Tensor, parameters: Iterable[Tensor], scaler: Any = None) -> None:
         """Differentiates one micro-batch's mean loss and adds the gradients. Never waits for the device."""
@@ -72,28 +76,19 @@ class Window:
             first = items.clamp(min=1) if isinstance(items, Tensor) else items
             self.unit = first * self.planned
         weight = items / self.unit
-        wide_loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
-        if isinstance(weight, Tensor):
-            weight = weight.to(loss.device, self.dtype or wide_loss.dtype)
-            # A mean over no items is 0/0. It counts for nothing, and 0 × NaN would be NaN.
-            part = torch.where(weight == 0, 0, wide_loss * weight)
-        else:
-            part = wide_loss * weight
-
+        mean = loss.detach()
         if scaler is not None:
             loss = scaler.scale(loss)
         if self.dtype is not None:
             loss.backward()
             self._take(parameters, weight, self.dtype)
         elif isinstance(weight, Tensor):
-            loss.backward(gradient=weight.to(loss.dtype))
+            loss.backward(gradient=weight.to(loss.device, loss.dtype))
         else:
             # new_full is a kernel on the device; torch.tensor(weight, device=…) would be a copy the host waits for.
             loss.backward(gradient=loss.new_full((), weight))
-
-        self.loss = part if self.loss is None else self.loss + part
-        self.items = self.items + items
-        self.micro_batches += 1
+        self.items.append(items)
+        self.losses.append(mean)
 
     def widen(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
         """From here on in wide accumulators, which start from what `.grad` holds."""
@@ -111,7 +106,7 @@ class Window:
             if p not in self.sums:
                 self.sums[p] = grad * weight
             elif isinstance(weight, Tensor):
-                self.sums[p] += grad * weight
+                self.sums[p] += grad * weight.to(grad.device)
             else:
                 self.sums[p].add_(grad, alpha=weight)
 
@@ -131,19 +126,43 @@ class Window:
                 gradients.append(grad)
         return gradients
 
-    @property
-    def factor(self) -> float | Tensor:
-        """What turns the sums into means: unit / Σ nᵢ."""
-        return 1.0 if self.unit is None else self.unit / self.items
+    def close(self) -> "Sums":
+        """What the window holds and what turns its sums into means. Here the host waits for the device."""
+        n = self.micro_batches
+        numbers = _numbers([*self.losses, *self.items, self.unit])
+        losses, items, unit = numbers[:n], numbers[n:-1], numbers[-1]
+        total = sum(items)
+        # A mean over no items is 0/0, and counts for nothing; 0 × NaN would not.
+        counted = [(loss, n) for loss, n in zip(losses, items, strict=True) if n != 0]
+        loss = law.mean(*zip(*counted, strict=True)) if total else math.nan
+        return Sums(total, loss, factor=unit / total if total else math.nan)
 
-    @property
-    def mean_loss(self) -> Tensor:
-        """Σ nᵢ·lossᵢ / Σ nᵢ, a scalar on the loss's device."""
-        return torch.zeros(()) if self.loss is None else self.loss * self.factor
+
+class Sums(NamedTuple):
+    """Σ nᵢ, Σ nᵢ·lossᵢ / Σ nᵢ, and the factor unit / Σ nᵢ that the gradients still need."""
+
+    items: float
+    loss: float
+    factor: float
 
 
-def scale_(gradients: list[Tensor], factor: float | Tensor) -> None:
-    """One pass over the gradients, in place; none where the factor is the number 1."""
-    if gradients and not (isinstance(factor, float) and factor == 1.0):
+def _numbers(values: list[Any]) -> list[float]:
+    """Numbers and scalar tensors as floats, the tensors read from their device at once."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    if not tensors:
+        return [float(v) for v in values]
+    device = tensors[0].device
+    read = iter(torch.stack([t.to(device, _exact(device)) for t in tensors]).tolist())
+    return [next(read) if isinstance(v, Tensor) else float(v) for v in values]
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """The dtype to count in. Apple's devices have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def scale_(gradients: list[Tensor], factor: float) -> None:
+    """One pass over the gradients, in place; none where the factor is 1."""
+    if gradients and factor != 1.0:
         # In torch's public list of foreach functions, underscore and all.
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,0 +1,112 @@
+"""Random windows, weights and interruptions against exact rational arithmetic.
+
+The job is "mean" under SGD with rate 1 and integer data, so a window moves w by −Σ nᵢ·gᵢ / Σ nᵢ, which `law.mean`
+gives in `fractions.Fraction`. What a float64 door may be off by is derived: each of the k windows rounds its sums
+at most N + 8 times, each time by u = 2⁻⁵³ relative to the terms' absolute values, and the parameter once.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bigbatch import law
+from conformance import jobs
+from conformance.jobs import Spec
+
+micro_batches = st.fixed_dictionaries({
+    "n": st.integers(1, 3),
+    "weight": st.integers(1, 9),
+    "x": st.lists(st.integers(-50, 50), min_size=3 * jobs.D, max_size=3 * jobs.D),
+})  # fmt: skip
+interruptions = st.sampled_from(["flush", "reset", "save", "bad items", "NaN"])
+
+
+def arrays(drawn):
+    n = drawn["n"]
+    x = np.array(drawn["x"][: n * jobs.D], dtype=np.float64).reshape(n, jobs.D)
+    return {"x": x, "weight": np.full(n, float(drawn["weight"]))}
+
+
+class Exact:
+    """The law in fractions, with the bound on what floats may be off by."""
+
+    def __init__(self):
+        self.w = np.array([Fraction(0)] * jobs.D)
+        self.bound = np.zeros(jobs.D)
+        self.open = []
+
+    def close(self):
+        items = [int(jobs.items(m)) for m in self.open]
+        means = [law.mean([fractions(row) for row in m["x"]], [Fraction(1)] * len(m["x"])) for m in self.open]
+        self.w = self.w - law.mean(means, items)
+        sizes = law.mean([np.abs(m["x"]).mean(0) for m in self.open], items)
+        rounded = (len(self.open) + 8) * sizes + np.abs(self.w.astype(float)) + sizes
+        self.bound = self.bound + 2.0**-53 * rounded * 1.01
+        self.open = []
+
+
+def fractions(row):
+    return np.array([Fraction(int(v)) for v in row])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(every=st.integers(1, 5), actions=st.lists(st.one_of(micro_batches, interruptions), min_size=1, max_size=14))
+def test_any_history_follows_the_law(adapter, every, actions):
+    if adapter.door == "split":
+        # A split door sees whole windows: the micro-batches between two interruptions, one row each.
+        stream_of_rows(adapter, actions)
+        return
+    spec = Spec(params={"w": np.zeros(jobs.D)}, every=every, rates=(1.0,))
+    run, exact = adapter.start(spec), Exact()
+    for action in actions:
+        if isinstance(action, dict):
+            m = arrays(action)
+            exact.open.append(m)
+            report = run.feed(m)
+            assert (report is not None) == (len(exact.open) == every)
+            if report is not None:
+                exact.close()
+        elif action == "flush":
+            report = run.flush()
+            assert (report is None) == (not exact.open)
+            if exact.open:
+                exact.close()
+        elif action == "reset":
+            run.reset()
+            exact.open = []
+        elif action == "save":
+            saved = run.save()
+            run = adapter.start(spec)
+            run.load(saved)
+        elif action == "bad items":
+            # Where items are a tensor in a graph, the framework's own error carries the words.
+            with pytest.raises(getattr(adapter, "refusal", ValueError), match="items must be positive"):
+                run.feed({"x": np.zeros((1, jobs.D)), "weight": np.zeros(1)})
+        else:
+            run.feed({"x": np.full((1, jobs.D), np.nan), "weight": np.ones(1)})
+            if exact.open or every > 1:  # the poisoned window is closed, and makes no update
+                run.flush()
+            exact.open = []
+        assert run.pending == len(exact.open)
+        check(run, exact)
+
+
+def stream_of_rows(adapter, actions):
+    exact = Exact()
+    run = adapter.start(Spec(params={"w": np.zeros(jobs.D)}, rates=(1.0,)))
+    for action in actions:
+        if isinstance(action, dict):
+            m = arrays(action)
+            exact.open.append({"x": m["x"][:1], "weight": m["weight"][:1]})
+        elif exact.open:
+            run.window(exact.open)
+            exact.close()
+            check(run, exact)
+
+
+def check(run, exact):
+    error = np.abs(run.params()["w"] - exact.w.astype(float))
+    assert (error <= exact.bound + 2.0**-53 * np.abs(exact.w.astype(float))).all()

@@ -1,0 +1,29 @@
+"""The examples and the code in the pages run, and say what they promise."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from documentation import run_blocks
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("name", ["stream", "split"])
+def test_example(name, capsys):
+    runpy.run_path(str(ROOT / f"examples/torch_{name}.py"))
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split("loss ")[1]) for line in lines if "loss" in line]
+    assert losses[-1] < 0.3 < 2 < losses[0]
+    if name == "stream":
+        assert lines[-1] == (
+            "Accumulator(AdamW, every=64, clip_norm=1.0, scheduler=CosineAnnealingLR: "
+            "40 updates made, 0 micro-batches pending)"
+        )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pytorch.md", "docs/faq.md", "docs/semantics.md"])
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks(ROOT / page)
