@@ -277,7 +277,9 @@ class PlainFit(Plain):
     def train(self, micro_batches: Sequence[MicroBatch]) -> float:
         keras.config.set_floatx(self.floatx)
         x, y, weight = self.arrays(jobs.join(micro_batches))
-        return self.model.fit(x, y, sample_weight=weight, batch_size=len(y), shuffle=False, verbose=0).history["loss"][0]
+        return self.model.fit(x, y, sample_weight=weight, batch_size=len(y), shuffle=False, verbose=0).history["loss"][
+            0
+        ]
 
 
 class Stream(KerasRun):

@@ -147,5 +147,3 @@ def _warn_of_batch_norm(model: Any) -> bool:
             stacklevel=3,
         )
     return bool(names)
-
-

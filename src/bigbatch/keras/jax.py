@@ -48,9 +48,7 @@ def split_step(model: Any, micro_batch: int) -> Step:
             runs = [[leaf[: full * size].reshape(full, size, *leaf.shape[1:]) for leaf in leaves]]
         else:
             # Every micro-batch takes examples from every device; a contiguous one would have to move.
-            runs = [
-                [leaf[: full * size].reshape(size, full, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves]
-            ]
+            runs = [[leaf[: full * size].reshape(size, full, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves]]
         if length % size:
             runs.append([leaf[None, full * size :] for leaf in leaves])
         return _window(model, state, data, runs)
@@ -115,17 +113,25 @@ def _update(
     non_trainable: Any,
     metrics: Any,
 ) -> tuple[dict[str, Any], Any]:
-    means = [total / jnp.where(items == 0, 1, items) for total, items in sums.losses]
+    terms_divide, kinds_divide = loss.quotients(described)
+    means = [
+        total / jnp.where(items == 0, 1, items) if divide else total
+        for (total, items), divide in zip(sums.losses, terms_divide, strict=True)
+    ]
     with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
         total = loss.report(model, described, means, examples)
         logs = model.get_metrics_result()
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
 
-    factors = [unit / jnp.where(items == 0, 1, items) for unit, items in zip(sums.unit, sums.items, strict=True)]
+    factors = [
+        unit / jnp.where(items == 0, 1, items) if divide else jnp.ones_like(unit)
+        for unit, items, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
+    ]
     gradients = [
         sum(g * factor.astype(g.dtype) for g, factor in zip(parts, factors, strict=True)).astype(v.dtype)
         for v, *parts in zip(trainable, *sums.gradients, strict=True)
     ]
+
     def apply() -> Any:
         return tuple(map(list, model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)))
 

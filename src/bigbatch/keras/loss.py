@@ -92,6 +92,11 @@ def report(model: Any, described: list[Term], means: list[Any], examples: Any) -
     return total
 
 
+def quotients(described: list[Term]) -> tuple[list[bool], list[bool]]:
+    """Whether each term, and each kind of items, is a mean; a sum is not divided at the window's end."""
+    return [term.kind != SUM for term in described], [kind != SUM for kind in dict.fromkeys(t.kind for t in described)]
+
+
 def kinds(found: list[Term]) -> list[tuple[Any, Any]]:
     """For each kind of items: the weighted sum of its terms, which is to be differentiated, and the items."""
     sums: dict[Hashable, tuple[Any, Any]] = {}

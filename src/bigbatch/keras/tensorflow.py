@@ -62,9 +62,7 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
         runs = [(full, fixed), (1, rest)]
         if static is not None:
             return _window(model, data, runs if length % size else runs[:1])
-        return tf.cond(
-            length % size > 0, lambda: _window(model, data, runs), lambda: _window(model, data, runs[:1])
-        )
+        return tf.cond(length % size > 0, lambda: _window(model, data, runs), lambda: _window(model, data, runs[:1]))
 
     return train_step
 
@@ -120,7 +118,9 @@ def _window(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> dict[str, An
     alone = len(runs) == 1 and isinstance(runs[0][0], int) and runs[0][0] == 1
     if not (alone or model.run_eagerly or model.jit_compile):
         # Traced once, whatever the micro-batches' lengths are.
-        signature = [tf.TensorSpec([None, *_common([run[1](0)[n] for run in runs])], x.dtype) for n, x in enumerate(first)]
+        signature = [
+            tf.TensorSpec([None, *_common([run[1](0)[n] for run in runs])], x.dtype) for n, x in enumerate(first)
+        ]
         unit_signature = tf.TensorSpec([None], model._loss_tracker.dtype)
         take = tf.function(take, input_signature=[signature, unit_signature], autograph=False)
     sums = take(first, tf.zeros([0], model._loss_tracker.dtype))
@@ -197,15 +197,23 @@ def _update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term])
     items, losses = sums.items, sums.losses
     if model.distribute_strategy.num_replicas_in_sync > 1:
         items, losses = context.all_reduce(tf.distribute.ReduceOp.SUM, (items, losses))
-    means = [tf.math.divide_no_nan(total, count) for total, count in map(tf.unstack, losses)]
+    terms_divide, kinds_divide = loss.quotients(described)
+    means = [
+        tf.math.divide_no_nan(total, count) if divide else total
+        for (total, count), divide in zip(map(tf.unstack, losses), terms_divide, strict=True)
+    ]
+    factors = [
+        tf.math.divide_no_nan(u, n) if divide else tf.ones_like(u)
+        for u, n, divide in zip(unit, items, kinds_divide, strict=True)
+    ]
     total = loss.report(model, described, means, sums.examples)
 
     variables = model.trainable_variables
     gradients = []
     for i, v in enumerate(variables):
         parts = [
-            g[i] * tf.cast(tf.math.divide_no_nan(u, n), g[i].dtype)
-            for g, u, n in zip(sums.gradients, unit, items, strict=True)
+            g[i] * tf.cast(factor, g[i].dtype)
+            for g, factor in zip(sums.gradients, factors, strict=True)
             if g[i] is not None
         ]
         gradients.append(tf.cast(tf.add_n(parts), v.dtype) if parts else None)

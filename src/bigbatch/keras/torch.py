@@ -113,12 +113,19 @@ def _move(parameters: list[torch.Tensor], totals: dict[torch.Tensor, torch.Tenso
 def _update(
     model: Any, variables: list[Any], parameters: list[torch.Tensor], sums: _Sums, described: list[loss.Term]
 ) -> dict[str, Any]:
-    means = [total / torch.where(items == 0, 1, items) for total, items in sums.losses]
+    terms_divide, kinds_divide = loss.quotients(described)
+    means = [
+        total / torch.where(items == 0, 1, items) if divide else total
+        for (total, items), divide in zip(sums.losses, terms_divide, strict=True)
+    ]
     total = loss.report(model, described, means, sums.examples)
     if not parameters:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return model.get_metrics_result()
-    factors = [u / torch.where(n == 0, 1, n) for u, n in zip(sums.unit, sums.items, strict=True)]
+    factors = [
+        u / torch.where(n == 0, 1, n) if divide else torch.ones_like(u)
+        for u, n, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
+    ]
     if sums.gradients is None:
         gradients = [p.grad for p in parameters]
         present = [g for g in gradients if g is not None]
