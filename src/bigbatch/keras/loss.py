@@ -92,6 +92,14 @@ def report(model: Any, described: list[Term], means: list[Any], examples: Any) -
     return total
 
 
+def update_metrics(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> None:
+    """Adds a micro-batch to the model's metrics, without reading them, where `compute_metrics` is Keras's own."""
+    if type(model).compute_metrics is not keras.Model.compute_metrics:
+        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    elif model._compile_metrics is not None:
+        model._compile_metrics.update_state(y, y_pred, sample_weight)
+
+
 def quotients(described: list[Term]) -> tuple[list[bool], list[bool]]:
     """Whether each term, and each kind of items, is a mean; a sum is not divided at the window's end."""
     return [term.kind != SUM for term in described], [kind != SUM for kind in dict.fromkeys(t.kind for t in described)]

@@ -7,6 +7,7 @@ over between calls: a checkpoint between two steps needs no gradients, and an ep
 import inspect
 import itertools
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,11 @@ def open_door(model: Any, every: Every, partial: str) -> None:
             return plain_fit(*args, **kwargs)  # says so
         given = signature.bind(*args, **kwargs).arguments
         windows.index = int(model.optimizer.iterations)
-        return plain_fit(**_with_windows(windows, given))
+        with warnings.catch_warnings():
+            if not isinstance(every, int):
+                # Keras counts on as many steps as there could be windows, and warns when there are fewer.
+                warnings.filterwarnings("ignore", message="Your input ran out of data")
+            return plain_fit(**_with_windows(windows, given))
 
     def train_on_batch(*args: Any, **kwargs: Any) -> Any:
         windows.alone = True

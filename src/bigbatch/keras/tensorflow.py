@@ -173,7 +173,7 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
             weight = tf.where(unit[k] > 0, tf.math.divide_no_nan(tf.cast(items, unit.dtype), unit[k]), 1)
             found = tape.gradient(value, variables, output_gradients=tf.cast(weight, value.dtype))
             gradients.append([_wide(g) for g in found])
-        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        loss.update_metrics(model, x, y, y_pred, sample_weight)
         return Sums(
             gradients,
             [tf.cast(items, unit.dtype) for _, items in kinds],

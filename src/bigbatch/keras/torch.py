@@ -97,7 +97,7 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
             if sums.gradients is not None:
                 _move(parameters, sums.gradients[k])
     with torch.no_grad():
-        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        loss.update_metrics(model, x, y, y_pred, sample_weight)
     return terms
 
 
