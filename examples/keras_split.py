@@ -11,9 +11,7 @@ import bigbatch.keras as bb
 keras.utils.set_random_seed(0)
 pixels, labels = load_digits(return_X_y=True)
 
-model = keras.Sequential(
-    [keras.Input((64,)), keras.layers.Dense(128, activation="tanh"), keras.layers.Dense(10)]
-)
+model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(128, activation="tanh"), keras.layers.Dense(10)])
 model.compile(
     keras.optimizers.AdamW(1e-2),
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),

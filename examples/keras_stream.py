@@ -25,9 +25,7 @@ class MicroBatches(keras.utils.PyDataset):
         return pixels[rows] / 16, labels[rows]
 
 
-model = keras.Sequential(
-    [keras.Input((64,)), keras.layers.Dense(128, activation="tanh"), keras.layers.Dense(10)]
-)
+model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(128, activation="tanh"), keras.layers.Dense(10)])
 schedule = keras.optimizers.schedules.CosineDecay(1e-2, decay_steps=40)  # 40 updates, not 2,260 micro-batches
 model.compile(
     keras.optimizers.AdamW(schedule, global_clipnorm=1.0),

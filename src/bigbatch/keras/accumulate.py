@@ -120,7 +120,14 @@ def _check_at_the_door(model: Any) -> None:
                 _check_arrays(given)
                 if not warned:
                     warned = _warn_of_batch_norm(model)
-            return method(*args, **kwargs)
+            if keras.backend.backend() != "jax" or not model.compiled:
+                return method(*args, **kwargs)
+            kept = split.backend().keep(model)
+            try:
+                return method(*args, **kwargs)
+            except BaseException:
+                split.backend().give_back(kept)
+                raise
 
         return call
 

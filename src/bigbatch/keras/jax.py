@@ -80,6 +80,19 @@ def stream_step(model: Any) -> Step:
     return train_step
 
 
+def keep(model: Any) -> list[tuple[Any, Any]]:
+    """The values that `fit` takes out of the variables while it runs."""
+    variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    return [(v, v.value) for v in variables]
+
+
+def give_back(kept: list[tuple[Any, Any]]) -> None:
+    """After an error before the first update, which plain `fit` leaves the variables empty by."""
+    for v, value in kept:
+        if v._value is None and not value.is_deleted():
+            v.assign(value)
+
+
 def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[dict[str, Any], Any]:
     """One update from the micro-batches of `runs`: leaves of equal shape, stacked along a new first dimension."""
     trainable, non_trainable, optimizer_variables, metrics = state

@@ -41,7 +41,7 @@ def open_door(model: Any, every: Every, partial: str) -> None:
         if not model.compiled:
             return plain_fit(*args, **kwargs)  # says so
         given = signature.bind(*args, **kwargs).arguments
-        windows.index = int(model.optimizer.iterations)
+        windows.index = int(keras.ops.convert_to_numpy(model.optimizer.iterations.value))
         with warnings.catch_warnings():
             if not isinstance(every, int):
                 # Keras counts on as many steps as there could be windows, and warns when there are fewer.

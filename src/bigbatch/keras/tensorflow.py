@@ -78,8 +78,9 @@ def _gather(window: list[Any], stacked: bool) -> list[Any]:
     They part where another dimension than the first changes. With `stacked`, for XLA, a run's micro-batches have one
     shape and lie along a new first dimension, and the second of the pair is None.
     """
-    for data in window:
-        batch.check(data)
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:  # else a short micro-batch leaves some with no example
+        for data in window:
+            batch.check(data)
     rows = [[tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)] for data in window]
     shapes = [[x.shape if stacked else x.shape[1:] for x in row] for row in rows]
     starts = [i for i in range(len(rows)) if i == 0 or shapes[i] != shapes[i - 1]]
