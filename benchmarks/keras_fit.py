@@ -23,8 +23,8 @@ GOALS = {"tensorflow": 0.50, "jax": 0.36, "torch": 0.70}
 PACKAGES = {"tensorflow": "tensorflow-cpu", "jax": "jax", "torch": "torch"}
 HEAD = f"""# Keras: one window
 
-`fit` on {WINDOWS} windows of {N} micro-batches of {MICRO}: an MLP 784-1024-1024-10 with Adam. Times are of one window, medians of
-the repetitions in one process, in turn; ratios are medians over the rounds.
+`fit` on {WINDOWS} windows of {N} micro-batches of {MICRO}: an MLP 784-1024-1024-10 with Adam.
+Times are of one window, medians of the repetitions in one process, in turn; ratios are medians over the rounds.
 """
 
 
@@ -62,7 +62,8 @@ def main(repetitions: int) -> None:
         print(f"{BACKEND}, {door}: {reached:.2f} × the built-in; wanted: at most {GOALS[BACKEND]:.2f}")
     part = (
         f"## {BACKEND}\n\n{table(timings, [builtin, 'full batch'])}\n\n"
-        f"`KERAS_BACKEND={BACKEND} python benchmarks/keras_fit.py {repetitions}`: {circumstances('keras', PACKAGES[BACKEND])}\n"
+        f"`KERAS_BACKEND={BACKEND} python benchmarks/keras_fit.py {repetitions}`: "
+        f"{circumstances('keras', PACKAGES[BACKEND])}\n"
     )
     print(part)
     page = PAGE.read_text() if PAGE.exists() else HEAD

@@ -2,10 +2,10 @@
 
 import keras
 import numpy as np
-from conformance.keras_driver import BACKEND as BACKEND
-from conformance.keras_driver import array
 
 import bigbatch.keras as bb
+from conformance.keras_driver import BACKEND as BACKEND
+from conformance.keras_driver import array
 
 
 def float64():

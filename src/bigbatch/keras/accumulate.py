@@ -23,7 +23,9 @@ def accumulate(
     every: Every | None = _NOT_GIVEN,
     partial: Literal["apply", "carry", "drop"] = "apply",
 ) -> keras.Model:
-    """Makes `fit` take one update from many micro-batches, with the gradient of the batch they make together::
+    """Makes `fit` take one update from many micro-batches, with the gradient of the batch they make together.
+
+    One line before `fit`::
 
         bb.accumulate(model, micro_batch=32)    # split: batch_size is the batch, 32 examples are in memory at once
         model.fit(x, y, batch_size=2048)
@@ -32,8 +34,8 @@ def accumulate(
         model.fit(dataset)
 
     Everything else about `fit` and `train_on_batch` stays: the optimizer is the one given to `compile`, and is applied
-    once an update. A step of `fit`, and so `on_train_batch_end` and the progress bar, is one update. A window whose loss
-    or gradients are inf or NaN makes no update; its loss is in the logs as it is.
+    once an update. A step of `fit`, and so `on_train_batch_end` and the progress bar, is one update. A window whose
+    loss or gradients are inf or NaN makes no update; its loss is in the logs as it is.
 
     Args:
         model: a model whose `train_step` is Keras's own; built and compiled or not yet.

@@ -1,4 +1,4 @@
-"""A batch as `fit` hands it over: `(x, y, sample_weight)`, each a nesting of arrays that share their first dimension."""
+"""A batch as `fit` hands it over: `(x, y, sample_weight)`, nestings of arrays that share their first dimension."""
 
 from typing import Any
 

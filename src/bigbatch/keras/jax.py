@@ -82,6 +82,8 @@ def stream_step(model: Any) -> Step:
 
 def keep(model: Any) -> list[tuple[Any, Any]]:
     """The values that `fit` takes out of the variables while it runs."""
+    if model.built and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     return [(v, v.value) for v in variables]
 

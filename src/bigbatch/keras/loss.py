@@ -49,7 +49,10 @@ def terms(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, replicas:
 
     Args:
         model: a compiled model.
-        x, y, y_pred, sample_weight: as `model.compute_loss` takes them.
+        x: a micro-batch's inputs, and the three that follow, as `model.compute_loss` takes them.
+        y: its targets.
+        y_pred: what the model made of it.
+        sample_weight: its weights, or None.
         replicas: Keras divides means by the number of replicas that share the batch; this undoes it.
     """
     if type(model).compute_loss is not keras.Model.compute_loss:

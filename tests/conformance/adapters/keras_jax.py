@@ -4,4 +4,4 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-from conformance.keras_driver import ADAPTERS as ADAPTERS  # noqa: E402
+from conformance.keras_driver import ADAPTERS as ADAPTERS
