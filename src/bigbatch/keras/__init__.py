@@ -1,0 +1,4 @@
+"""bigbatch for Keras 3: `accumulate(model, micro_batch=32)` or `accumulate(model, every=64)`, then `fit`."""
+
+from bigbatch.every import items as items
+from bigbatch.keras.accumulate import accumulate as accumulate

@@ -1,0 +1,36 @@
+"""A batch as `fit` hands it over: `(x, y, sample_weight)`, nestings of arrays that share their first dimension."""
+
+from typing import Any
+
+from keras import tree
+from keras.utils import unpack_x_y_sample_weight as unpack
+
+from bigbatch import errors
+
+__all__ = ["check", "leaves", "nest", "unpack"]
+
+
+def leaves(data: Any) -> list[Any]:
+    """The arrays of a batch, in Keras's own order, without what is None."""
+    return [leaf for leaf in tree.flatten(data) if leaf is not None]
+
+
+def nest(data: Any, values: list[Any]) -> Any:
+    """The nesting of `data` with `values` in the places of its arrays; None stays None."""
+    following = iter(values)
+    return tree.pack_sequence_as(data, [None if leaf is None else next(following) for leaf in tree.flatten(data)])
+
+
+def check(data: Any) -> int | None:
+    """Accepts a batch that can be cut, and returns its length, or None where the graph does not know it yet."""
+    lengths = []
+    for name, part in zip(("x", "y", "sample_weight"), unpack(data), strict=True):
+        for path, leaf in tree.flatten_with_path(part):
+            if leaf is None:
+                continue
+            where = f"batch['{name}']" + "".join(f"[{key!r}]" for key in path)
+            if not hasattr(leaf, "shape") or len(leaf.shape) == 0:
+                raise errors.leaf_without_length(where, leaf)
+            lengths.append((where, leaf.shape[0]))
+    known = [(where, n) for where, n in lengths if n is not None]
+    return errors.check_lengths(known) if known or not lengths else None

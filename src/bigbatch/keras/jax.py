@@ -1,0 +1,216 @@
+"""A window on the JAX backend: one `lax.scan` over its micro-batches, one `optimizer.stateless_apply`.
+
+The scan carries the sums and the state that a forward changes: seeds, moving statistics, metrics. Micro-batches of one
+shape make one scan; a shorter last one is a step of its own. All of it is one compiled function, as in plain `fit`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+from jax import lax
+from keras import distribution, tree
+
+from bigbatch.keras import batch, loss
+
+Step = Callable[[Any, Any], tuple[dict[str, Any], Any]]
+
+
+class Sums(NamedTuple):
+    """A window's sums so far, of trees of arrays.
+
+    Attributes:
+        gradients: Σ nᵢ·gᵢ / unit, for each kind of items and each trainable variable.
+        unit: what each kind's items are weighed in: the first micro-batch's; 0 before it.
+        items: Σ nᵢ for each kind.
+        losses: Σ nᵢ·lossᵢ and Σ nᵢ for each term of the loss.
+    """
+
+    gradients: Any
+    unit: Any
+    items: Any
+    losses: Any
+
+
+def split_step(model: Any, micro_batch: int) -> Step:
+    """`train_step` for a whole batch."""
+
+    def train_step(state: Any, data: Any) -> tuple[dict[str, Any], Any]:
+        length = batch.check(data)
+        size = min(micro_batch, length)
+        full = length // size
+        leaves = batch.leaves(data)
+        if distribution.distribution() is None:
+            runs = [[leaf[: full * size].reshape(full, size, *leaf.shape[1:]) for leaf in leaves]]
+        else:
+            # Every micro-batch takes examples from every device; a contiguous one would have to move.
+            runs = [[leaf[: full * size].reshape(size, full, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves]]
+        if length % size:
+            runs.append([leaf[None, full * size :] for leaf in leaves])
+        return _window(model, state, data, runs)
+
+    return train_step
+
+
+def gather(model: Any, window: list[Any]) -> Any:
+    """A window's micro-batches as what `stream_step`'s `train_step` takes: those of one shape, stacked."""
+    for data in window:
+        batch.check(data)
+    rows = [batch.leaves(data) for data in window]
+    shapes = [[leaf.shape for leaf in row] for row in rows]
+    starts = [i for i in range(len(rows)) if i == 0 or shapes[i] != shapes[i - 1]]
+    runs = []
+    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        columns = zip(*rows[start:stop], strict=True)
+        stacked = [np.stack(c) if isinstance(c[0], np.ndarray) else jnp.stack(c) for c in columns]
+        runs.append(batch.nest(window[0], stacked))
+    return runs
+
+
+def stream_step(model: Any) -> Step:
+    """`train_step` for a window, as `gather` makes it."""
+
+    def train_step(state: Any, window: list[Any]) -> tuple[dict[str, Any], Any]:
+        return _window(model, state, window[0], [batch.leaves(run) for run in window])
+
+    return train_step
+
+
+def keep(model: Any) -> list[tuple[Any, Any]]:
+    """The values that `fit` takes out of the variables while it runs."""
+    if model.built and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    return [(v, v.value) for v in variables]
+
+
+def give_back(kept: list[tuple[Any, Any]]) -> None:
+    """After an error before the first update, which plain `fit` leaves the variables empty by."""
+    for v, value in kept:
+        if v._value is None and not value.is_deleted():
+            v.assign(value)
+
+
+def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[dict[str, Any], Any]:
+    """One update from the micro-batches of `runs`: leaves of equal shape, stacked along a new first dimension."""
+    trainable, non_trainable, optimizer_variables, metrics = state
+    described: list[loss.Term] = []
+    micro_step = _micro_step(model, like, trainable, optimizer_variables, described)
+    first = [leaf[0] for leaf in runs[0]]
+    examples = sum(run[0].shape[0] * run[0].shape[1] for run in runs)
+    update = functools.partial(_update, model, described, examples, trainable, optimizer_variables)
+    if len(runs) == 1 and len(runs[0][0]) == 1:
+        # The plain step, with nothing to add up.
+        return update(*micro_step(None, first, non_trainable, metrics))
+    like_sums = jax.eval_shape(lambda leaves: micro_step(None, leaves, non_trainable, metrics)[0], first)
+    sums = tree.map_structure(lambda x: jnp.zeros(x.shape, x.dtype), like_sums)
+
+    def body(carry: Any, leaves: list[Any]) -> tuple[Any, None]:
+        return micro_step(carry[0], leaves, *carry[1:]), None
+
+    carry = (sums, non_trainable, metrics)
+    for run in runs:
+        carry, _ = lax.scan(body, carry, run)
+    return update(*carry)
+
+
+def _update(
+    model: Any,
+    described: list[loss.Term],
+    examples: int,
+    trainable: Any,
+    optimizer_variables: Any,
+    sums: Sums,
+    non_trainable: Any,
+    metrics: Any,
+) -> tuple[dict[str, Any], Any]:
+    terms_divide, kinds_divide = loss.quotients(described)
+    means = [
+        total / jnp.where(items == 0, 1, items) if divide else total
+        for (total, items), divide in zip(sums.losses, terms_divide, strict=True)
+    ]
+    with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
+        total = loss.report(model, described, means, examples)
+        logs = model.get_metrics_result()
+    metrics = [scope.get_current_value(v) for v in model.metrics_variables]
+
+    factors = [
+        unit / jnp.where(items == 0, 1, items) if divide else jnp.ones_like(unit)
+        for unit, items, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
+    ]
+    gradients = [
+        sum(g * factor.astype(g.dtype) for g, factor in zip(parts, factors, strict=True)).astype(v.dtype)
+        for v, *parts in zip(trainable, *sums.gradients, strict=True)
+    ]
+
+    def apply() -> Any:
+        return tuple(map(list, model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)))
+
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        updated = apply()
+    else:
+        # A window that is not finite leaves no trace. Loss scaling asks that itself, and takes note.
+        finite = jnp.isfinite(total)
+        for g in gradients:
+            finite &= jnp.sum(g * 0) == 0  # inf and NaN make NaN of it; the quickest test on a CPU
+        updated = lax.cond(finite, apply, lambda: (list(trainable), list(optimizer_variables)))
+    trainable, optimizer_variables = updated
+    return logs, (trainable, non_trainable, optimizer_variables, metrics)
+
+
+def _micro_step(
+    model: Any, like: Any, trainable: Any, optimizer_variables: Any, described: list[loss.Term]
+) -> Callable[..., tuple[Sums, Any, Any]]:
+    def forward(trainable: Any, data: Any, non_trainable: Any, metrics: Any) -> tuple[list[Any], Any]:
+        x, y, sample_weight = data
+        training = {"training": True} if model._call_has_training_arg else {}
+        y_pred, non_trainable, losses = model.stateless_call(
+            trainable, non_trainable, x, return_losses=True, **training
+        )
+        if losses:
+            model._losses_override = losses  # where compute_loss finds them, as in Keras's own train_step
+        mapping = [
+            *zip(model.trainable_variables, trainable, strict=True),
+            *zip(model.non_trainable_variables, non_trainable, strict=True),
+            *zip(model.metrics_variables, metrics, strict=True),
+        ]
+        with keras.StatelessScope(mapping) as scope:
+            terms = loss.terms(model, x, y, y_pred, sample_weight)
+            model._losses_override = []
+            kinds = loss.kinds(terms)
+            loss.update_metrics(model, x, y, y_pred, sample_weight)
+        non_trainable, metrics = (
+            [scope.get_current_value(v) for v in variables]
+            for variables in (model.non_trainable_variables, model.metrics_variables)
+        )
+        described[:] = terms
+        with keras.StatelessScope(list(zip(model.optimizer.variables, optimizer_variables, strict=True))):
+            scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
+        losses = [(term.value * term.items, term.items) for term in terms]
+        return scaled, ([items for _, items in kinds], losses, non_trainable, metrics)
+
+    def micro_step(sums: Sums | None, leaves: list[Any], non_trainable: Any, metrics: Any) -> tuple[Sums, Any, Any]:
+        data = batch.unpack(batch.nest(like, leaves))
+        values, back, (items, losses, non_trainable, metrics) = jax.vjp(
+            lambda trainable: forward(trainable, data, non_trainable, metrics), trainable, has_aux=True
+        )
+        unit = [jnp.where(n > 0, n, 1) for n in items]
+        if sums is not None:
+            unit = [jnp.where(kept > 0, kept, new) for kept, new in zip(sums.unit, unit, strict=True)]
+        gradients = []
+        for k in range(len(values)):
+            weights = [
+                (items[k] / unit[k]).astype(value.dtype) if j == k else jnp.zeros_like(value)
+                for j, value in enumerate(values)
+            ]
+            gradients.append([g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in back(weights)[0]])
+        more = Sums(gradients, unit, items, losses)
+        if sums is not None:
+            more = jax.tree.map(jnp.add, sums, more)._replace(unit=unit)
+        return more, non_trainable, metrics
+
+    return micro_step

@@ -1,0 +1,198 @@
+"""What the means of a model's losses are the means of.
+
+`compute_loss` returns one number: the weighted sum of every output's loss, of `add_loss` and of the regularizers. For
+the law (`bigbatch.law`) each of them must come with its items: examples, the valid steps of a mask, or a sum of sample
+weights. So the compiled losses are called through copies that note what Keras's own reduction divides by.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+# Not public: what a loss does with masks and sample weights. tests/keras/test_private.py fails when they move.
+from keras.src.backend import get_keras_mask
+from keras.src.losses.loss import apply_mask
+
+from bigbatch import errors
+
+EXAMPLES = "examples"
+SUM = "sum"
+
+
+@dataclass
+class Term:
+    """One loss of one micro-batch.
+
+    Attributes:
+        value: the mean over `items`, a scalar; or the sum, where `kind` is SUM.
+        items: what the mean is over, a scalar of the same dtype; 1 for a sum.
+        weight: what the total loss multiplies it by, or None.
+        kind: terms of one kind have the same items, so that one backward serves them all.
+    """
+
+    value: Any
+    items: Any
+    weight: Any
+    kind: Hashable
+
+
+def length(x: Any) -> Any:
+    """How many examples a micro-batch holds: a number, or a tensor where the graph does not know it yet."""
+    return ops.shape(next(leaf for leaf in tree.flatten(x) if leaf is not None))[0]
+
+
+def terms(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, replicas: int = 1) -> list[Term]:
+    """Takes the model's loss apart, compiled losses first.
+
+    Args:
+        model: a compiled model.
+        x: a micro-batch's inputs, and the three that follow, as `model.compute_loss` takes them.
+        y: its targets.
+        y_pred: what the model made of it.
+        sample_weight: its weights, or None.
+        replicas: Keras divides means by the number of replicas that share the batch; this undoes it.
+    """
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        # The user's own total, which must be a mean over the examples.
+        value = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+        return [_over_examples(_scalar(value) * replicas, x)]
+    found: list[Term] = []
+    if model._compile_loss is not None:
+        noting = _twin(model._compile_loss)
+        flats = noting._flat_losses
+        if not tree.is_nested(y) and not tree.is_nested(y_pred):
+            flats = flats[:1]  # of several losses for one output, Keras minimises the first
+        noting._flat_losses = [
+            flat._replace(loss=_Noting(flat.loss, flat.loss_weights, found, x, replicas)) for flat in flats
+        ]
+        noting._metrics = [None] * len(flats)  # they are told the batch's mean, once
+        noting(y, y_pred, sample_weight)
+    found += [_over_examples(model._aggregate_additional_loss(loss) * replicas, x) for loss in model.losses]
+    if not found:
+        raise ValueError("No loss to compute. Provide a `loss` argument in `compile()`.")
+    return found
+
+
+def report(model: Any, described: list[Term], means: list[Any], examples: Any) -> Any:
+    """Tells the model's loss metrics the batch's own means, once, as plain `fit` would, and returns the total.
+
+    Args:
+        model: the model.
+        described: the terms of any micro-batch of the window; only their weights and names are read.
+        means: each term's mean over the window, or its sum.
+        examples: how many examples the window held.
+    """
+    parts = [mean if term.weight is None else mean * term.weight for term, mean in zip(described, means, strict=True)]
+    total = sum(parts[1:], parts[0])
+    model._loss_tracker.update_state(total, sample_weight=examples)
+    if model._compile_loss is not None:
+        # One for each compiled loss, if there are several; they stand first.
+        for metric, mean in zip(model._compile_loss.metrics, means, strict=False):
+            metric.update_state(mean, sample_weight=examples)
+    return total
+
+
+def update_metrics(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> None:
+    """Adds a micro-batch to the model's metrics, without reading them, where `compute_metrics` is Keras's own."""
+    if type(model).compute_metrics is not keras.Model.compute_metrics:
+        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    elif model._compile_metrics is not None:
+        model._compile_metrics.update_state(y, y_pred, sample_weight)
+
+
+def quotients(described: list[Term]) -> tuple[list[bool], list[bool]]:
+    """Whether each term, and each kind of items, is a mean; a sum is not divided at the window's end."""
+    return [term.kind != SUM for term in described], [kind != SUM for kind in dict.fromkeys(t.kind for t in described)]
+
+
+def kinds(found: list[Term]) -> list[tuple[Any, Any]]:
+    """For each kind of items: the weighted sum of its terms, which is to be differentiated, and the items."""
+    sums: dict[Hashable, tuple[Any, Any]] = {}
+    for term in found:
+        value = term.value if term.weight is None else term.value * term.weight
+        before = sums.get(term.kind)
+        sums[term.kind] = (value, term.items) if before is None else (before[0] + value, before[1])
+    return list(sums.values())
+
+
+def _twin(loss: Any) -> Any:
+    """A shallow copy; copy.copy would go through the loss's serialization."""
+    twin = object.__new__(type(loss))
+    twin.__dict__.update(loss.__dict__)
+    return twin
+
+
+class _Noting:
+    """Calls a compiled loss as Keras does, and notes its value and items."""
+
+    def __init__(self, loss: Any, weight: Any, found: list[Term], x: Any, replicas: int):
+        self.loss, self.weight, self.found, self.x, self.replicas = loss, weight, found, x, replicas
+        self.values: Any = None
+        self.name = loss.name
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        noted = _twin(self.loss)
+        noted.call = self._call
+        value = noted(y_true, y_pred, sample_weight)
+        self.found.append(self._term(_scalar(value), get_keras_mask(y_pred), sample_weight))
+        return value
+
+    def _call(self, y_true: Any, y_pred: Any) -> Any:
+        self.values = self.loss.call(y_true, y_pred)
+        return self.values
+
+    def _term(self, value: Any, mask: Any, sample_weight: Any) -> Term:
+        reduction = self.loss.reduction
+        if self.values is None or len(self.values.shape) == 0:
+            # A loss that reduces by itself: its mean is over the examples.
+            return _over_examples(value, self.x, self.weight)
+        _check_values(self.values, self.x)
+        if reduction == "sum":
+            return Term(value, ops.ones((), value.dtype), self.weight, SUM)
+        value = value * self.replicas if self.replicas > 1 else value
+        own = get_keras_mask(self.values)  # as ignore_class leaves one
+        both = own if mask is None else mask if own is None else mask & own
+        weighted = reduction == "mean_with_sample_weight" and sample_weight is not None
+        if both is None and not weighted:
+            return _over_examples(value, self.x, self.weight)
+        weights = ops.convert_to_tensor(sample_weight, value.dtype) if weighted else None
+        counted = apply_mask(weights, both, dtype=value.dtype, reduction="sum")
+        # Kept in the kind, so that no other mask can take its id.
+        kind = (_Same(mask), _Same(own), _Same(sample_weight if weighted else None))
+        return Term(value, ops.sum(counted), self.weight, kind)
+
+
+class _Same:
+    """Equal to what wraps the same object."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _over_examples(value: Any, x: Any, weight: Any = None) -> Term:
+    return Term(value, ops.cast(length(x), value.dtype), weight, EXAMPLES)
+
+
+def _scalar(value: Any) -> Any:
+    if len(value.shape) > 0:
+        raise errors.loss_not_scalar(value)
+    return value
+
+
+def _check_values(values: Any, x: Any) -> None:
+    """A loss may return one value an example, or one a step of each; anything else has lost the batch."""
+    examples = next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
+    if None not in (values.shape[0], examples) and values.shape[0] != examples:
+        raise ValueError(
+            f"A loss must return one value an example. Received: {errors.received('values', values)[10:]} "
+            f"for a micro-batch of {examples} examples. Keep the leading dimension, and reduce the others."
+        )

@@ -1,0 +1,250 @@
+"""The stream door: the data set yields micro-batches, and each step of `fit` pulls a window of them.
+
+The window is pulled whole and trained on in one call, as `steps_per_execution` does with batches, so nothing is left
+over between calls: a checkpoint between two steps needs no gradients, and an epoch's last window is just a shorter one.
+"""
+
+import inspect
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+# Not public: `fit` takes a data adapter where it takes data, which is how the number of steps becomes that of updates.
+# tests/keras/test_private.py fails when they move.
+from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+from bigbatch.every import Every, Items, planned
+from bigbatch.keras import batch
+from bigbatch.keras.split import backend
+
+logger = logging.getLogger("bigbatch.keras")
+
+
+def open_door(model: Any, every: Every, partial: str) -> None:
+    """Gives the model a `train_step` for windows, and has `fit` hand it windows."""
+    windows = Windows(every, partial)
+    model.train_step = backend().stream_step(model)
+    plain_fit, plain_train_on_batch = model.fit, model.train_on_batch
+    signature = inspect.signature(plain_fit)
+
+    def make_train_function(force: bool = False) -> None:
+        if model.train_function is None or force:
+            type(model).make_train_function(model, force=True)
+            model.train_function = _pulling(model, windows, model.train_function)
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        if not model.compiled:
+            return plain_fit(*args, **kwargs)  # says so
+        given = signature.bind(*args, **kwargs).arguments
+        windows.index = int(keras.ops.convert_to_numpy(model.optimizer.iterations.value))
+        with warnings.catch_warnings():
+            if not isinstance(every, int):
+                # Keras counts on as many steps as there could be windows, and warns when there are fewer.
+                warnings.filterwarnings("ignore", message="Your input ran out of data")
+            return plain_fit(**_with_windows(windows, given))
+
+    def train_on_batch(*args: Any, **kwargs: Any) -> Any:
+        windows.alone = True
+        try:
+            return plain_train_on_batch(*args, **kwargs)
+        finally:
+            windows.alone = False
+
+    fit.__signature__, train_on_batch.__signature__ = signature, inspect.signature(plain_train_on_batch)
+    model.make_train_function, model.fit, model.train_on_batch = make_train_function, fit, train_on_batch
+
+
+class Windows:
+    """Pulls windows from an epoch's micro-batches.
+
+    Attributes:
+        index: the index of the next update.
+        held: micro-batches that were carried from the last epoch.
+        alone: whether the next micro-batch is a window by itself, as `train_on_batch` hands it.
+        left: how many micro-batches the epoch still has, where that is known.
+        source: on the PyTorch backend, the iterator that `fit` takes a window's first micro-batch from.
+    """
+
+    def __init__(self, every: Every, partial: str):
+        self.every, self.partial = every, partial
+        self.index = 0
+        self.held: list[Any] = []
+        self.alone = False
+        self.left: int | None = None
+        self.calls: int | None = None
+        self.source: Iterator[Any] = iter(())
+
+    def pull(self, iterator: Iterator[Any]) -> list[Any] | None:
+        """The next window, or None where what is left of the epoch makes none.
+
+        Raises:
+            StopIteration: nothing is left.
+        """
+        if self.alone:
+            return [next(iterator)]
+        plan = planned(self.every, self.index)
+        window, self.held = self.held, []
+        fresh = self._fill(window, iterator, plan)
+        if self.calls is not None:
+            self.calls -= 1
+        if not fresh:
+            self.held = window
+            raise StopIteration
+        if _is_full(window, plan):
+            self.index += 1
+            if self.calls == 0 and self.partial == "carry":
+                self._fill(self.held, iterator, plan)
+                self._say(self.held, plan, "carried to the next epoch")
+            return window
+        said = {"apply": "applied", "carry": "carried to the next epoch", "drop": "dropped"}[self.partial]
+        self._say(window, plan, said)
+        if self.partial == "apply":
+            self.index += 1
+            return window
+        if self.partial == "carry":
+            self.held = window
+        return None
+
+    def _fill(self, window: list[Any], iterator: Iterator[Any], plan: int | Items) -> int:
+        """Adds micro-batches until the window is full or the epoch is over, and returns how many."""
+        before = len(window)
+        while not _is_full(window, plan) and self.left != 0:
+            try:
+                window.append(next(iterator))
+            except StopIteration:
+                break
+            if self.left is not None:
+                self.left -= 1
+        return len(window) - before
+
+    def _say(self, window: list[Any], plan: int | Items, what: str) -> None:
+        if window:
+            logger.info("The epoch ended in a window: %d micro-batches (every=%s) %s.", len(window), plan, what)
+
+
+def _is_full(window: list[Any], plan: int | Items) -> bool:
+    if isinstance(plan, Items):
+        return sum(batch.leaves(data)[0].shape[0] for data in window) >= plan.count
+    return len(window) >= plan
+
+
+def _pulling(model: Any, windows: Windows, train_function: Any) -> Any:
+    """Keras's own train function for windows, fed from an iterator of micro-batches."""
+    torch = keras.backend.backend() == "torch"
+    gather = backend().gather
+    logs: Any = {}
+
+    def pulling(*args: Any) -> Any:
+        nonlocal logs
+        *state, data = args  # JAX's comes with the model's state
+        # On PyTorch fit has taken the first micro-batch already.
+        iterator = itertools.chain(data, () if windows.alone else windows.source) if torch else iter(data)
+        pulled = []
+        for step in range(model.steps_per_execution):
+            try:
+                pulled.append(windows.pull(iterator))
+            except StopIteration:
+                if step == 0:
+                    raise
+                break
+        full = [gather(model, window) for window in pulled if window is not None]
+        if not full:
+            return (logs, *state) if state else logs
+        result = train_function(*state, full if torch else iter(full))
+        logs = result[0] if state else result
+        return result
+
+    return pulling
+
+
+def _with_windows(windows: Windows, given: dict[str, Any]) -> dict[str, Any]:
+    """`fit`'s arguments with its data in windows. Steps become updates."""
+    given = dict(given)
+    data = [given.pop(name, None) for name in ("x", "y", "sample_weight")]
+    if given.get("validation_split") and given.get("validation_data") is None:
+        data, given["validation_data"] = array_slicing.train_validation_split(
+            tuple(data), validation_split=given.pop("validation_split")
+        )
+    steps = given.get("steps_per_epoch")
+    adapter = get_data_adapter(
+        *data,
+        batch_size=given.get("batch_size"),
+        steps_per_epoch=steps,
+        shuffle=given.get("shuffle", True),
+        class_weight=given.pop("class_weight", None),
+    )
+    wrapped = InWindows(adapter, windows, steps)
+    if steps is not None:
+        given["steps_per_epoch"] = wrapped.updates(steps)
+    return {**given, "x": wrapped}
+
+
+class InWindows(DataAdapter):
+    """Another adapter's micro-batches, counted in windows."""
+
+    def __init__(self, adapter: Any, windows: Windows, steps: int | None):
+        self.adapter, self.windows, self.steps = adapter, windows, steps
+
+    def updates(self, micro_batches: int) -> int:
+        """How many windows so many micro-batches make, or, where only the data knows that, at most make."""
+        every = self.windows.every
+        return -(-micro_batches // every) if isinstance(every, int) else micro_batches
+
+    @property
+    def num_batches(self) -> int | None:
+        n = self.adapter.num_batches
+        if n is None:
+            return None
+        if self.steps is None:
+            return self.updates(n)
+        epochs, rest = divmod(n, self.steps)
+        return epochs * self.updates(self.steps) + self.updates(rest)
+
+    def on_epoch_begin(self) -> None:
+        n = self.steps or self.adapter.num_batches
+        self.windows.left = n
+        self.windows.calls = None if n is None else self.updates(n)
+        self.adapter.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self.adapter.on_epoch_end()
+
+    def get_numpy_iterator(self) -> Any:
+        return self.adapter.get_numpy_iterator()
+
+    def get_tf_dataset(self) -> Any:
+        return self.adapter.get_tf_dataset()
+
+    def get_jax_iterator(self) -> Any:
+        return self.adapter.get_jax_iterator()
+
+    def get_torch_dataloader(self) -> Any:
+        return _Sourcing(self.adapter.get_torch_dataloader(), self.windows)
+
+    @property
+    def batch_size(self) -> int | None:
+        return self.adapter.batch_size
+
+    @property
+    def has_partial_batch(self) -> bool | None:
+        return self.adapter.has_partial_batch
+
+    @property
+    def partial_batch_size(self) -> int | None:
+        return self.adapter.partial_batch_size
+
+
+class _Sourcing:
+    """A loader whose iterator is kept where the rest of a window can be pulled from."""
+
+    def __init__(self, loader: Any, windows: Windows):
+        self.loader, self.windows = loader, windows
+
+    def __iter__(self) -> Iterator[Any]:
+        self.windows.source = iter(self.loader)
+        return self.windows.source

@@ -1,0 +1,148 @@
+"""A window on the PyTorch backend: one loop over its micro-batches, one `optimizer.apply`.
+
+The gradients add up where autograd puts them, in `.grad`, with each micro-batch's weight folded into its backward. Where
+the variables are narrower than float32, or the losses count different items, they are taken out after each backward.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import torch
+
+from bigbatch.keras import batch, loss
+
+
+def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
+    """`train_step` for a whole batch."""
+
+    def train_step(data: Any) -> dict[str, Any]:
+        length = batch.check(data)
+        leaves = batch.leaves(data)
+        starts = range(0, length, micro_batch)
+        return _window(model, (batch.nest(data, [leaf[i : i + micro_batch] for leaf in leaves]) for i in starts))
+
+    return train_step
+
+
+def gather(model: Any, window: list[Any]) -> Any:
+    """A window's micro-batches as what `stream_step`'s `train_step` takes: as they are."""
+    for data in window:
+        batch.check(data)
+    return window
+
+
+def stream_step(model: Any) -> Callable[[Any], dict[str, Any]]:
+    """`train_step` for a window, as `gather` makes it."""
+
+    def train_step(window: list[Any]) -> dict[str, Any]:
+        return _window(model, window)
+
+    return train_step
+
+
+class _Sums:
+    """A window's sums: Σ nᵢ·lossᵢ and Σ nᵢ for each term, and Σ nᵢ for each kind of items."""
+
+    def __init__(self) -> None:
+        self.unit: list[Any] = []
+        self.items: list[Any] = []
+        self.losses: list[Any] = []
+        self.examples = 0
+        # Where `.grad` cannot hold them: for each kind, the variables' sums.
+        self.gradients: list[dict[torch.Tensor, torch.Tensor]] | None = None
+
+
+def _window(model: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
+    """One update. `.grad` is free again afterwards, whatever happened."""
+    variables = model.trainable_variables
+    parameters = [v.value for v in variables]
+    sums = _Sums()
+    described: list[loss.Term] = []
+    model.zero_grad()
+    try:
+        for data in micro_batches:
+            described = _take(model, data, parameters, sums)
+        with torch.no_grad():
+            return _update(model, variables, parameters, sums, described)
+    finally:
+        model.zero_grad()
+
+
+def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) -> list[loss.Term]:
+    x, y, sample_weight = batch.unpack(data)
+    y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+    terms = loss.terms(model, x, y, y_pred, sample_weight)
+    kinds = loss.kinds(terms)
+    with torch.no_grad():
+        items = [count for _, count in kinds]
+        losses = [torch.stack([term.value.detach() * term.items, term.items]) for term in terms]
+        if not sums.unit:
+            sums.unit = [torch.where(n > 0, n, 1) for n in items]
+            sums.items, sums.losses = items, losses
+            if len(kinds) > 1 or any(p.dtype.itemsize < 4 for p in parameters):
+                sums.gradients = [{} for _ in kinds]
+            weights = [torch.ones_like(n) for n in items]
+        else:
+            weights = [n / unit for n, unit in zip(items, sums.unit, strict=True)]
+            sums.items = [a + b for a, b in zip(sums.items, items, strict=True)]
+            sums.losses = [a + b for a, b in zip(sums.losses, losses, strict=True)]
+        sums.examples += loss.length(x)
+    if parameters:
+        for k, ((value, _), weight) in enumerate(zip(kinds, weights, strict=True)):
+            if value.requires_grad:
+                scaled = model.optimizer.scale_loss(value)
+                scaled.backward(gradient=weight.to(scaled.dtype), retain_graph=k + 1 < len(kinds))
+            if sums.gradients is not None:
+                _move(parameters, sums.gradients[k])
+    with torch.no_grad():
+        loss.update_metrics(model, x, y, y_pred, sample_weight)
+    return terms
+
+
+def _move(parameters: list[torch.Tensor], totals: dict[torch.Tensor, torch.Tensor]) -> None:
+    """Takes the gradients out of `.grad` into float32 sums."""
+    for p in parameters:
+        if p.grad is None:
+            continue
+        grad, p.grad = p.grad.to(torch.promote_types(p.dtype, torch.float32)), None
+        totals[p] = totals[p].add_(grad) if p in totals else grad
+
+
+def _update(
+    model: Any, variables: list[Any], parameters: list[torch.Tensor], sums: _Sums, described: list[loss.Term]
+) -> dict[str, Any]:
+    terms_divide, kinds_divide = loss.quotients(described)
+    means = [
+        total / torch.where(items == 0, 1, items) if divide else total
+        for (total, items), divide in zip(sums.losses, terms_divide, strict=True)
+    ]
+    total = loss.report(model, described, means, sums.examples)
+    if not parameters:
+        warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return model.get_metrics_result()
+    factors = [
+        u / torch.where(n == 0, 1, n) if divide else torch.ones_like(u)
+        for u, n, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
+    ]
+    if sums.gradients is None:
+        gradients = [p.grad for p in parameters]
+        present = [g for g in gradients if g is not None]
+        if present:
+            # In torch's public list of foreach functions, underscore and all.
+            torch._foreach_mul_(present, factors[0])  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        gradients = []
+        for p in parameters:
+            parts = [t[p] * f.to(t[p].dtype) for t, f in zip(sums.gradients, factors, strict=True) if p in t]
+            gradients.append(sum(parts[1:], parts[0]).to(p.dtype) if parts else None)
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) or _finite(total, gradients):
+        model.optimizer.apply(gradients, variables)
+    return model.get_metrics_result()
+
+
+def _finite(total: torch.Tensor, gradients: list[torch.Tensor | None]) -> bool:
+    """Whether the loss and all gradients are finite; here the host waits, once a window."""
+    norms = torch._foreach_norm([g for g in gradients if g is not None])  # pyright: ignore[reportPrivateImportUsage]
+    return bool(torch.stack([total.to(norms[0].dtype), *norms]).isfinite().all()) if norms else True

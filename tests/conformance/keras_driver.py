@@ -1,0 +1,341 @@
+"""Keras's two doors, driven as a Keras user would; the three backends' adapters share it.
+
+The stream's window is pulled and trained on in one call, so there is no inside of a window to feed, save or look into:
+between two steps of `fit` nothing is left over. Its adapter says so, and shows the laws the `split` form: whole windows.
+What only the stream can be asked (partial windows, `every`) is in tests/keras/test_stream.py.
+"""
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.backend.common import dtypes
+
+import bigbatch.keras as bb
+from conformance import jobs
+from conformance.jobs import MicroBatch, Params, Spec
+
+BACKEND = keras.backend.backend()
+DTYPES = {"float64": "float64", "float32": "float32", "half": "bfloat16"}
+# On JAX and PyTorch Keras narrows what it promotes to float32; the laws need plain training to be in float64 as well.
+dtypes.BIT64_TO_BIT32_DTYPE.pop("float64", None)
+if BACKEND == "jax":
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+if BACKEND == "torch":
+    from torch.utils._python_dispatch import TorchDispatchMode as Mode
+else:
+    Mode = object
+
+
+@keras.saving.register_keras_serializable("bigbatch")
+class Shrink(keras.constraints.Constraint):
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def __call__(self, w: Any) -> Any:
+        return w * self.factor
+
+    def get_config(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+
+@keras.saving.register_keras_serializable("bigbatch")
+class Rates(keras.optimizers.schedules.LearningRateSchedule):
+    def __init__(self, rates: Sequence[float]):
+        self.rates = list(rates)
+
+    def __call__(self, step: Any) -> Any:
+        rates = keras.ops.convert_to_tensor(self.rates, dtype=keras.config.floatx())
+        return keras.ops.take(rates, keras.ops.minimum(step, len(self.rates) - 1))
+
+    def get_config(self) -> dict[str, Any]:
+        return {"rates": self.rates}
+
+
+@keras.saving.register_keras_serializable("bigbatch")
+class Overwriting(keras.optimizers.SGD):
+    """Takes the gradients' memory for its own use, where the backend's tensors have a memory to write to."""
+
+    def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
+        super()._backend_update_step(grads, trainable_variables, learning_rate)
+        if BACKEND == "torch":
+            for g in grads:
+                g.fill_(float("nan"))
+
+
+class Still(keras.optimizers.SGD):
+    """Takes gradients and makes no update: what is left is the door alone."""
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        pass
+
+
+@keras.saving.register_keras_serializable("bigbatch")
+class Loss(keras.losses.Loss):
+    """The jobs' losses, one value an example."""
+
+    def __init__(self, job: str = "net", **options: Any):
+        super().__init__(**{"reduction": "mean_with_sample_weight", **options})
+        self.job = job
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return keras.ops.square(y_pred - y_true) / 2 if self.job == "net" else y_pred
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "job": self.job}
+
+
+@keras.saving.register_keras_serializable("bigbatch")
+class Model(keras.Model):
+    """The four jobs."""
+
+    calls = 0
+
+    def __init__(self, job: str, shapes: dict[str, Sequence[int]], shrink: float | None = None, **options: Any):
+        super().__init__(**options)
+        self.job, self.shapes, self.shrink = job, {k: tuple(s) for k, s in shapes.items()}, shrink
+        constraint = None if shrink is None else Shrink(shrink)
+        for name, shape in self.shapes.items():
+            setattr(self, name, self.add_weight(name=name, shape=shape, constraint=constraint))
+        self.dropout = keras.layers.Dropout(0.5, dtype=self.dtype)
+        self.built = True
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        type(self).calls += 1  # Python runs this once a trace, or on PyTorch once a micro-batch
+        ops = keras.ops
+        if self.job == "net":
+            return ops.tanh(x @ self.a + self.b) @ self.c
+        if self.job == "missing":
+            w = self.w + ops.take(self.table, x["ids"], axis=0)
+            w = w + x["has"][:, None] * self.extra
+            return ops.sum(w * x["x"], axis=1)
+        if self.job == "dropout":
+            x = self.dropout(x, training=training)
+        return x @ self.w
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "job": self.job, "shapes": self.shapes, "shrink": self.shrink}
+
+
+class Waits(Mode):
+    """Counts what makes the host wait for a device; inside a compiled function nothing can."""
+
+    READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+class KerasRun:
+    def __init__(self, spec: Spec):
+        self.spec = spec
+        self.floatx = "float64" if spec.dtype == "float64" else "float32"
+        keras.config.set_floatx(self.floatx)
+        keras.utils.set_random_seed(spec.seed)
+        shapes = {name: p.shape for name, p in spec.params.items()}
+        self.model = Model(spec.job, shapes, spec.shrink, dtype=DTYPES[spec.dtype])
+        for name, value in spec.params.items():
+            getattr(self.model, name).assign(value)
+        options = {"adamw": {"weight_decay": spec.decay}, "momentum": {"momentum": 0.9}}.get(spec.optimizer, {})
+        kind = {"adamw": keras.optimizers.AdamW, "overwriting": Overwriting}.get(spec.optimizer, keras.optimizers.SGD)
+        optimizer = kind(Rates(spec.rates), global_clipnorm=spec.clip_norm, **options)
+        if spec.ema is not None:
+            optimizer = kind(
+                Rates(spec.rates), global_clipnorm=spec.clip_norm, use_ema=True, ema_momentum=spec.ema, **options
+            )
+        self.model.compile(optimizer, Loss(spec.job))
+        optimizer.build(self.model.trainable_variables)
+        self.open()
+
+    def open(self) -> None:
+        """The door, which `Plain` does not have."""
+
+    def arrays(self, m: MicroBatch) -> tuple[Any, np.ndarray, np.ndarray]:
+        """x, y and sample_weight. Data comes in the type of the loss; the model casts what it takes."""
+        cast = {name: a.astype("int32" if name == "ids" else self.floatx) for name, a in m.items()}
+        weight = cast.pop("weight")
+        y = cast.pop("y", np.zeros(len(weight), self.floatx))
+        return (cast if self.spec.job == "missing" else cast["x"]), y, weight
+
+    def train(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """One update, and the loss that Keras logs."""
+        keras.config.set_floatx(self.floatx)
+        x, y, weight = self.arrays(jobs.join(micro_batches))
+        return self.model.train_on_batch(x, y, weight)
+
+    def window(self, micro_batches: Sequence[MicroBatch]) -> SimpleNamespace:
+        with quiet(self.spec):
+            loss = float(self.train(micro_batches))
+        items = jobs.items(jobs.join(micro_batches))
+        skipped = None if np.isfinite(loss) else "not finite"
+        return SimpleNamespace(micro_batches=len(micro_batches), items=items, loss=loss, skipped=skipped)
+
+    def gradient(self, micro_batches: Sequence[MicroBatch]) -> dict[str, np.ndarray | None]:
+        """The window without its update: the same door, before an optimizer that leaves everything as it is."""
+        optimizer, self.model.optimizer = self.model.optimizer, Still(1.0)
+        self.model.train_function = None
+        try:
+            if BACKEND == "torch":
+                self.step(micro_batches)  # without train_on_batch, which reads the loss
+            else:
+                self.train(micro_batches)
+        finally:
+            self.model.optimizer, self.model.train_function = optimizer, None
+        return {}
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.model.train_step(self.tensors(jobs.join(micro_batches)))
+
+    def tensors(self, m: MicroBatch) -> Any:
+        return keras.tree.map_structure(keras.ops.convert_to_tensor, self.arrays(m))
+
+    def params(self) -> Params:
+        return {name: array(getattr(self.model, name)) for name in self.spec.params}
+
+    def held(self) -> list[np.ndarray]:
+        return [array(v) for v in self.model.optimizer.variables]
+
+    def updates(self) -> int:
+        return int(self.model.optimizer.iterations)
+
+    def ema(self) -> Params:
+        averages = self.model.optimizer._model_variables_moving_average
+        return {name: array(v) for name, v in zip(self.spec.params, averages, strict=True)}
+
+    def save(self) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.keras")
+            self.model.save(path)
+            with open(path, "rb") as file:
+                return file.read()
+
+    def load(self, saved: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.keras")
+            with open(path, "wb") as file:
+                file.write(saved)
+            self.model = keras.models.load_model(path)
+        self.open()
+
+    def watch(self, work: Callable[[], Any]) -> tuple[int, int]:
+        if BACKEND == "torch":
+            with Waits() as waits:
+                work()
+            return 0, waits.count
+        before = Model.calls
+        work()
+        return Model.calls - before, 0
+
+
+class Plain(KerasRun):
+    pass
+
+
+class Split(KerasRun):
+    size: int | None = None
+
+    def train(self, micro_batches: Sequence[MicroBatch]) -> float:
+        self.door(micro_batches)
+        return super().train(micro_batches)
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.door(micro_batches)
+        super().step(micro_batches)
+
+    def door(self, micro_batches: Sequence[MicroBatch]) -> None:
+        if self.size != len(micro_batches[0]["x"]):
+            self.size = len(micro_batches[0]["x"])
+            bb.accumulate(self.model, micro_batch=self.size)
+
+    def load(self, saved: bytes) -> None:
+        super().load(saved)
+        self.size = None
+
+
+def go_on(model: keras.Model) -> None:
+    """A window is a whole `fit` here: keep its end from writing the average to the weights, as for the last window."""
+    model.optimizer.finalize_variable_values = lambda variables: None
+
+
+class PlainFit(Plain):
+    def open(self) -> None:
+        go_on(self.model)
+
+    def train(self, micro_batches: Sequence[MicroBatch]) -> float:
+        keras.config.set_floatx(self.floatx)
+        x, y, weight = self.arrays(jobs.join(micro_batches))
+        return self.model.fit(x, y, sample_weight=weight, batch_size=len(y), shuffle=False, verbose=0).history["loss"][
+            0
+        ]
+
+
+class Stream(KerasRun):
+    def open(self) -> None:
+        go_on(self.model)
+        bb.accumulate(self.model, every=self.spec.every)
+
+    def train(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """An epoch of one window, from a generator of micro-batches; a short one is the epoch's last."""
+        keras.config.set_floatx(self.floatx)
+        data = (self.arrays(m) for m in micro_batches)
+        return self.model.fit(data, steps_per_epoch=len(micro_batches), shuffle=False, verbose=0).history["loss"][0]
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.model.train_step([self.tensors(m) for m in micro_batches])
+
+
+def array(v: Any) -> np.ndarray:
+    return np.array(keras.ops.convert_to_numpy(v)).astype(np.float64)
+
+
+@contextlib.contextmanager
+def quiet(spec: Spec) -> Any:
+    """Keras warns of a variable without a gradient, which the job `missing` has on purpose."""
+    with warnings.catch_warnings():
+        if spec.job == "missing":
+            warnings.filterwarnings("ignore", message="Gradients do not exist for variables")
+        yield
+
+
+class Adapter:
+    door, half = "split", "bfloat16"
+    absent = BACKEND != "jax"  # where JAX has zeros
+
+    def __init__(self, name: str, start: type[KerasRun], plain: type[KerasRun]):
+        self.name, self.start, self.plain = f"keras_{BACKEND}-{name}", start, plain
+        keras.config.set_floatx("float32")
+        self.model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
+        self.model.compile("sgd", "mse")
+        self.options: dict[str, Any] = {"micro_batch": 2} if name == "split" else {"every": 2}
+
+    def mistakes(self) -> dict[str, Callable[[], Any]]:
+        x, y = np.ones((8, 2), "float32"), np.ones((7, 1), "float32")
+
+        def train(x: Any, y: Any = None) -> Any:
+            return bb.accumulate(self.model, **self.options).train_on_batch(x, y)
+
+        return {
+            "micro_batch=0": lambda: bb.accumulate(self.model, micro_batch=0),
+            "micro_batch=2.5": lambda: bb.accumulate(self.model, micro_batch=2.5),
+            "lengths": lambda: train(x, y),
+            "empty": lambda: train(x[:0], y[:0]),
+        }
+
+    def untouched(self) -> Params:
+        return {v.path: array(v) for v in [*self.model.variables, *self.model.optimizer.variables]}
+
+
+ADAPTERS = [Adapter("split", Split, Plain), Adapter("stream", Stream, PlainFit)]

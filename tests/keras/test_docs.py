@@ -1,0 +1,32 @@
+"""The examples and the page's code run on every backend, and say what they promise."""
+
+import runpy
+from pathlib import Path
+
+import keras
+import pytest
+
+from documentation import run_blocks
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _float32():
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("name", ["stream", "split"])
+def test_example(name, capsys):
+    runpy.run_path(str(ROOT / f"examples/keras_{name}.py"))
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split("loss ")[1]) for line in lines if "loss" in line]
+    assert losses[-1] < 0.5 < 2 < losses[0]
+    if name == "stream":
+        assert lines[-1] == "40 updates"
+
+
+def test_the_pages_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks(ROOT / "docs/keras.md") == 5
