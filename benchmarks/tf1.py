@@ -15,11 +15,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
+from interleaved import circumstances, measure, ratio, table
 
 import bigbatch.tf1 as bb
-
-sys.path.append(str(Path(__file__).parent))
-from interleaved import circumstances, measure, ratio, table
 
 v1 = tf.compat.v1
 N, SIZE = 16, 16
@@ -111,6 +109,7 @@ def contenders(widths):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--repetitions", type=int, default=100)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/tf1.md")
     options = parser.parse_args()
     root = Path(__file__).parent.parent
     lines = [
@@ -133,7 +132,8 @@ def main():
         done = subprocess.run([sys.executable, script, way], capture_output=True, text=True, check=True)
         lines.append(f"- {done.stdout.splitlines()[-1]}")
     page = "\n".join(lines) + "\n"
-    Path(__file__).with_suffix(".md").write_text(page)
+    if options.write:
+        Path(__file__).with_suffix(".md").write_text(page)
     print(page)
 
 

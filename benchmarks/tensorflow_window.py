@@ -1,25 +1,20 @@
 """TensorFlow: one window of an MLP, ours against the loop an expert writes, with and without XLA, and the floor.
 
-    python benchmarks/tensorflow.py [--repetitions 100]
+    python benchmarks/tensorflow_window.py [--repetitions 100]
 
 The floor is N forwards and backwards in one graph call each, every gradient thrown away, and one update.
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-# This file has the name of the framework it measures.
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import tensorflow as tf  # noqa: E402
+import tensorflow as tf
+from interleaved import circumstances, measure, ratio, table
 
-import bigbatch.tensorflow as bb  # noqa: E402
-
-sys.path.append(str(Path(__file__).parent))
-from interleaved import circumstances, measure, ratio, table  # noqa: E402
+import bigbatch.tensorflow as bb
 
 N, SIZE = 16, 16
 cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -142,7 +137,9 @@ def full_batch(c):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=100)
-    repetitions = parser.parse_args().repetitions
+    parser.add_argument("--write", action="store_true", help="write benchmarks/tensorflow_window.md")
+    options = parser.parse_args()
+    repetitions = options.repetitions
     x = tf.random.stateless_normal([N * SIZE, 784], [0, 0])
     y = tf.random.stateless_uniform([N * SIZE], [0, 1], maxval=10, dtype=tf.int32)
     contenders = {
@@ -169,7 +166,7 @@ def main():
         "each contender once a round in an order drawn anew; medians, quartiles, and the medians of each round's "
         "ratios.",
         "",
-        "    " + "python benchmarks/tensorflow.py" + f" --repetitions {repetitions}",
+        "    " + "python benchmarks/tensorflow_window.py" + f" --repetitions {repetitions}",
         "",
         circumstances("tensorflow-cpu", "keras"),
         "",
@@ -184,7 +181,8 @@ def main():
         "",
     ]
     print("\n".join(page))
-    (Path(__file__).parent / "tensorflow.md").write_text("\n".join(page))
+    if options.write:
+        Path(__file__).with_suffix(".md").write_text("\n".join(page))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,17 @@
 """One window of 8 micro-batches of 32 on a CPU: ours, the scan by hand, optax's, and the full batch.
 
-python benchmarks/jax.py [--repetitions 100] [--write]
+python benchmarks/jax_window.py [--repetitions 100] [--write]
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-# Beside this file stand others with the names of frameworks.
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
+import jax
+import jax.numpy as jnp
+import optax
+from interleaved import circumstances, measure, ratio, table
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-import bigbatch.jax as bb  # noqa: E402
-
-sys.path.append(str(Path(__file__).parent))
-from interleaved import circumstances, measure, ratio, table  # noqa: E402
+import bigbatch.jax as bb
 
 N, SIZE = 8, 32
 WIDTHS = (784, 1024, 1024, 10)
@@ -106,7 +100,7 @@ def contenders():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=100)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/jax.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/jax_window.md")
     options = parser.parse_args()
     measured = contenders()
     timings = measure(measured, options.repetitions)
@@ -136,7 +130,7 @@ def main():
             "window; parameters and state are donated to all. The floor adds nothing up.\n\n"
             f"{shown}\n\nMemory as XLA plans it for the compiled step: arguments + outputs − aliased + temporary.\n\n"
             f"{memory}\n\n{wanted}\n\n{circumstances('jax', 'optax')}.\n\n"
-            f"    python benchmarks/jax.py --repetitions {options.repetitions} --write\n"
+            f"    python benchmarks/jax_window.py --repetitions {options.repetitions} --write\n"
         )
 
 
