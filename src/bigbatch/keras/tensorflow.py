@@ -54,7 +54,7 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
         full = length // size
 
         def fixed(i: Any) -> list[Any]:
-            return [tf.slice(x, [i * size] + [0] * (len(x.shape) - 1), [size] + list(x.shape[1:])) for x in leaves]
+            return [tf.slice(x, [i * size] + [0] * (len(x.shape) - 1), [size, *x.shape[1:]]) for x in leaves]
 
         def rest(i: Any) -> list[Any]:
             return [leaf[full * size :] for leaf in leaves]

@@ -1,7 +1,7 @@
 """A window on the PyTorch backend: one loop over its micro-batches, one `optimizer.apply`.
 
-The gradients add up where autograd puts them, in `.grad`, with each micro-batch's weight folded into its backward. Where
-the variables are narrower than float32, or the losses count different items, they are taken out after each backward.
+The gradients add up where autograd puts them, in `.grad`, with each micro-batch's weight folded into its backward.
+Where the variables are narrower than float32, or the losses count different items, they are taken out after each.
 """
 
 import warnings
