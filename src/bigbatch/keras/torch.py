@@ -18,9 +18,9 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
     """`train_step` for a whole batch."""
 
     def train_step(data: Any) -> dict[str, Any]:
-        length = batch.check(data)
+        batch.check(data)
         leaves = batch.leaves(data)
-        starts = range(0, length, micro_batch)
+        starts = range(0, leaves[0].shape[0], micro_batch)
         return _window(model, (batch.nest(data, [leaf[i : i + micro_batch] for leaf in leaves]) for i in starts))
 
     return train_step
