@@ -1,19 +1,27 @@
 """One window on each Keras backend: bigbatch's two doors, Keras's own accumulation, and the full batch.
 
-KERAS_BACKEND=tensorflow python benchmarks/keras_fit.py     and jax, and torch; each adds its part to keras_fit.md
+KERAS_BACKEND=tensorflow python benchmarks/keras_fit.py [--repetitions 15] [--write]
+
+And with jax, and torch: each writes its own part of keras_fit.md.
 
 16 micro-batches of 16, an MLP 784-1024-1024-10, Adam, through `fit` on arrays, as a user calls it.
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
 
-import keras
-import numpy as np
-from interleaved import circumstances, measure, ratio, table
+# Beside this file stand others with the names of frameworks.
+sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
 
-import bigbatch.keras as bb
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+
+import bigbatch.keras as bb  # noqa: E402
+
+sys.path.append(str(Path(__file__).parent))
+from interleaved import circumstances, measure, ratio, table  # noqa: E402
 
 BACKEND = keras.backend.backend()
 PAGE = Path(__file__).parent / "keras_fit.md"
@@ -38,8 +46,12 @@ def model(**options):
     return made
 
 
-def main(repetitions: int) -> None:
-    """Measures, prints and writes the backend's part of the page."""
+def main() -> None:
+    """Measures and prints the backend's part of the page, and with --write writes it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--write", action="store_true", help="write this backend's part of benchmarks/keras_fit.md")
+    options = parser.parse_args()
     rng = np.random.default_rng(0)
     x = rng.normal(size=(WINDOWS * N * MICRO, 784)).astype("float32")
     y = rng.integers(0, 10, len(x))
@@ -53,7 +65,7 @@ def main(repetitions: int) -> None:
         "bigbatch, stream": fit(bb.accumulate(model(), every=N), MICRO),
         "full batch": fit(model(), N * MICRO),
     }
-    timings = measure(contenders, repetitions)
+    timings = measure(contenders, options.repetitions)
     for timing in timings.values():
         timing.seconds[:] = [seconds / WINDOWS for seconds in timing.seconds]
     builtin = "Keras, gradient_accumulation_steps"
@@ -62,14 +74,16 @@ def main(repetitions: int) -> None:
         print(f"{BACKEND}, {door}: {reached:.2f} × the built-in; wanted: at most {GOALS[BACKEND]:.2f}")
     part = (
         f"## {BACKEND}\n\n{table(timings, [builtin, 'full batch'])}\n\n"
-        f"`KERAS_BACKEND={BACKEND} python benchmarks/keras_fit.py {repetitions}`: "
+        f"`KERAS_BACKEND={BACKEND} python benchmarks/keras_fit.py --repetitions {options.repetitions} --write`: "
         f"{circumstances('keras', PACKAGES[BACKEND])}\n"
     )
     print(part)
+    if not options.write:
+        return
     page = PAGE.read_text() if PAGE.exists() else HEAD
     page = re.sub(rf"\n## {BACKEND}\n.*?(?=\n## |\Z)", "", page, flags=re.S)
     PAGE.write_text(f"{page.rstrip()}\n\n{part}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
+    main()

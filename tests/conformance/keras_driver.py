@@ -1,8 +1,8 @@
 """Keras's two doors, driven as a Keras user would; the three backends' adapters share it.
 
 The stream's window is pulled and trained on in one call, so there is no inside of a window to feed, save or look into:
-between two steps of `fit` nothing is left over. Its adapter says so, and shows the laws the `split` form: whole windows.
-What only the stream can be asked (partial windows, `every`) is in tests/keras/test_stream.py.
+between two steps of `fit` nothing is left over. Its adapter says so, and shows the laws the `split` form: whole
+windows. What only the stream can be asked (partial windows, `every`) is in tests/keras/test_stream.py.
 """
 
 import contextlib

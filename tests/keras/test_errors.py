@@ -31,7 +31,7 @@ def test_the_streams_words(mistake):
 @pytest.mark.parametrize("given", [{}, {"micro_batch": 2, "every": 2}])
 def test_one_of_micro_batch_and_every(given):
     model = mlp()
-    with pytest.raises(ValueError, match="Pass one of micro_batch and every. Received: (neither|.'micro_batch': 2)"):
+    with pytest.raises(ValueError, match=r"Pass one of micro_batch and every\. Received: (neither|.'micro_batch': 2)"):
         bb.accumulate(model, **given)
     assert "fit" not in vars(model)
 

@@ -8,6 +8,7 @@ import pytest
 from keras import layers, ops
 
 import bigbatch.keras as bb
+from conformance.keras_driver import array
 from conformance.keras_parity import BACKEND, close, data, float64, mlp, parity, same_logs
 
 
@@ -240,3 +241,34 @@ def test_a_saved_model_knows_nothing_of_bigbatch(tmp_path):
         loaded = keras.models.load_model(tmp_path / "model.keras")
         assert "train_step" not in vars(loaded)
         close(loaded, model)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
+    """The weights stay float32, and loss scaling counts updates.
+
+    What differs is what the 16 bits of one example's forward and backward round: at most a few of their roundings, of
+    relative size eps, in each step. So the way from the start is compared, not the weights, and one that is wrong by a
+    missing micro-batch is a tenth or more away.
+    """
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy(policy)
+    try:
+        x, y = (a.astype("float32") for a in data(20))
+        start = [array(v) for v in mlp().trainable_variables]
+        plain, split = mlp(), bb.accumulate(mlp(), micro_batch=4)
+        for model in (plain, split):
+            model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
+        assert isinstance(split.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
+        assert int(array(split.optimizer.iterations)) == int(array(plain.optimizer.iterations)) > 0
+        eps = {"mixed_float16": 2.0**-10, "mixed_bfloat16": 2.0**-7}[policy]
+        for a, b, s in zip(split.trainable_variables, plain.trainable_variables, start, strict=True):
+            assert a.dtype == "float32"
+            way = np.linalg.norm(array(b) - s)
+            assert way > 0
+            assert np.linalg.norm(array(a) - array(b)) < 8 * eps * way, a.path
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
+    assert keras.config.dtype_policy() == before[1]

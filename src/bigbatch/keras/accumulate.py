@@ -56,7 +56,9 @@ def accumulate(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model. {errors.received('model', model)}")
-    given = {name: value for name, value in (("micro_batch", micro_batch), ("every", every)) if value is not _NOT_GIVEN}
+    given: dict[str, Any] = {
+        name: value for name, value in (("micro_batch", micro_batch), ("every", every)) if value is not _NOT_GIVEN
+    }
     if given and all(value is None for value in given.values()):
         _restore(model)
         return model
@@ -69,15 +71,15 @@ def accumulate(
         )
     errors.check_choice("partial", partial, ("apply", "carry", "drop"))
     if "every" in given:
-        every = as_every(every)
+        given["every"] = as_every(every)
     else:
-        micro_batch = errors.check_micro_batch(micro_batch)
+        given["micro_batch"] = errors.check_micro_batch(micro_batch)
     _check_model(model)
     _restore(model)
     if "every" in given:
-        stream.open_door(model, every, partial)
+        stream.open_door(model, given["every"], partial)
     else:
-        split.open_door(model, micro_batch)
+        split.open_door(model, given["micro_batch"])
     _check_at_the_door(model)
     return model
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from jax import lax
-from keras import distribution, tree
+from keras import distribution
 
 from bigbatch.keras import batch, loss
 
@@ -40,10 +40,11 @@ def split_step(model: Any, micro_batch: int) -> Step:
     """`train_step` for a whole batch."""
 
     def train_step(state: Any, data: Any) -> tuple[dict[str, Any], Any]:
-        length = batch.check(data)
+        batch.check(data)
+        leaves = batch.leaves(data)
+        length = leaves[0].shape[0]
         size = min(micro_batch, length)
         full = length // size
-        leaves = batch.leaves(data)
         if distribution.distribution() is None:
             runs = [[leaf[: full * size].reshape(full, size, *leaf.shape[1:]) for leaf in leaves]]
         else:
@@ -107,7 +108,7 @@ def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[d
         # The plain step, with nothing to add up.
         return update(*micro_step(None, first, non_trainable, metrics))
     like_sums = jax.eval_shape(lambda leaves: micro_step(None, leaves, non_trainable, metrics)[0], first)
-    sums = tree.map_structure(lambda x: jnp.zeros(x.shape, x.dtype), like_sums)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_sums)
 
     def body(carry: Any, leaves: list[Any]) -> tuple[Any, None]:
         return micro_step(carry[0], leaves, *carry[1:]), None
@@ -142,10 +143,10 @@ def _update(
         unit / jnp.where(items == 0, 1, items) if divide else jnp.ones_like(unit)
         for unit, items, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
     ]
-    gradients = [
-        sum(g * factor.astype(g.dtype) for g, factor in zip(parts, factors, strict=True)).astype(v.dtype)
-        for v, *parts in zip(trainable, *sums.gradients, strict=True)
-    ]
+    gradients = []
+    for v, *parts in zip(trainable, *sums.gradients, strict=True):
+        weighted = [g * factor.astype(g.dtype) for g, factor in zip(parts, factors, strict=True)]
+        gradients.append(functools.reduce(jnp.add, weighted).astype(v.dtype))
 
     def apply() -> Any:
         return tuple(map(list, model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)))

@@ -41,7 +41,8 @@ class Term:
 
 def length(x: Any) -> Any:
     """How many examples a micro-batch holds: a number, or a tensor where the graph does not know it yet."""
-    return ops.shape(next(leaf for leaf in tree.flatten(x) if leaf is not None))[0]
+    leaf = next(leaf for leaf in tree.flatten(x) if leaf is not None)
+    return ops.shape(leaf)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
 def terms(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, replicas: int = 1) -> list[Term]:

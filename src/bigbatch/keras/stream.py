@@ -41,7 +41,7 @@ def open_door(model: Any, every: Every, partial: str) -> None:
         if not model.compiled:
             return plain_fit(*args, **kwargs)  # says so
         given = signature.bind(*args, **kwargs).arguments
-        windows.index = int(keras.ops.convert_to_numpy(model.optimizer.iterations.value))
+        windows.index = int(keras.ops.convert_to_numpy(model.optimizer.iterations.value))  # pyright: ignore[reportArgumentType]
         with warnings.catch_warnings():
             if not isinstance(every, int):
                 # Keras counts on as many steps as there could be windows, and warns when there are fewer.
@@ -165,7 +165,7 @@ def _pulling(model: Any, windows: Windows, train_function: Any) -> Any:
 def _with_windows(windows: Windows, given: dict[str, Any]) -> dict[str, Any]:
     """`fit`'s arguments with its data in windows. Steps become updates."""
     given = dict(given)
-    data = [given.pop(name, None) for name in ("x", "y", "sample_weight")]
+    data: Any = [given.pop(name, None) for name in ("x", "y", "sample_weight")]
     if given.get("validation_split") and given.get("validation_data") is None:
         data, given["validation_data"] = array_slicing.train_validation_split(
             tuple(data), validation_split=given.pop("validation_split")

@@ -40,7 +40,7 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
     def train_step(data: Any) -> dict[str, Any]:
         static = batch.check(data)
         leaves = [tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)]
-        length = tf.shape(leaves[0])[0] if static is None else static
+        length = loss.length(leaves)
         micro_batches = -(-length // micro_batch)
 
         def dynamic(i: Any) -> list[Any]:
@@ -54,7 +54,7 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
         full = length // size
 
         def fixed(i: Any) -> list[Any]:
-            return [tf.slice(x, [i * size] + [0] * (len(x.shape) - 1), [size] + list(x.shape[1:])) for x in leaves]
+            return [tf.slice(x, [i * size] + [0] * (len(x.shape) - 1), [size, *x.shape[1:]]) for x in leaves]
 
         def rest(i: Any) -> list[Any]:
             return [leaf[full * size :] for leaf in leaves]
@@ -127,7 +127,7 @@ def _window(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> dict[str, An
     sums = take(first, tf.zeros([0], model._loss_tracker.dtype))
     unit = [tf.where(items > 0, items, tf.ones_like(items)) for items in sums.items]
 
-    def add(sums: Sums, leaves: list[Any]) -> Sums:
+    def add(sums: Sums, leaves: list[Any]) -> Any:
         more = take(leaves, tf.stack(unit))
         return tree.map_structure(lambda a, b: None if a is None else a + b, sums, more)
 
@@ -172,7 +172,7 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
         gradients = []
         for k, (value, (_, items)) in enumerate(zip(scaled, kinds, strict=True)):
             weight = tf.where(unit[k] > 0, tf.math.divide_no_nan(tf.cast(items, unit.dtype), unit[k]), 1)
-            found = tape.gradient(value, variables, output_gradients=tf.cast(weight, value.dtype))
+            found = tape.gradient(value, variables, output_gradients=[tf.cast(weight, value.dtype)])
             gradients.append([_wide(g) for g in found])
         loss.update_metrics(model, x, y, y_pred, sample_weight)
         return Sums(

@@ -1,7 +1,7 @@
 """A window on the PyTorch backend: one loop over its micro-batches, one `optimizer.apply`.
 
-The gradients add up where autograd puts them, in `.grad`, with each micro-batch's weight folded into its backward. Where
-the variables are narrower than float32, or the losses count different items, they are taken out after each backward.
+The gradients add up where autograd puts them, in `.grad`, with each micro-batch's weight folded into its backward.
+Where the variables are narrower than float32, or the losses count different items, they are taken out after each.
 """
 
 import warnings
@@ -18,9 +18,9 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
     """`train_step` for a whole batch."""
 
     def train_step(data: Any) -> dict[str, Any]:
-        length = batch.check(data)
+        batch.check(data)
         leaves = batch.leaves(data)
-        starts = range(0, length, micro_batch)
+        starts = range(0, leaves[0].shape[0], micro_batch)
         return _window(model, (batch.nest(data, [leaf[i : i + micro_batch] for leaf in leaves]) for i in starts))
 
     return train_step

@@ -1,0 +1,177 @@
+"""What this room takes from Keras that Keras does not promise: each is there, and does what is relied on."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from keras.src.backend import get_keras_mask
+from keras.src.losses.loss import apply_mask
+from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+from bigbatch.keras import loss, stream
+from conformance.keras_driver import array
+from conformance.keras_parity import BACKEND, data, float64, mlp
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    float64()
+
+
+def trained(**options):
+    model = mlp(**options)
+    model.train_on_batch(*data(8))
+    return model
+
+
+def masked(shape=(2, 3)):
+    """Ones, with a mask that leaves out one step."""
+    x = np.ones(shape)
+    x[0, 2] = 0
+    return keras.layers.Masking()(ops.convert_to_tensor(x[..., None])), x
+
+
+def test_a_mask_is_read_from_its_tensor():
+    y, x = masked()
+    assert get_keras_mask(ops.ones((2,))) is None
+    np.testing.assert_array_equal(array(get_keras_mask(y)), x == 1)
+
+
+def test_ignore_class_leaves_a_mask_on_the_losses_values():
+    ours = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    values = ours.call(ops.convert_to_tensor([0, -1]), ops.zeros((2, 3), "float64"))
+    np.testing.assert_array_equal(array(get_keras_mask(values)), [True, False])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mask_becomes_weights_whose_sum_a_mean_divides_by(weighted):
+    y, x = masked()
+    mask = get_keras_mask(y)
+    weight = np.array([[2.0] * 3, [3.0] * 3]) if weighted else np.ones((2, 3))
+    reduction = "mean_with_sample_weight" if weighted else "sum_over_batch_size"
+    given = ops.convert_to_tensor(weight) if weighted else None
+    counted = array(apply_mask(given, mask, dtype="float64", reduction="sum"))
+    np.testing.assert_allclose(counted, x * weight)
+    target = np.arange(6.0).reshape(2, 3, 1)
+    mean = keras.losses.MeanAbsoluteError(reduction=reduction)(ops.convert_to_tensor(target), y, sample_weight=given)
+    values = np.abs(target[..., 0] - x)
+    np.testing.assert_allclose(array(mean), (values * counted).sum() / counted.sum(), rtol=1e-12)
+
+
+def test_a_compiled_loss_keeps_its_losses_and_calls_copies_of_them():
+    model = trained(loss_weights=2.0)
+    compiled = model._compile_loss
+    assert [flat._fields for flat in compiled._flat_losses] == [("path", "loss", "loss_weights", "name")]
+    assert compiled._flat_losses[0].loss_weights == 2.0
+    assert isinstance(compiled._metrics, list)
+    assert compiled.metrics is compiled._metrics
+    called = []
+
+    class Noting:
+        name = "noting"
+
+        def __call__(self, y, y_pred, sample_weight=None):
+            called.append(y_pred)
+            return ops.sum(y_pred)
+
+    twin = loss._twin(compiled)
+    twin._flat_losses = [compiled._flat_losses[0]._replace(loss=Noting())]
+    one = ops.ones((1, 3))
+    assert array(twin(one, one)) == 6
+    assert len(called) == 1
+    assert compiled._flat_losses[0].loss is not twin._flat_losses[0].loss
+
+
+def test_a_loss_calls_the_call_of_its_own_dictionary():
+    twin = loss._twin(keras.losses.MeanSquaredError())
+    twin.call = lambda y, y_pred: y_pred * 7
+    assert array(twin(ops.zeros((2,)), ops.ones((2,)))) == 7
+    assert keras.losses.MeanSquaredError(reduction="mean").reduction == "mean"
+
+
+def test_several_losses_have_one_metric_each_and_they_come_first_in_order():
+    x = keras.Input((4,))
+    model = keras.Model(x, [keras.layers.Dense(1, name=name)(x) for name in "ab"])
+    model.compile("sgd", ["mse", "mae"])
+    model.train_on_batch(data(8)[0], [np.ones((8, 1))] * 2)
+    names = [metric.name for metric in model._compile_loss.metrics]
+    assert names == ["a_loss", "b_loss"]
+    assert [flat.name for flat in model._compile_loss._flat_losses] == ["a", "b"]
+
+
+def test_the_models_own():
+    model = trained(metrics=["mae"])
+    assert isinstance(model._loss_tracker, keras.metrics.Mean)
+    assert model._loss_tracker is model.metrics[0]
+    assert keras.backend.is_float_dtype(model._loss_tracker.dtype)
+    model._compile_metrics.update_state(ops.ones((2, 3)), ops.zeros((2, 3)))
+    assert "mae" in model.get_metrics_result()
+    assert set(model.layers) <= set(model._flatten_layers())
+    assert model._call_has_training_arg is True
+    assert array(model._aggregate_additional_loss(ops.ones((3,), "float64"))) == 3
+    model._losses_override = [ops.ones(()) * 7]
+    assert [array(value) for value in model.losses] == [7]
+    model._losses_override = []
+    assert model.losses == []
+
+
+def test_a_model_without_a_training_argument_says_so():
+    class Plain(keras.Model):
+        def call(self, x):
+            return x
+
+    assert Plain()._call_has_training_arg is False
+
+
+def test_building_from_a_batch_makes_all_that_training_needs():
+    model = keras.Sequential([keras.layers.Dense(3)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    model._symbolic_build(data_batch=tuple(map(ops.convert_to_tensor, data(2))))
+    assert model.built
+    assert model._compile_loss.built
+    assert model._compile_metrics.built
+    assert model.optimizer.built
+
+
+def test_what_fit_builds_around_train_step_is_found_on_the_instance():
+    model = trained()
+    assert callable(model.train_function)
+    made = []
+    model.make_train_function = lambda force=False: made.append(force) or type(model).make_train_function(model, True)
+    model.fit(*data(8), verbose=0)
+    assert made
+    assert "force" in inspect.signature(type(model).make_train_function).parameters
+    assert model.steps_per_execution == 1
+
+
+def test_fit_takes_a_data_adapter_where_it_takes_data():
+    x, y = data(10)
+    adapter = get_data_adapter(x, y, None, batch_size=4, steps_per_epoch=None, shuffle=False, class_weight=None)
+    assert isinstance(adapter, DataAdapter)
+    assert get_data_adapter(adapter) is adapter
+    assert adapter.num_batches == 3
+    wrapped = stream.InWindows(adapter, stream.Windows(1, "apply"), None)
+    assert get_data_adapter(wrapped) is wrapped
+    assert [n for n in vars(DataAdapter) if not n.startswith("_") and n not in vars(stream.InWindows)] == []
+
+
+def test_a_validation_split_is_the_end_of_the_arrays():
+    x, y = data(8)
+    (x_train, y_train, none), (x_held, _, _) = array_slicing.train_validation_split((x, y, None), validation_split=0.25)
+    np.testing.assert_array_equal(array(x_train), x[:6])
+    np.testing.assert_array_equal(array(x_held), x[6:])
+    assert len(y_train) == 6
+    assert none is None
+
+
+if BACKEND == "jax":
+
+    def test_a_variable_whose_value_is_taken_out_says_none():
+        v = keras.Variable(np.ones(2))
+        assert v._value is v.value
+        v._value = None
+        v.assign(np.zeros(2))
+        np.testing.assert_array_equal(array(v), 0)
