@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BACKENDS = ["torch", "jax", "tensorflow", "tf1"]
+# The longest first, so that the cores are done at the same time.
+BACKENDS = ["keras_tensorflow", "tensorflow", "jax", "keras_jax", "tf1", "keras_torch", "torch"]
 STEPS = {
     "lint": [["ruff", "check"], ["ruff", "format", "--check"], ["pyright"]],
     "core": [["pytest", "-q"]],

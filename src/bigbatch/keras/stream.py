@@ -197,6 +197,7 @@ class InWindows(DataAdapter):
 
     @property
     def num_batches(self) -> int | None:
+        """Steps an epoch: the windows that its micro-batches make, where their number is known."""
         n = self.adapter.num_batches
         if n is None:
             return None
@@ -206,36 +207,45 @@ class InWindows(DataAdapter):
         return epochs * self.updates(self.steps) + self.updates(rest)
 
     def on_epoch_begin(self) -> None:
+        """Tells the wrapped adapter, and the windows where the epoch is to end."""
         n = self.steps or self.adapter.num_batches
         self.windows.left = n
         self.windows.calls = None if n is None else self.updates(n)
         self.adapter.on_epoch_begin()
 
     def on_epoch_end(self) -> None:
+        """Tells the wrapped adapter."""
         self.adapter.on_epoch_end()
 
     def get_numpy_iterator(self) -> Any:
+        """The wrapped adapter's micro-batches."""
         return self.adapter.get_numpy_iterator()
 
     def get_tf_dataset(self) -> Any:
+        """The wrapped adapter's micro-batches."""
         return self.adapter.get_tf_dataset()
 
     def get_jax_iterator(self) -> Any:
+        """The wrapped adapter's micro-batches."""
         return self.adapter.get_jax_iterator()
 
     def get_torch_dataloader(self) -> Any:
+        """The wrapped adapter's micro-batches."""
         return _Sourcing(self.adapter.get_torch_dataloader(), self.windows)
 
     @property
     def batch_size(self) -> int | None:
+        """A micro-batch's."""
         return self.adapter.batch_size
 
     @property
     def has_partial_batch(self) -> bool | None:
+        """Of micro-batches."""
         return self.adapter.has_partial_batch
 
     @property
     def partial_batch_size(self) -> int | None:
+        """A micro-batch's."""
         return self.adapter.partial_batch_size
 
 

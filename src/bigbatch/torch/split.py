@@ -149,6 +149,8 @@ def _cut(batch: Any, start: int, stop: int) -> Any:
     """The same nesting with every tensor cut to examples start … stop - 1, as views."""
     if isinstance(batch, Tensor):
         return batch[start:stop]
+    if type(batch) is tuple:  # the commonest batch, by the shortest way
+        return tuple([_cut(child, start, stop) for child in batch])
     children = _children(batch)
     if children is None:
         return batch

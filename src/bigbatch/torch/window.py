@@ -74,7 +74,7 @@ class Window:
         weight = items / self.unit
         mean = loss.detach()
         if self.micro_batches == 0:
-            self.loss = mean.new_zeros((), dtype=_exact(mean.device))
+            self.loss = mean.new_zeros((), dtype=torch.promote_types(mean.dtype, torch.float32))
         if scaler is not None:
             loss = scaler.scale(loss)
         if self.dtype is not None:
