@@ -9,19 +9,13 @@ And with jax, and torch: each writes its own part of keras_fit.md.
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
-# Beside this file stand others with the names of frameworks.
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
+import keras
+import numpy as np
+from interleaved import circumstances, measure, ratio, table
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-
-import bigbatch.keras as bb  # noqa: E402
-
-sys.path.append(str(Path(__file__).parent))
-from interleaved import circumstances, measure, ratio, table  # noqa: E402
+import bigbatch.keras as bb
 
 BACKEND = keras.backend.backend()
 PAGE = Path(__file__).parent / "keras_fit.md"
