@@ -35,7 +35,7 @@ def check_items(items: Any) -> float | Tensor:
     if items.numel() != 1 or items.is_complex() or items.dtype == torch.bool:
         errors.check_items(items)  # says what a number is
     # A sum of bf16 counts would stop at 256, and int / int would be float32.
-    return items.detach().reshape(()).to(_exact(items.device))
+    return items.detach().reshape(()).to(exact(items.device))
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
@@ -153,11 +153,11 @@ def _numbers(values: list[Any]) -> list[float]:
     if not tensors:
         return [float(v) for v in values]
     device = tensors[0].device
-    read = iter(torch.stack([t.to(device, _exact(device)) for t in tensors]).tolist())
+    read = iter(torch.stack([t.to(device, exact(device)) for t in tensors]).tolist())
     return [next(read) if isinstance(v, Tensor) else float(v) for v in values]
 
 
-def _exact(device: torch.device) -> torch.dtype:
+def exact(device: torch.device) -> torch.dtype:
     """The dtype to count in. Apple's devices have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
