@@ -11,8 +11,6 @@ weight elsewhere, module hooks and checkpointing find what they expect. Outside 
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,13 +74,18 @@ class Fused(TorchFunctionMode):
             return F.embedding(input, weight, padding_idx, *args, **options)
         return _Embedding.apply(input, weight, padding_idx, self)
 
-    @contextmanager
-    def into(self, window: "Window") -> Iterator[None]:
-        """While this lasts, a backward adds to the window's sums."""
+    def backward(self, loss: Tensor, gradient: Tensor | None, window: "Window") -> None:
+        """`loss.backward(gradient)`, with the weights' gradients added to the window's sums."""
         self.window = window
         try:
             with self:
-                yield
+                # Not loss.backward(): that is one call to a mode, which is left while the call lasts, and checkpointing
+                # would run the forward again without it. The engine is below what modes see.
+                engine = torch.autograd.Variable._execution_engine
+                gradient = torch.ones_like(loss) if gradient is None else gradient
+                engine.run_backward(
+                    (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         finally:
             self.window = None
 

@@ -11,7 +11,6 @@ and the weight is applied there, where it can neither round nor underflow.
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -97,8 +96,10 @@ class Window:
         else:
             # new_full is a kernel on the device; torch.tensor(weight, device=…) would be a copy the host waits for.
             folded = loss.new_full((), weight)
-        with nullcontext() if fused is None else fused.into(self):
+        if fused is None:
             loss.backward(gradient=folded)
+        else:
+            fused.backward(loss, folded, self)
         if self.dtype is not None:
             self._take(parameters)
 
