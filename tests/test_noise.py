@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bigbatch import noise
-from bigbatch.noise import Noise, NoiseScale, advice, curve, estimate, until_noise
+from bigbatch.noise import Noise, NoiseScale, advice, estimate, noise_curve, until_noise
 
 # What `peers.md` measured: ragged windows, and a truth to find.
 EQUAL, RAGGED = [4] * 8, [1, 2, 3, 10, 4, 4, 6, 2]
@@ -169,7 +169,7 @@ def test_saved_and_restored():
 
 def test_the_curve_is_rows_for_csv():
     updates = [SimpleNamespace(index=k, items=16, noise=Noise(4, 16, 10.0 + k, 1.0)) for k in range(3)]
-    rows = curve([updates[0], None, SimpleNamespace(index=9, items=1, noise=None), *updates[1:]])
+    rows = noise_curve([updates[0], None, SimpleNamespace(index=9, items=1, noise=None), *updates[1:]])
     assert [row["update"] for row in rows] == [0, 1, 2]
     assert rows[0]["noise_scale"] == 10
     written = io.StringIO()
@@ -264,8 +264,8 @@ def test_until_noise_is_checked(options, kind, words):
 @pytest.mark.parametrize("value", [0, -1, 1.5, "yes", None])
 def test_noise_is_checked(value):
     with pytest.raises(ValueError, match="noise must be True, False or an integer of at least 1"):
-        noise.check_noise(value)
-    assert [noise.check_noise(v) for v in (False, True, 1, 10)] == [0, 1, 1, 10]
+        noise.one_in(value)
+    assert [noise.one_in(v) for v in (False, True, 1, 7)] == [0, 10, 1, 7]
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.5])

@@ -193,7 +193,7 @@ class NoiseScale:
         return max(one, 0.0), max(two, 0.0), both
 
 
-def curve(updates: Iterable[Any], decay: float = 0.95) -> list[dict[str, float]]:
+def noise_curve(updates: Iterable[Any], decay: float = 0.95) -> list[dict[str, float]]:
     """The running noise scale over a training, an update a row: for `csv.DictWriter`, a data frame or a logger.
 
     Args:
@@ -334,13 +334,15 @@ def until_noise(*, eta: float = 1.0, at_most: int) -> UntilNoise:
     return UntilNoise(float(eta), int(at_most))
 
 
-def check_noise(noise: Any) -> int:
-    """Accepts what an Accumulator's `noise` may be: False (0), True (1), or n: one window in n is measured."""
-    if isinstance(noise, bool) or (isinstance(noise, int) and noise >= 1):
-        return int(noise)
+def one_in(noise: Any) -> int:
+    """Accepts what `noise=` may be, as one window in so many: True is 10, and 0 stands for none."""
+    if isinstance(noise, bool):
+        return 10 if noise else 0
+    if isinstance(noise, int) and noise >= 1:
+        return noise
     raise ValueError(
         f"noise must be True, False or an integer of at least 1. {errors.received('noise', noise)} "
-        "Pass True to measure every window, or n to measure one window in n."
+        "Pass True to measure one window in ten, or n to measure one in n."
     )
 
 

@@ -1,6 +1,7 @@
 """`audit` on a zoo whose truth is known, and what it leaves as it was."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch.torch as bb
+from documentation import run_blocks
 
 from .zoo import MICRO_BATCH, ZOO, classified, examples
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("specimen", ZOO, ids=lambda specimen: specimen.name)
@@ -288,3 +292,7 @@ def test_bad_input(change, kind, words):
     given = {"loss_fn": classified(model), "model": model, "batch": examples(), "micro_batch": 4, **change}
     with pytest.raises(kind, match=words):
         bb.audit(**given)
+
+
+def test_the_page_runs():
+    assert run_blocks(ROOT / "docs/audit.md") == 2

@@ -171,7 +171,7 @@ class Window:
 
     def close(self) -> "Sums":
         """What the window holds and what turns its sums into means. Here the host waits for the device."""
-        loss, items, unit = _numbers([self.loss, self.items, self.unit])
+        loss, items, unit = numbers([self.loss, self.items, self.unit])
         factor = unit / items if items else math.nan
         return Sums(items, loss * factor, factor)
 
@@ -184,7 +184,7 @@ class Sums(NamedTuple):
     factor: float
 
 
-def _numbers(values: list[Any]) -> list[float]:
+def numbers(values: list[Any]) -> list[float]:
     """Numbers and scalar tensors as floats, the tensors read from their device at once."""
     tensors = [v for v in values if isinstance(v, Tensor)]
     if not tensors:
