@@ -283,7 +283,7 @@ def test_an_error_inside_a_window_leaves_no_trace():
 
 def test_noise_is_checked_at_the_door():
     model = network()
-    with pytest.raises(ValueError, match="noise must be True, False or an integer of at least 1. Received: noise=0"):
+    with pytest.raises(ValueError, match=r"noise must be True, False or an integer of at least 1\. Received: noise=0"):
         bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.1), every=4, noise=0)
 
 
