@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 Rows = Sequence[int]
 # What two gradients may differ by and still be the same, as a fraction of their norm: rounding, with room to spare.
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
-COARSE = 5e-2  # for narrower dtypes
+FINE, LOOSE, COARSE = 1e-9, 1e-4, 5e-2  # of float64, of float32, of narrower dtypes
 
 
 class Run(NamedTuple):
@@ -32,7 +31,14 @@ class Bench(Protocol):
     dtype: str  # that the runs are made in
 
     def gradient(
-        self, parts: Sequence[Rows], *, seed: int, quiet: frozenset[str], fresh: bool = False, items: Any = None
+        self,
+        parts: Sequence[Rows],
+        *,
+        seed: int,
+        quiet: frozenset[str],
+        fresh: bool = False,
+        items: Any = None,
+        scale: float = 1.0,
     ) -> Any:
         """Σ nᵢ·gᵢ / Σ nᵢ over parts, each a micro-batch of these rows of the batch.
 
@@ -42,6 +48,7 @@ class Bench(Protocol):
             quiet: the modules that are put in evaluation mode.
             fresh: whether the model's state is put back before each part and not only before the first.
             items: nᵢ to use in place of what the loss function says.
+            scale: the loss is multiplied by this and its gradient divided, so that it is rounded otherwise.
         """
         ...
 
@@ -130,6 +137,7 @@ class Audit:
         length: examples in the batch.
         micro_batch: examples in a micro-batch.
         dtype: what it was computed in.
+        tolerance: the relative error that is rounding.
         chance: whether the model draws by chance, and the comparison was made without.
     """
 
@@ -138,12 +146,13 @@ class Audit:
     length: int
     micro_batch: int
     dtype: str
+    tolerance: float
     chance: bool = False
 
     @property
     def differing(self) -> list[Compared]:
         """The parameters whose gradients differ by more than rounding, the worst first."""
-        return sorted(differing(self.parameters, self.dtype), key=lambda p: -_rank(p.error))
+        return sorted(differing(self.parameters, self.tolerance), key=lambda p: -_rank(p.error))
 
     @property
     def exact(self) -> bool:
@@ -189,8 +198,9 @@ class Audit:
             width = max(len(p.name) for p in worst)
             lines += [f"  {'parameter':<{width}}  ratio of norms  relative error  angle"]
             lines += [f"  {p.name:<{width}}  {p.ratio:14.4g}  {p.error:14.2e}  {p.angle:4.1f}°" for p in worst]
+        rounding = "" if self.tolerance in (FINE, LOOSE, COARSE) else f" with parts narrower (to {self.tolerance:.0e})"
         lines += [
-            f"  (a batch of {self.length} in micro-batches of {self.micro_batch}, {self.dtype}, "
+            f"  (a batch of {self.length} in micro-batches of {self.micro_batch}, {self.dtype}{rounding}, "
             f"{_count(len(self.parameters), 'parameter')})"
         ]
         return "\n".join(lines)
@@ -200,10 +210,10 @@ class Audit:
         return f"<Audit: {self.verdict}{causes}>"
 
 
-def differing(parameters: list[Compared], dtype: str) -> list[Compared]:
+def differing(parameters: list[Compared], tolerance: float) -> list[Compared]:
     """Those whose gradients differ by more than rounding. What is nearly zero in both is the same."""
-    allowed, floor = TOLERANCE.get(dtype, COARSE), _floor(parameters)
-    return [p for p in parameters if not p.difference <= allowed * max(p.full, floor)]
+    floor = _floor(parameters)
+    return [p for p in parameters if not p.difference <= tolerance * max(p.full, floor)]
 
 
 def _floor(parameters: list[Compared]) -> float:
@@ -225,7 +235,7 @@ class _Examination:
         self.parts = [self.all[i : i + bench.micro_batch] for i in range(0, bench.length, bench.micro_batch)]
         self.quiet: frozenset[str] = frozenset()
         self.causes: list[Cause] = []
-        self.allowed = TOLERANCE.get(bench.dtype, COARSE)
+        self.allowed = LOOSE if bench.dtype in ("float64", "float32") else COARSE
 
     def run(self) -> Audit:
         full = self.full()
@@ -246,10 +256,21 @@ class _Examination:
             if not self.silence():
                 return self.by_many_draws()
             full = self.full()
+        self.allowed = self.rounding(full)
         accumulated = self.accumulated()
         if self.differ(full, accumulated):
             self.causes += self.find(accumulated)
         return self.answer(full, accumulated, chance)
+
+    def rounding(self, full: Any) -> float:
+        """What is rounding here, seen by rounding otherwise: a float64 model may compute parts of itself in less."""
+        if self.bench.dtype != "float64":
+            return self.allowed
+        other = self.bench.gradient([self.all[::-1]], seed=0, quiet=self.quiet, scale=0.7)
+        seen = self.bench.compare(full, other)
+        floor = _floor(seen)
+        worst = max((p.difference / max(p.full, floor) for p in seen), key=_rank)
+        return FINE if 30 * worst <= FINE else min(30 * worst, LOOSE) if math.isfinite(worst) else LOOSE
 
     def full(self, seed: int = 0, quiet: frozenset[str] | None = None) -> Any:
         return self.bench.gradient([self.all], seed=seed, quiet=self.quiet if quiet is None else quiet)
@@ -258,11 +279,11 @@ class _Examination:
         return self.bench.gradient(self.parts, seed=seed, quiet=self.quiet if quiet is None else quiet, **how)
 
     def differ(self, one: Any, other: Any) -> bool:
-        return bool(differing(self.bench.compare(one, other), self.bench.dtype))
+        return bool(differing(self.bench.compare(one, other), self.allowed))
 
     def answer(self, full: Any, accumulated: Any, chance: bool) -> Audit:
-        compared = self.bench.compare(full, accumulated)
-        return Audit(compared, self.causes, self.bench.length, self.bench.micro_batch, self.bench.dtype, chance)
+        compared, b = self.bench.compare(full, accumulated), self.bench
+        return Audit(compared, self.causes, b.length, b.micro_batch, b.dtype, self.allowed, chance)
 
     # Chance.
 
@@ -303,7 +324,8 @@ class _Examination:
             self.causes.append(Cause("unknown", (), evidence, "Take chance out of the loss and audit again."))
         else:
             found = [Compared(p.name, p.full, p.accumulated, 0.0) for p in found]
-        return Audit(found, self.causes, self.bench.length, self.bench.micro_batch, self.bench.dtype, True)
+        b = self.bench
+        return Audit(found, self.causes, b.length, b.micro_batch, b.dtype, self.allowed, True)
 
     # What is left when chance is at rest.
 
@@ -401,7 +423,7 @@ class _Examination:
                 "coupling",
                 (),
                 "The loss couples examples: what one adds depends on which others are there, as in contrastive, "
-                "ranking and load-balancing losses.",
+                "ranking and load-balancing losses, and where something is normalized over the batch.",
                 "No accumulation of gradients can be exact. Compute the loss over the whole batch from cached outputs "
                 "(GradCache), or accept the micro-batch's loss as another loss.",
             )
