@@ -179,11 +179,11 @@ class Audit:
         exact = f"exact to {self.error:.0e}" if self.error else "exact, bit for bit"
         return f"{exact}, but for chance" if self.chance else exact
 
-    def table(self) -> Any:
-        """A `rich` table of the parameters, the worst first."""
+    def table(self, most: int = 20) -> Any:
+        """A `rich` table of the parameters, the worst first, of `most` rows."""
         from bigbatch.report import audit_table
 
-        return audit_table(self)
+        return audit_table(self, most)
 
     def figure(self, path: Any) -> None:
         """Saves a figure of the worst parameters, with matplotlib."""
