@@ -81,10 +81,9 @@ def main():
         made = [seen for seen in reached if seen is not None]
         said = f"{len(made)} of {len(reached)} seeds"
         said += f", with {statistics.median(made) / (EPOCHS * len(x)):.0%} of its examples" if made else ""
-        lines.append(
-            f"| {name}{' (best fixed)' if name == best else ''} | {rates[name]:g} "
-            f"| {statistics.mean(ends[name]):.3f} ± {statistics.stdev(ends[name]):.3f} | {middle:.0f} ({low:.0f} to {high:.0f}) | {said} |"
-        )
+        named = f"{name} (best fixed)" if name == best else name
+        loss = f"{statistics.mean(ends[name]):.3f} ± {statistics.stdev(ends[name]):.3f}"
+        lines.append(f"| {named} | {rates[name]:g} | {loss} | {middle:.0f} ({low:.0f} to {high:.0f}) | {said} |")
     shown = "\n".join(lines)
     closing = min(CLOSING, key=lambda name: statistics.mean(ends[name]))
     better = sum(a <= b for a, b in zip(ends[closing], ends[best], strict=True))

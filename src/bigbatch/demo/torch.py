@@ -81,7 +81,7 @@ def audit(job: Job) -> Audit:
     """Of the job's network with a BatchNorm put in, on 64 examples: what accumulation cannot make exact."""
     x, y = (torch.from_numpy(part[:64]) for part in job.data[:2])
     model = network(job)
-    model.insert(1, nn.BatchNorm1d(model[0].out_features, dtype=x.dtype))
+    model.insert(1, nn.BatchNorm1d(job.layers[0][1].size, dtype=x.dtype))
     return bb.audit(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), model, (x, y), micro_batch=16)
 
 
