@@ -176,7 +176,7 @@ def _alike(a: Any, b: Any, what: str) -> None:
 
 def make(door: str, name: str) -> None:
     """Makes a mistake as a user does: with the same call on every rank."""
-    adapter = one.Adapter(door, one.Stream)
+    adapter = one.Adapter(door, door, one.Stream)
     adapter.options = {"model": DistributedDataParallel(adapter.model)}
     before = adapter.untouched()
     try:
@@ -187,7 +187,7 @@ def make(door: str, name: str) -> None:
 
 class Adapter(one.Adapter):
     def __init__(self, door: str):
-        super().__init__(door, one.Stream)
+        super().__init__(door, door, one.Stream)
         self.name, self.start = f"ddp-{door}", lambda spec: Together(door, spec)
 
     def mistakes(self) -> dict[str, Callable[[], Any]]:
