@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
 from bigbatch.torch.fused import Fused
+from bigbatch.torch.ranks import ranks_of
 from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
 
 Batch = TypeVar("Batch")
@@ -25,6 +26,7 @@ def backward(
     micro_batch: int,
     dtype: torch.dtype | None = torch.float32,
     fused: bool = True,
+    model: torch.nn.Module | None = None,
 ) -> Tensor:
     """Puts the whole batch's mean gradient into `.grad`, one micro-batch in memory at a time.
 
@@ -46,6 +48,9 @@ def backward(
             and are rounded once, at the end. None adds up in the parameters' own dtype.
         fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
             is safe (see `bigbatch.torch.fused`). False leaves all to autograd: slower, and the same numbers.
+        model: the DistributedDataParallel that `loss_fn` calls, where several ranks train one model. Each passes its
+            own part of the batch, of any length, 0 too; all get the mean gradient and loss of the whole. The call is
+            then collective.
 
     Returns:
         The mean loss over all items, a detached scalar of at least float32.
@@ -57,43 +62,52 @@ def backward(
     The host waits for the device once, after the last micro-batch, to see that the loss is a number.
     """
     micro_batch = errors.check_micro_batch(micro_batch)
-    length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
+    ranks = None if model is None else ranks_of(model)
+    with nullcontext() if ranks is None else ranks.working():
+        lengths = [(where, len(leaf)) for where, leaf in leaves(batch, "batch")]
+        nothing = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
+        length = 0 if nothing else errors.check_lengths(lengths)
     window = Window(planned=-(-length // micro_batch))
+    if ranks is not None and is_wide(ranks.parameters, dtype):
+        window.dtype = dtype
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
     mode = Fused() if fused else None
     try:
-        for start in range(0, length, micro_batch):
-            stop = min(start + micro_batch, length)
-            with mode or nullcontext():
-                result = loss_fn(_cut(batch, start, stop))
-            if isinstance(result, tuple) and len(result) != 2:
-                raise errors.not_a_loss(result)
-            loss, items = result if isinstance(result, tuple) else (result, None)
-            loss = check_loss(loss)
-            if items is None:
-                items = stop - start
-                if window.unit is None:
-                    window.unit = length
-            parameters = _parameters(loss)
-            new = [p for p in parameters if p not in before]
-            for p in new:
-                before[p], p.grad = p.grad, None
-            if window.dtype is None and dtype is not None and is_wide(new, dtype):
-                window.widen(before, dtype)
-            window.backward(loss, check_items(items), parameters, fused=mode)
-            loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
-        _, mean, factor = window.close()
-        if math.isnan(mean):
-            raise errors.loss_not_finite(mean, f"{window.micro_batches} micro-batches")
-        scale_(window.gradients(before), factor)
+        with nullcontext() if ranks is None else ranks.working():
+            for start in range(0, length, micro_batch):
+                stop = min(start + micro_batch, length)
+                with mode or nullcontext():
+                    result = loss_fn(_cut(batch, start, stop))
+                if isinstance(result, tuple) and len(result) != 2:
+                    raise errors.not_a_loss(result)
+                loss, items = result if isinstance(result, tuple) else (result, None)
+                loss = check_loss(loss)
+                if items is None:
+                    items = stop - start
+                    if window.unit is None:
+                        window.unit = length
+                parameters = _parameters(loss)
+                new = [p for p in parameters if p not in before]
+                for p in new:
+                    before[p], p.grad = p.grad, None
+                if window.dtype is None and dtype is not None and is_wide(new, dtype):
+                    window.widen(before, dtype)
+                window.backward(loss, check_items(items), parameters, fused=mode)
+                loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
+        sums = window.close() if ranks is None else ranks.mean(window, before)
+        if nothing and not sums.micro_batches:
+            errors.check_lengths(lengths)
+        if math.isnan(sums.loss):
+            raise errors.loss_not_finite(sums.loss, f"{sums.micro_batches} micro-batches")
+        scale_(window.gradients(before), sums.factor)
     except BaseException:
         for p, grad in before.items():
             p.grad = grad
         raise
     for p, grad in before.items():
         _add(p, grad, window.sums.get(p, p.grad))
-    return window.loss.new_full((), mean, dtype=loss_dtype)
+    return window.loss.new_full((), sums.loss, dtype=torch.promote_types(loss_dtype, window.loss.dtype))
 
 
 @torch.no_grad()
