@@ -1,5 +1,8 @@
 """`audit` in JAX on losses whose truth is known."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 import bigbatch.jax as bb
 
+ROOT = Path(__file__).parents[2]
 rng = np.random.default_rng(0)
 N, D, CLASSES = 14, 6, 4
 PARAMS = {
@@ -154,3 +158,13 @@ def test_bad_input(change, kind, words):
     given = {"loss_fn": plain, "batch": (X, Y), "micro_batch": 4, **change}
     with pytest.raises(kind, match=words):
         bb.audit(given["loss_fn"], PARAMS, given["batch"], micro_batch=given["micro_batch"])
+
+
+def test_the_example(capsys):
+    with jax.enable_x64(False):  # as JAX comes
+        runpy.run_path(str(ROOT / "examples/jax_honest.py"))
+    said = capsys.readouterr().out
+    assert "not exact: " in said
+    assert "\nexact to " in said
+    assert "noise scale: " in said
+    assert "windows of [" in said

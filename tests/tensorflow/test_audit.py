@@ -1,6 +1,8 @@
 """`audit` in TensorFlow on losses whose truth is known, and what it leaves as it was."""
 
 import random
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tensorflow as tf
 
 import bigbatch.tensorflow as bb
 
+ROOT = Path(__file__).parents[2]
 rng = np.random.default_rng(0)
 N, D, CLASSES = 14, 6, 4
 A = tf.Variable(rng.normal(size=(D, 8)) / 2, name="a")
@@ -131,3 +134,12 @@ def test_bad_input(change, kind, words):
     given = {"loss_fn": plain, "batch": (X, Y), "variables": [A, C], "micro_batch": 4, **change}
     with pytest.raises(kind, match=words):
         bb.audit(given["loss_fn"], given["batch"], given["variables"], micro_batch=given["micro_batch"])
+
+
+def test_the_example(capsys):
+    runpy.run_path(str(ROOT / "examples/tensorflow_honest.py"))
+    said = capsys.readouterr().out
+    assert "not exact: " in said
+    assert "\nexact to " in said
+    assert "noise scale: " in said
+    assert "windows of [" in said

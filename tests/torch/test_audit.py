@@ -1,6 +1,7 @@
 """`audit` on a zoo whose truth is known, and what it leaves as it was."""
 
 import random
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -318,3 +319,12 @@ def test_bad_input(change, kind, words):
 
 def test_the_page_runs():
     assert run_blocks(ROOT / "docs/audit.md") == 2
+
+
+def test_the_example(capsys):
+    runpy.run_path(str(ROOT / "examples/torch_honest.py"))
+    said = capsys.readouterr().out
+    assert "not exact: " in said
+    assert "\nexact to " in said
+    assert "noise scale: " in said
+    assert "windows of [" in said

@@ -1,7 +1,7 @@
 """`audit`: is accumulation exact for this loss and this batch?
 
-The experiments are `bigbatch.audit`'s. A loss function in JAX is a pure function of its arguments, so that a run leaves
-nothing behind, and there are no modules to watch.
+The experiments are `bigbatch.examine`'s. A loss function in JAX is a pure function of its arguments, so that a run
+leaves nothing behind, and there are no modules to watch.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigbatch import errors
-from bigbatch.audit import Audit, Compared, Rows, Run, examine
+from bigbatch.audit import Audit, Compared
+from bigbatch.examine import examine
 from bigbatch.jax.batch import Batch
 from bigbatch.jax.terms import as_terms
+from bigbatch.probe import Rows, Run
 
 
 def audit(
@@ -63,7 +65,7 @@ def audit(
 
 
 class Bench:
-    """Runs of one loss function on one batch (see `bigbatch.audit.Bench`); without a dtype, in the arguments' own."""
+    """Runs of one loss function on one batch (see `bigbatch.examine.Bench`); without a dtype, in the arguments' own."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """`audit`: is accumulation exact for this loss and this batch?
 
-The experiments are `bigbatch.audit`'s. Here is how TensorFlow makes a run that leaves nothing behind. Variables have
+The experiments are `bigbatch.examine`'s. Here is how TensorFlow makes a run that leaves nothing behind. Variables have
 the dtype that they were made with, so it is made in that.
 """
 
@@ -16,7 +16,9 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 from bigbatch import errors
-from bigbatch.audit import Audit, Compared, Rows, Run, examine
+from bigbatch.audit import Audit, Compared
+from bigbatch.examine import examine
+from bigbatch.probe import Rows, Run
 from bigbatch.tensorflow.checks import as_items, check_loss
 from bigbatch.tensorflow.split import _length
 
@@ -61,7 +63,7 @@ def audit(loss_fn: Callable[[Any], Any], batch: Any, variables: Sequence[Any], *
 
 
 class Bench:
-    """Runs of one loss function on one batch (see `bigbatch.audit.Bench`)."""
+    """Runs of one loss function on one batch (see `bigbatch.examine.Bench`)."""
 
     def __init__(self, loss_fn: Callable[[Any], Any], batch: Any, variables: list[Any], length: int, micro_batch: int):
         self.loss_fn, self.batch, self.variables = loss_fn, batch, variables

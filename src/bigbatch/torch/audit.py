@@ -1,6 +1,6 @@
 """`audit`: is accumulation exact for this model, this loss and this batch?
 
-The experiments are `bigbatch.audit`'s. Here is how PyTorch makes a run that leaves nothing behind.
+The experiments are `bigbatch.examine`'s. Here is how PyTorch makes a run that leaves nothing behind.
 """
 
 import contextlib
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch import errors
-from bigbatch.audit import Audit, Compared, Rows, Run, examine
+from bigbatch.audit import Audit, Compared
+from bigbatch.examine import examine
+from bigbatch.probe import Rows, Run
 from bigbatch.torch.split import children_of, leaves, mapped
 from bigbatch.torch.window import check_items, check_loss, exact
 
@@ -70,7 +72,7 @@ def audit(
 
 
 class Bench:
-    """Runs of one loss function on one batch (see `bigbatch.audit.Bench`), in one dtype; None is the model's own."""
+    """Runs of one loss function on one batch (see `bigbatch.examine.Bench`), in one dtype; None is the model's own."""
 
     def __init__(
         self,
