@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
+import conformance.adapters.tensorflow  # noqa: F401 (makes two devices of one, before the first tensor)
 
 ROOT = Path(__file__).parents[2]
 rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
+import conformance.adapters.tensorflow  # noqa: F401 (makes two devices of one, before the first tensor)
 from bigbatch.noise import Noise
 
 rng = np.random.default_rng(0)
