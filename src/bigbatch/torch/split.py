@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def backward(
     loss_fn: Callable[[Batch], Tensor | tuple[Tensor, float | Tensor]],
     batch: Batch,
     *,
-    micro_batch: int,
+    micro_batch: int | Literal["auto"],
     dtype: torch.dtype | None = torch.float32,
     fused: bool = True,
 ) -> Tensor:
@@ -41,7 +41,9 @@ def backward(
             `items` is a number above zero or a tensor of one element on the device.
         batch: any nesting of tuples, lists, dicts, dataclasses and mappings of tensors (or None) that share the
             length of their leading dimension. It is cut in order; the last micro-batch may be shorter.
-        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch.
+        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch. "auto" plans the
+            largest that fits what is free (see `plan`), once for each shape of batch, and logs what it chose; should
+            memory run out anyway, the window is done again with half the size.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
         fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
@@ -56,8 +58,26 @@ def backward(
 
     The host waits for the device once, after the last micro-batch, to see that the loss is a number.
     """
-    micro_batch = errors.check_micro_batch(micro_batch)
     length = errors.check_lengths([(where, len(leaf)) for where, leaf in _leaves(batch, "batch")])
+
+    def run(size: int) -> tuple[Window, Tensor, dict[Tensor, Tensor | None]]:
+        return _window(loss_fn, batch, length, size, dtype, fused)
+
+    if micro_batch == "auto":
+        from bigbatch.torch.auto import fitting  # which rehearses this door
+
+        window, mean, before = fitting(run, loss_fn, batch, length, dtype)
+    else:
+        window, mean, before = run(errors.check_micro_batch(micro_batch))
+    for p, grad in before.items():
+        _add(p, grad, window.sums.get(p, p.grad))
+    return mean
+
+
+def _window(
+    loss_fn: Callable[[Any], Any], batch: Any, length: int, micro_batch: int, dtype: torch.dtype | None, fused: bool
+) -> tuple[Window, Tensor, dict[Tensor, Tensor | None]]:
+    """The window's sums, its mean loss, and what `.grad` held before, as which it is after an error."""
     window = Window(planned=-(-length // micro_batch))
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
@@ -83,17 +103,16 @@ def backward(
                 window.widen(before, dtype)
             window.backward(loss, check_items(items), parameters, fused=mode)
             loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
-        _, mean, factor = window.close()
-        if math.isnan(mean):
-            raise errors.loss_not_finite(mean, f"{window.micro_batches} micro-batches")
+        _, value, factor = window.close()
+        if math.isnan(value):
+            raise errors.loss_not_finite(value, f"{window.micro_batches} micro-batches")
         scale_(window.gradients(before), factor)
+        mean = window.loss.new_full((), value, dtype=loss_dtype)
     except BaseException:
         for p, grad in before.items():
             p.grad = grad
         raise
-    for p, grad in before.items():
-        _add(p, grad, window.sums.get(p, p.grad))
-    return window.loss.new_full((), mean, dtype=loss_dtype)
+    return window, mean, before
 
 
 @torch.no_grad()
