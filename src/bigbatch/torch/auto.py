@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bigbatch import errors, host
 from bigbatch.plan import NEVER, Plan, budget, choose, timed
 from bigbatch.torch.rehearsal import FakeTensorMode, Watch, rehearse
-from bigbatch.torch.split import _cut, _leaves, _parameters
+from bigbatch.torch.split import _cut, _parameters, leaves
 
 Result = TypeVar("Result")
 
@@ -67,7 +67,7 @@ def plan(
 
     Twice the parameters are kept free for the state that an optimizer makes at its first step.
     """
-    length = errors.check_lengths([(where, len(leaf)) for where, leaf in _leaves(batch, "batch")])
+    length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
     return _plan(_Rehearsals(loss_fn, batch, length, dtype), memory, time, first=True)
 
 
@@ -314,7 +314,7 @@ _remembered: weakref.WeakKeyDictionary[Any, dict[Any, _Choice]] = weakref.WeakKe
 def _choice(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: Any) -> _Choice:
     code, bound = _code(loss_fn)
     key = (
-        tuple((where, leaf.shape, leaf.dtype, leaf.device) for where, leaf in _leaves(batch, "batch")),
+        tuple((where, leaf.shape, leaf.dtype, leaf.device) for where, leaf in leaves(batch, "batch")),
         dtype,
         tuple(_identity(value) for value in bound),
     )
