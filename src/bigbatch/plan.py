@@ -10,6 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +207,7 @@ def choose(
         batch: examples in the batch.
         budget: what may be held.
         how: says where the predictions came from; asked when they have been made.
-        tries: how many predictions at most, once a size is known to fit.
+        tries: how many predictions at most to find a size that fits, and how many more to find the largest.
         enough: the part of the room from which on a size is large enough; by default only the largest is.
         notes: for the plan.
         given: what the user gave as `memory`, for the error.
@@ -239,7 +240,7 @@ def _climb(
     high = len(ladder) - 1
     if fits(high):
         return high
-    low = next((i for i in _starts(ladder, known, room) if i < high and fits(i)), None)
+    low = next((i for i in islice(_starts(ladder, known, room), tries) if i < high and fits(i)), None)
     if low is None:
         return None
     by_line, most = True, len(known) + tries

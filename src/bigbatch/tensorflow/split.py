@@ -60,10 +60,10 @@ def value_and_grad(
     if micro_batch == "auto":
         from bigbatch.tensorflow.memory import fitting  # which traces this door
 
-        def window(size: int) -> tuple[tf.Tensor, list[Gradient | None]]:
+        def run(size: int) -> tuple[tf.Tensor, list[Gradient | None]]:
             return value_and_grad(loss_fn, batch, variables, micro_batch=size, dtype=dtype)
 
-        return fitting(window, loss_fn, batch, variables, dtype)
+        return fitting(run, loss_fn, batch, variables, dtype)
     micro_batch = errors.check_micro_batch(micro_batch)
     batch = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
     length = _length(batch)
