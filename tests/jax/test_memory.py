@@ -1,6 +1,7 @@
 """micro_batch="auto" and plan: by the compiler's account, once for each shape, and an out-of-memory costs only time."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,12 @@ def test_predicted_against_the_process(model, micro_batch):
     needs, measured = map(float, said)
     assert measured > 100 * 2**20
     assert needs == pytest.approx(measured, rel=0.15)
+
+
+def test_example(capsys, caplog):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples/jax_auto.py"))
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split("loss ")[1]) for line in lines if "loss" in line]
+    assert losses[-1] < 0.6 < 2 < losses[0]
+    assert "micro_batch=1024" in lines
+    assert all(record.getMessage().startswith('micro_batch="auto": micro_batch ') for record in caplog.records)

@@ -1,5 +1,8 @@
 """micro_batch="auto" and plan: read off the traced graph, once for each shape; an out-of-memory costs only time."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import tensorflow as tf
 
@@ -26,7 +29,7 @@ def room(monkeypatch, variables):
     monkeypatch.setattr(memory, "RESERVE", 0.0)
 
     def room(size):
-        monkeypatch.setattr(memory, "_memory", lambda: Memory(0, size + keep, "the test"))
+        monkeypatch.setattr(memory, "_memory", lambda given: Memory(0, size + keep, "the test"))
 
     return room
 
@@ -176,3 +179,22 @@ def test_bad_input(variables, batch, room):
     )
     with pytest.raises(ValueError, match="A plan needs the batch's length"):
         step(*batch)
+
+
+def test_a_gpu_wants_a_size(variables, batch, monkeypatch):
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"])
+    monkeypatch.setattr(tf.config.experimental, "get_memory_info", lambda device: {"current": 1 << 20, "peak": 1 << 21})
+    with pytest.raises(NotImplementedError, match="Pass memory as a size to plan"):
+        bb.plan(loss_of(variables), batch, variables)
+    plan = bb.plan(loss_of(variables), batch, variables, memory="4MiB")
+    assert plan.budget.held == 1 << 20
+    assert 100 < plan.micro_batch < 4096
+
+
+def test_example(capsys, caplog):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples/tensorflow_auto.py"))
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split("loss ")[1]) for line in lines if "loss" in line]
+    assert losses[-1] < 0.6 < 2 < losses[0]
+    assert "micro_batch=1024" in lines
+    assert all(record.getMessage().startswith('micro_batch="auto": micro_batch ') for record in caplog.records)

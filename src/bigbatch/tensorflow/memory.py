@@ -121,7 +121,7 @@ class _Traces:
 
 
 def _plan(traces: _Traces, memory: Any, time: bool) -> Plan:
-    allowed = budget(memory, _memory(), keep=2 * traces.held, reserve=RESERVE)
+    allowed = budget(memory, _memory(memory), keep=2 * traces.held, reserve=RESERVE)
     notes = ("The runtime may order and fuse the graph's operations otherwise.",)
     found = choose(
         traces.needs, traces.length, allowed, lambda: "predicted from the traced graph", notes=notes, given=memory
@@ -180,13 +180,16 @@ def _bytes(shape: Any, dtype: tf.DType) -> int:
     return math.prod(n or 1 for n in tf.TensorShape(shape).as_list()) * dtype.size
 
 
-def _memory() -> host.Memory:
+def _memory(memory: Any) -> host.Memory:
     """Of the first GPU where there is one, else the machine's."""
     if not tf.config.list_logical_devices("GPU"):
         return host.memory()
-    raise NotImplementedError(
-        "TensorFlow does not say how much memory a GPU has. Pass memory as a size to plan, and micro_batch as a number."
-    )
+    if not isinstance(memory, str | int):
+        raise NotImplementedError(
+            "TensorFlow does not say how much memory a GPU has left. "
+            "Pass memory as a size to plan, such as '8GiB', and micro_batch as a number."
+        )
+    return host.Memory(tf.config.experimental.get_memory_info("GPU:0")["current"], 1 << 62, "the GPU")
 
 
 def fitting(window: Callable[[int], Any], loss_fn: Any, batch: Any, variables: list[Any], dtype: Any) -> Any:
