@@ -9,6 +9,7 @@ torch.cuda.set_device(local_rank), and model and data on that device.
 
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--checkpoint", type=Path)
 args = parser.parse_args()
 
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # how long ranks wait for one that hangs
 rank, ranks = dist.get_rank(), dist.get_world_size()
 
 torch.manual_seed(0)

@@ -157,7 +157,7 @@ def test_rank_0s_buffers_are_everybodys_as_without_us():
 def test_one_reduction_a_bucket_and_one_of_numbers(bucket):
     model = in_rank.language_model()
     every, numbers = 8, 6 + 2 * len(list(model.parameters()))
-    ours = pool(2).run(in_rank.wire, every, bucket, False)
+    ours = pool(2).run(in_rank.wire, every, bucket)
     assert ours[0] == ours[1]
     kinds = {kind for kind, _ in ours[0]}
     assert kinds == {"allreduce_"}
@@ -194,7 +194,10 @@ def test_ranks_that_disagree_at_the_split_door_get_one_error():
 
 
 REFUSED = {
-    "plain": (ValueError, "model must be wrapped in DistributedDataParallel where there are several ranks"),
+    "plain": (
+        ValueError,
+        "model must be wrapped in DistributedDataParallel or by fully_shard where there are several ranks",
+    ),
     "static": (ValueError, "static_graph=True"),
     "not a module": (TypeError, "model must be a torch.nn.Module. Received: model='ddp' (str)."),
     "strange": (ValueError, "The loss reaches a parameter that is not the model's."),

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every, planned
 from bigbatch.torch.fused import Fused
-from bigbatch.torch.ranks import Met, Ranks, described, ranks_of
+from bigbatch.torch.ranks import Met, Ranks, Sync, described, ranks_of
+from bigbatch.torch.shards import local, spread_like, whole
 from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
 
 
@@ -66,10 +67,12 @@ class Accumulator:
             "carry" keeps it open, "drop" forgets it.
         nonfinite: what becomes of a window whose loss or gradient is inf or NaN: "skip" makes no update, "raise"
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
-        model: the DistributedDataParallel that the losses come from, where several ranks train one model; its own
-            reduction is put off from here on. `every` then counts each rank's micro-batches, or with `bb.items` the
-            items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window and `flush` are then
-            collective.
+        model: the DistributedDataParallel or fully_shard model that the losses come from, where several ranks train
+            one model; its own reduction is put off from here on. `every` then counts each rank's micro-batches, or
+            with `bb.items` the items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window and
+            `flush` are then collective.
+        sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes), or every "micro_batch"
+            (least memory).
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was touched.
@@ -87,6 +90,7 @@ class Accumulator:
         partial: Literal["apply", "carry", "drop"] = "apply",
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
         model: torch.nn.Module | None = None,
+        sync: Sync = "window",
     ):
         self.optimizer = _check_optimizer(optimizer)
         self.every = as_every(every)
@@ -106,13 +110,15 @@ class Accumulator:
         self._window: Window | None = None
         self._plan: int | Items = 0
         self._fused: Fused | None = None
-        self._ranks: Ranks | None = None if model is None else ranks_of(model)
+        self._ranks: Ranks | None = None if model is None else ranks_of(model, sync)
         if self._ranks is not None:
+            if scaler is not None and self._ranks.shards is not None:
+                raise ValueError(f"scaler does not know shards. {errors.received('scaler', scaler)} Use bfloat16.")
             self._ranks.agree({
                 "every": getattr(every, "__name__", repr(every)), "dtype": str(dtype), "clip_norm": str(clip_norm),
-                "partial": partial, "nonfinite": nonfinite, **described(self._parameters()),
+                "partial": partial, "nonfinite": nonfinite, "sync": sync, **described(self._parameters()),
             })  # fmt: skip
-            self._ranks.hold()
+            self._ranks.model.hold()
 
     @property
     def pending(self) -> int:
@@ -164,15 +170,17 @@ class Accumulator:
             )
         window = self._window or self._open()
         try:
+            if self._ranks is not None:
+                self._ranks.before(window, items, self._plan)
             window.backward(
                 loss, items, self._parameters() if window.dtype is not None else (), self.scaler, self._fused
             )
             self._window = window
             plan = self._plan
-            if isinstance(plan, Items):
-                full = (window.items if self._ranks is None else self._ranks.count(window.items)[0]) >= plan.count
+            if self._ranks is not None:
+                full = self._ranks.full(window, plan)
             else:
-                full = window.micro_batches >= plan
+                full = window.items >= plan.count if isinstance(plan, Items) else window.micro_batches >= plan
             return self._close(window) if full else None
         except BaseException:
             self.reset()
@@ -189,8 +197,10 @@ class Accumulator:
 
         The gradients are the same. Where it would not be safe, a weight is left to autograd, and the logger
         `bigbatch.torch.fused` says why at DEBUG: hooks on the parameter, `torch.compile`, tensor subclasses,
-        parametrizations, transforms of `torch.func`, a reduction of DistributedDataParallel's.
+        parametrizations, transforms of `torch.func`, a reduction of DistributedDataParallel's, fully_shard.
         """
+        if self._ranks is not None and self._ranks.shards is not None:
+            return nullcontext()  # a shard's sums are not where its weights are
         if self._fused is None:
             self._fused = Fused()
         return self._fused
@@ -240,6 +250,8 @@ class Accumulator:
         """Forgets the open window: its gradients go, and the next `backward` starts a new one."""
         self._window = None
         self.optimizer.zero_grad(set_to_none=True)
+        if self._ranks is not None and self._ranks.shards is not None:
+            self._ranks.shards.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The count of updates and the open window, as plain numbers and tensors; the latter are not copies.
@@ -260,8 +272,9 @@ class Accumulator:
                 "items": window.items,
                 "unit": window.unit,
                 "loss": window.loss,
+                "unsharded": self._ranks.shards.held() if self._ranks and self._ranks.shards else {},
                 "gradients": {
-                    i: grad for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
+                    i: local(grad) for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
                 },
             }
         return state
@@ -299,9 +312,11 @@ class Accumulator:
         for i, grad in saved["gradients"].items():
             p = parameters[i]
             if window.dtype is None:
-                p.grad = grad.to(p.device, p.dtype, copy=True)
+                p.grad = spread_like(p, grad, p.dtype)
             else:
-                window.sums[p] = grad.to(p.device, copy=True)
+                window.sums[p] = spread_like(p, grad, grad.dtype)
+        if self._ranks is not None and self._ranks.shards is not None:
+            self._ranks.shards.restore(saved["unsharded"])
         self._window = window
 
     def _parameters(self) -> list[Tensor]:
@@ -329,7 +344,7 @@ class Accumulator:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         try:
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
             sums = sums or window.close()  # here the host waits
             norm = norm * sums.factor
             update = self._report(sums, norm.item())
