@@ -243,6 +243,8 @@ def refused(name: str) -> None:
     if name == "static":
         ddp = DistributedDataParallel(model, static_graph=True)
         bb.Accumulator(sgd(model), every=1, model=ddp)
+    if name == "noise":
+        bb.Accumulator(sgd(model), every=1, model=DistributedDataParallel(model), noise=True)
     if name == "not a module":
         bb.Accumulator(sgd(model), every=1, model="ddp")
     if name == "strange":

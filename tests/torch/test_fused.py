@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import bigbatch.torch as bb
 from bigbatch.torch import fused
 from bigbatch.torch.fused import Fused
+from bigbatch.torch.memory import PeakMemory
 
 
 @pytest.fixture(autouse=True)
@@ -458,3 +459,33 @@ def test_private_names_are_where_they_were():
     assert torch._C._functorch.maybe_current_level() is None
     assert torch.func.vmap(lambda x: x * torch._C._functorch.maybe_current_level())(torch.ones(2)).tolist() == [1, 1]
     assert DistributedDataParallel._get_active_ddp_module() is None
+
+
+@pytest.mark.parametrize("door", ["split", "stream"])
+def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_loops(door):
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def peak(n, door):
+        x = torch.randn(n, 2, 64)
+        with PeakMemory() as memory:
+            if door == "split":
+                bb.backward(lambda b: model(b[0]).square().mean(), (x,), micro_batch=1)
+                optimizer.step()
+                optimizer.zero_grad()
+            elif door == "stream":
+                acc = bb.Accumulator(optimizer, every=n)
+                for part in x.split(1):
+                    with acc.micro_batch():
+                        loss = model(part).square().mean()
+                    acc.backward(loss, items=1)
+            else:
+                for part in x.split(1):
+                    (model(part).square().mean() / n).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return memory.peak
+
+    assert peak(1024, door) <= 1.02 * peak(2, door)
+    assert peak(16, door) < 0.7 * peak(16, "hand-written")

@@ -136,21 +136,23 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        input, cast = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        examples = input.reshape(-1, input.shape[-1])
-        to_input = None if cast is None else grad @ cast
-        to_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        window = _open(ctx)
-        place = None if window is None else window.in_place(ctx.weight, rows.dtype)
-        if place is not None:
-            total, weight = place
-            total.addmm_(rows.t(), examples, alpha=weight)
-            return to_input, None, to_bias, None, None
-        to_weight = rows.t() @ examples
-        if window is not None:
+        input, cast = ctx.saved_tensors  # here checkpointing runs the forward again
+        with torch._C.DisableTorchFunction():
+            to_input = None if cast is None else grad.matmul(cast)
+            if grad.ndim != 2:
+                grad, input = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+            to_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+            window = _open(ctx)
+            place = None if window is None else window.in_place(ctx.weight, grad.dtype)
+            if place is not None:
+                total, weight = place
+                total.addmm_(grad.t(), input, alpha=weight)
+                return to_input, None, to_bias, None, None
+            to_weight = grad.t().mm(input)
+            if window is None:
+                return to_input, to_weight.to(ctx.weight.dtype), to_bias, None, None
             window.add(ctx.weight, to_weight)
-        return to_input, to_weight.to(ctx.weight.dtype) if window is None else None, to_bias, None, None
+            return to_input, None, to_bias, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -167,18 +169,20 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         (input,) = ctx.saved_tensors
-        window = _open(ctx)
-        place = None if window is None else window.in_place(ctx.weight, grad.dtype)
-        if place is not None:
-            if ctx.padding >= 0:
-                grad = grad.masked_fill((input == ctx.padding).unsqueeze(-1), 0)
-            total, weight = place
-            total.index_add_(0, input.reshape(-1), grad.reshape(-1, grad.shape[-1]), alpha=weight)
-            return None, None, None, None
-        table = torch.ops.aten.embedding_dense_backward(grad, input, len(ctx.weight), ctx.padding, False)
-        if window is not None:
+        with torch._C.DisableTorchFunction():
+            window = _open(ctx)
+            place = None if window is None else window.in_place(ctx.weight, grad.dtype)
+            if place is not None:
+                total, weight = place
+                if ctx.padding >= 0:
+                    grad = grad.masked_fill((input == ctx.padding).unsqueeze(-1), 0)
+                total.index_add_(0, input.reshape(-1), grad.reshape(-1, grad.shape[-1]), alpha=weight)
+                return None, None, None, None
+            table = torch.ops.aten.embedding_dense_backward(grad, input, len(ctx.weight), ctx.padding, False)
+            if window is None:
+                return None, table, None, None
             window.add(ctx.weight, table)
-        return None, table if window is None else None, None, None
+            return None, None, None, None
 
 
 def _open(ctx: Any) -> "Window | None":

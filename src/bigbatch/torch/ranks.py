@@ -46,6 +46,8 @@ class Met(NamedTuple):
 class Ranks:
     """The ranks that train one model, seen from one of them. Every method that adds up is collective.
 
+    A `plan` is the number of micro-batches that a rank's window closes at, or `Items` over all ranks.
+
     Args:
         model: how the model is spread over them.
     """
@@ -78,7 +80,7 @@ class Ranks:
             if len(set(values)) > 1:
                 raise errors.ranks_disagree(name, values)
 
-    def before(self, window: Window, items: float | Tensor, plan: int | Items) -> None:
+    def before(self, window: Window, items: float | Tensor, plan: Any) -> None:
         """Before a micro-batch's backward: sharded gradients have to know now whether it is the window's last."""
         shards = self.shards
         if shards is None:
@@ -97,7 +99,7 @@ class Ranks:
             last = window.micro_batches + 1 >= plan
         shards.before(window, last)
 
-    def full(self, window: Window, plan: int | Items) -> bool:
+    def full(self, window: Window, plan: Any) -> bool:
         """After a micro-batch's backward: whether the window closes now, on all ranks where items are counted."""
         if self.shards is not None:
             return self.shards.after()
@@ -130,7 +132,7 @@ class Ranks:
         sums = Sums(items, mean, factor, int(micro_batches))
         return Met(sums, ended == self.size, counts[: len(held)], counts[len(held) :])
 
-    def wait(self, window: Window, parameters: list[Tensor], plan: int | Items) -> tuple[Met, bool]:
+    def wait(self, window: Window, parameters: list[Tensor], plan: Any) -> tuple[Met, bool]:
         """At the end of this rank's data: what the next window holds, and whether it is everybody's last."""
         full = ended = False
         while isinstance(plan, Items) and not (full or ended):

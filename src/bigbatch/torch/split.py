@@ -66,7 +66,7 @@ def backward(
     micro_batch = errors.check_micro_batch(micro_batch)
     ranks = None if model is None else ranks_of(model, sync)
     with nullcontext() if ranks is None else ranks.working():
-        lengths = [(where, len(leaf)) for where, leaf in _leaves(batch, "batch")]
+        lengths = [(where, len(leaf)) for where, leaf in leaves(batch, "batch")]
         nothing = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
         length = 0 if nothing else errors.check_lengths(lengths)
     window = Window(planned=-(-length // micro_batch))
@@ -153,7 +153,7 @@ def _parameters(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
+def children_of(batch: Any) -> list[tuple[str, Any, Any]] | None:
     """The parts of one level of nesting, each as (how it is written after the parent, its key, itself)."""
     if isinstance(batch, Mapping):
         return [(f"[{key!r}]", key, value) for key, value in batch.items()]
@@ -164,12 +164,12 @@ def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
     return None
 
 
-def _leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+def leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a batch, with the place where it stands."""
-    children = _children(batch)
+    children = children_of(batch)
     if children is not None:
         for written, _, child in children:
-            yield from _leaves(child, where + written)
+            yield from leaves(child, where + written)
     elif isinstance(batch, Tensor) and batch.ndim > 0:
         yield where, batch
     elif batch is not None:
@@ -178,14 +178,19 @@ def _leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 
 def _cut(batch: Any, start: int, stop: int) -> Any:
     """The same nesting with every tensor cut to examples start … stop - 1, as views."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
     if type(batch) is tuple:  # the commonest batch, by the shortest way
         return tuple([_cut(child, start, stop) for child in batch])
-    children = _children(batch)
+    return mapped(batch, lambda leaf: leaf[start:stop])
+
+
+def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nesting with every tensor changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    children = children_of(batch)
     if children is None:
         return batch
-    cut = {key: _cut(child, start, stop) for _, key, child in children}
+    cut = {key: mapped(child, change) for _, key, child in children}
     if isinstance(batch, Mapping):
         if not isinstance(batch, MutableMapping):
             return cut
