@@ -1,8 +1,8 @@
 """Two ranks on one machine: a window of 16 against the loops one writes by hand, what goes over the wire, and kills.
 
-python benchmarks/ranks.py                 times, reductions and bytes
-python benchmarks/ranks.py --kills 20      `kill -9` at twenty random points, restarts, and the weights at the end
-python benchmarks/ranks.py --write         writes benchmarks/ranks.md, with the kills
+python benchmarks/ranks.py times      a window, its reductions and bytes
+python benchmarks/ranks.py kills      `kill -9` at twenty random points, restarts, and the weights at the end
+python benchmarks/ranks.py --write    both, into benchmarks/ranks.md
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from interleaved import circumstances, measure, table
+from interleaved import circumstances, measure, section, table
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -201,40 +201,53 @@ def kills(times, epochs):
     return updates, same, undisturbed.splitlines()[-1]
 
 
+HEAD = "# PyTorch on several ranks"
+
+
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", default=["times", "kills"], choices=["times", "kills"])
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=500)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    page = ["# Several ranks", ""]
-    if not args.kills or args.write:
-        timings, sent = race(args.repetitions)
-        ddp = {name: t for name, t in timings.items() if "FSDP2" not in name}
-        fsdp = {name: t for name, t in timings.items() if "FSDP2" in name}
-        page += [
-            f"Two gloo ranks on one machine, one thread each. A window is {N} micro-batches of {MICRO_BATCH} on each "
-            f"rank: MLP 784-{WIDTH}-{WIDTH}-10, Adam, float32, clipped. Every contender once a round, in an order "
-            f"drawn anew; a ratio is the median over rounds of both times in one round. {args.repetitions} rounds.",
-            "", table(ddp, [BY_HAND]), "", table(fsdp, [FSDP_BY_HAND]), "",
-            "What a window puts on the wire for its gradients, as c10d sees it, on each rank:", "",
-            "| | reductions | MB |", "| --- | ---: | ---: |",
-            *(f"| {name} | {len(sizes)} | {sum(sizes) / 1e6:.1f} |" for name, sizes in sent.items()), "",
-        ]  # fmt: skip
-    if args.kills or args.write:
-        updates, same, weights = kills(args.kills or 20, args.epochs)
-        page += [
-            f"`kill -9` of one rank of `examples/torch_ddp.py --epochs {args.epochs}`, {len(updates)} times, each time "
-            f"at a random point after the restart had made an update (the updates made by then: "
-            f"{', '.join(map(str, updates))}). The weights at the end are "
-            f"{'the same' if same else 'NOT the same'} as those of the undisturbed run ({weights}).",
-            "",
-        ]  # fmt: skip
-    page += [circumstances("torch") + ".", "", "    python benchmarks/ranks.py " + " ".join(sys.argv[1:])]
-    print("\n".join(page))
-    if args.write:
-        (HERE / "ranks.md").write_text("\n".join(page) + "\n")
+    for part in args.parts:
+        title, body = times(args.repetitions) if part == "times" else killed(args.kills, args.epochs)
+        body += f"\n\n{circumstances('torch')}.\n\n    python benchmarks/ranks.py {' '.join(sys.argv[1:])}"
+        print(f"## {title}\n\n{body}\n", flush=True)
+        if args.write:
+            section(HERE / "ranks.md", HEAD, title, body)
+
+
+def times(repetitions):
+    timings, sent = race(repetitions)
+    reductions = {
+        "reductions": {name: str(len(sizes)) for name, sizes in sent.items()},
+        "MB": {name: f"{sum(sizes) / 1e6:.1f}" for name, sizes in sent.items()},
+    }
+    ddp = {name: timing for name, timing in timings.items() if "FSDP2" not in name}
+    fsdp = {name: timing for name, timing in timings.items() if "FSDP2" in name}
+    body = [
+        f"Two gloo ranks on one machine, one thread each. A window is {N} micro-batches of {MICRO_BATCH} on each rank: "
+        f"MLP 784-{WIDTH}-{WIDTH}-10, Adam, float32, clipped. Every contender once a round, in an order drawn anew; a "
+        f"ratio is the median over rounds of both times in one round. {repetitions} rounds. Reductions of gradients, "
+        "and their bytes, are those of one window on one rank, as c10d's operators see them.",
+        table(ddp, [BY_HAND], reductions),
+        table(fsdp, [FSDP_BY_HAND], reductions),
+    ]
+    return "A window of 16", "\n\n".join(body)
+
+
+def killed(times, epochs):
+    updates, same, weights = kills(times, epochs)
+    body = (
+        f"`examples/torch_ddp.py --epochs {epochs}` under `torchrun --max-restarts`, and `kill -9` of one of its two "
+        f"ranks {len(updates)} times, each at a random point after that start had made an update. The checkpoint then "
+        f"held {', '.join(map(str, updates))} updates. At the end the weights were "
+        f"{'the same' if same else 'NOT the same'}, to the last bit of their sum, as the undisturbed run's ({weights})."
+    )
+    return "Killed", body
 
 
 if __name__ == "__main__":

@@ -17,11 +17,21 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbatch.torch as bb
-from bigbatch.torch import replicas
+from bigbatch.torch import fused, replicas
 from bigbatch.torch.shards import whole
 
 WORDS, WIDTH, LENGTH = 11, 6, 9
 PAD = -100
+
+
+@contextmanager
+def setting(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def language_model(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -114,13 +124,17 @@ def stream(
     """Trains on this rank's own micro-batches, and flushes where they end. None stands for a broken one."""
     options = dict(options or {})
     model, given = wrapped(options.pop("kind", "ddp"))
+    smallest = options.pop("fused_from", fused.SMALLEST)
     acc = bb.Accumulator(optimizer(model), every=every, model=model, **given, **options)
     updates = []
     for tokens in dealt[dist.get_rank()]:
         try:
             if tokens is None:
                 raise OSError("a broken record")
-            updates.append(acc.backward(loss_of(model, tokens), items=tokens_in(tokens)))
+            with setting(fused, "SMALLEST", smallest):
+                with acc.micro_batch():
+                    loss = loss_of(model, tokens)
+                updates.append(acc.backward(loss, items=tokens_in(tokens)))
         except OSError:
             continue
     updates.append(acc.flush())
@@ -303,20 +317,10 @@ class Wire(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def buckets_of(size: int) -> Iterator[None]:
-    before = replicas.BUCKET
-    replicas.BUCKET = size
-    try:
-        yield
-    finally:
-        replicas.BUCKET = before
-
-
 def wire(every: int, bucket: int, kind: str = "ddp", flush: bool = False) -> list[tuple[str, int]]:
     """What one window puts on the wire, closed by its last micro-batch or early."""
     model, given = wrapped(kind)
-    with buckets_of(bucket):
+    with setting(replicas, "BUCKET", bucket):
         acc = bb.Accumulator(sgd(model), every=every + flush, model=model, **given)
         for _ in range(2):  # FSDP is not itself before its first forward is over
             with Wire() as seen:

@@ -53,6 +53,14 @@ def test_stream_equals_one_process(size, clip_norm):
             assert (update.loss, update.grad_norm) == pytest.approx((loss, norm), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp window", "fsdp micro_batch"])
+def test_fused_weight_gradients_are_reduced_too(kind):
+    dealt = deal((4, 4))
+    wanted, _ = in_rank.one_process(windows_of(dealt, 2), in_rank.sgd)
+    results = pool(2).run(in_rank.stream, dealt, in_rank.sgd, 2, {"kind": kind, "fused_from": 1})
+    close(alike([parameters for parameters, _ in results]), wanted)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_items_are_counted_over_all_ranks_which_close_together(size):
     dealt, plan = deal(UNEVEN[size], seed=1), 40
