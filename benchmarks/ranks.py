@@ -183,19 +183,21 @@ def kills(times, epochs):
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "digits.pt"
         process = torchrun(times + 2, "--epochs", str(epochs), "--checkpoint", str(checkpoint))
+
+        def ranks():
+            command = ["pgrep", "-P", str(process.pid), "-f", " -u .*torch_ddp.py"]
+            return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+
         while len(updates) < times and process.poll() is None:
-            found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-            workers = set(found.stdout.split())
             seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
             time.sleep(0.05)
-            if len(workers) < 2 or workers & before or not checkpoint.exists():
-                continue
-            if checkpoint.stat().st_mtime_ns == seen:
+            # Both ranks of a new start, and an update of theirs.
+            if len(ranks() - before) < 2 or not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen:
                 continue
             time.sleep(draw.random() / 5)
-            subprocess.run(["kill", "-9", draw.choice(sorted(workers))], check=False)
-            updates.append(torch.load(checkpoint, weights_only=True)["acc"]["index"])
-            before = workers
+            before = ranks()
+            if subprocess.run(["kill", "-9", draw.choice(sorted(before))]).returncode == 0:
+                updates.append(torch.load(checkpoint, weights_only=True)["acc"]["index"])
         disturbed, _ = process.communicate()
     same = disturbed.splitlines()[-1:] == undisturbed.splitlines()[-1:] != []
     return updates, same, undisturbed.splitlines()[-1]

@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 examples/torch_lightning.py
 """
 
+import os
+
 import lightning as L
 import torch
 import torch.nn.functional as F
@@ -50,8 +52,9 @@ class Digits(L.LightningModule):
 L.seed_everything(0, verbose=False)
 model = Digits()
 trainer = L.Trainer(
-    accelerator="cpu", devices="auto", strategy="ddp", max_epochs=10, use_distributed_sampler=False, logger=False,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), strategy="ddp", max_epochs=10,
+    use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False,
 )  # fmt: skip
 trainer.fit(model)
 if trainer.is_global_zero:

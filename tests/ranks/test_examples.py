@@ -29,25 +29,27 @@ def killed(name, checkpoint, times, *arguments):
     """A run whose ranks get `kill -9` at random points, one at a time and after it has got somewhere each time."""
     draw, before = random.Random(0), set()
     process = torchrun(name, *arguments, "--checkpoint", checkpoint, restarts=times + 1)
+
+    def ranks():
+        command = ["pgrep", "-P", str(process.pid), "-f", f" -u .*{name}"]
+        return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+
     for _ in range(times):
-        workers = set()
-        while len(workers) < 2 or workers & before:  # those of this start, not of the last
+        while len(ranks() - before) < 2:  # of this start, not of the last
             assert process.poll() is None, process.communicate()
-            found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-            workers = set(found.stdout.split())
             time.sleep(0.05)
         seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         time.sleep(draw.random() / 4)
-        subprocess.run(["kill", "-9", draw.choice(sorted(workers))], check=True)
-        before = workers
+        before = ranks()
+        subprocess.run(["kill", "-9", draw.choice(sorted(before))], check=True)
     return process
 
 
 def test_ddp_killed_at_random_points_ends_with_the_same_weights(tmp_path):
-    epochs = ("--epochs", 60)
+    epochs = ("--epochs", 100)
     undisturbed = ends(torchrun("torch_ddp.py", *epochs))
     losses = [float(line.split("loss ")[1]) for line in undisturbed if "loss" in line]
     assert losses[-1] < 0.01 < 0.5 < losses[0]
