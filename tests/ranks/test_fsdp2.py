@@ -113,18 +113,18 @@ def test_bfloat16_shards_add_up_in_float32(kind):
         assert (got.double() - total / items).norm() <= (total / items).norm() * 2.0**-7
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp window", "fsdp micro_batch"])
+@pytest.mark.parametrize(("size", "kind"), [(2, "ddp"), *KINDS])
 @pytest.mark.parametrize("place", [1, 2, 3, 4])
-def test_saved_and_loaded_inside_a_window_bit_for_bit(kind, place):
-    for straight, resumed in pool(2).run(in_rank.resumed, deal((7, 7), seed=9), place, kind):
+def test_saved_and_loaded_inside_a_window_bit_for_bit(size, kind, place):
+    for straight, resumed in pool(size).run(in_rank.resumed, deal((7,) * size, seed=9), place, kind):
         assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp window", "fsdp micro_batch"])
-def test_a_loaded_window_is_flushed_before_any_forward(kind):
-    dealt = deal((2, 2), seed=10)
+@pytest.mark.parametrize(("size", "kind"), [(2, "ddp"), *KINDS])
+def test_a_loaded_window_is_flushed_before_any_forward(size, kind):
+    dealt = deal((2,) * size, seed=10)
     wanted, _ = in_rank.one_process(windows_of(dealt, 3), in_rank.sgd)
-    close(alike(pool(2).run(in_rank.flushed_at_once, dealt, kind)), wanted)
+    close(alike(pool(size).run(in_rank.flushed_at_once, dealt, kind)), wanted)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp window", "fsdp micro_batch"])

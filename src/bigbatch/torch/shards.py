@@ -114,26 +114,30 @@ class Shards:
                 if hasattr(p, "_unsharded_param"):
                     p.unsharded_param.grad = None
 
-    def held(self) -> dict[int, Tensor]:
-        """What this rank alone has added up: unsharded gradients, by the parameter's index."""
-        held = {}
+    def held(self) -> dict[str, dict[int, Tensor]]:
+        """What this rank alone has added up: unsharded gradients by parameter, and shards not replicated by group."""
+        unsharded = {}
         for i, p in self._unsharded():
             grad = p.unsharded_accumulated_grad
             if grad is None and hasattr(p, "_unsharded_param"):
                 grad = p.unsharded_param.grad
             if grad is not None:
-                held[i] = grad
-        return held
+                unsharded[i] = grad
+        partial = {i: group._partial_reduce_output for i, group in enumerate(self._groups())}
+        return {"unsharded": unsharded, "partial": {i: t for i, t in partial.items() if t is not None}}
 
-    def restore(self, held: dict[int, Tensor]) -> None:
+    def restore(self, held: dict[str, dict[int, Tensor]]) -> None:
         """Goes on from what `held` returned."""
         self.modules[0]._get_fsdp_state()._lazy_init()  # so that a flush may be the first thing to come
         for module in self.modules:
             module.unshard()
             module.reshard()
         for i, p in self._unsharded():
-            if i in held:
-                p.unsharded_accumulated_grad = held[i].clone()
+            if i in held["unsharded"]:
+                p.unsharded_accumulated_grad = held["unsharded"][i].clone()
+        for i, group in enumerate(self._groups()):
+            if i in held["partial"]:
+                group._partial_reduce_output = held["partial"][i].clone()
 
     def cut(self, lengths: list[float], rank: int, micro_batch: int) -> list[tuple[int, int]]:
         """The split door's micro-batches: as many on every rank, since every forward needs all ranks.
@@ -159,11 +163,15 @@ class Shards:
         """What the end of a last backward does, without one."""
         self._synchronize(True, True)
         self.modules[0].set_is_last_backward(True)
-        if any(group._partial_reduce_output is not None for group in self._groups()):
+        groups = self._groups()
+        unused = [group.reduce_scatter_unused_params for group in groups]
+        if any(group._partial_reduce_output is not None for group in groups):
             # Scattered already and not yet replicated: FSDP only does the second after the first, here of zeros.
-            for group in self._groups():
+            for group in groups:
                 group.reduce_scatter_unused_params = True
         self.modules[0]._get_fsdp_state()._root_post_backward_final_callback()
+        for group, before in zip(groups, unused, strict=True):
+            group.reduce_scatter_unused_params = before
 
     def _groups(self) -> list[Any]:
         return [group for module in self.modules for group in module._get_fsdp_state()._fsdp_param_groups]

@@ -292,7 +292,7 @@ class Accumulator:
                 "items": window.items,
                 "unit": window.unit,
                 "loss": window.loss,
-                "unsharded": self._ranks.shards.held() if self._ranks and self._ranks.shards else {},
+                "shards": self._ranks.shards.held() if self._ranks and self._ranks.shards else {},
                 "gradients": {
                     i: local(grad) for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
                 },
@@ -337,7 +337,7 @@ class Accumulator:
             else:
                 window.sums[p] = spread_like(p, grad, grad.dtype)
         if self._ranks is not None and self._ranks.shards is not None:
-            self._ranks.shards.restore(saved["unsharded"])
+            self._ranks.shards.restore(saved["shards"])
         self._window = window
 
     def _parameters(self) -> list[Tensor]:
