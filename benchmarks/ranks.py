@@ -173,7 +173,10 @@ def torchrun(restarts, *arguments):
         "0.1",
         str(HERE.parent / "examples/torch_ddp.py"),
     ]
-    return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    # torchrun 2.13 otherwise gives restarted ranks the store of the last start, with the addresses of dead ranks in it.
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen([*command, *arguments], env=environment, **pipes)
 
 
 def kills(times, epochs):
