@@ -1,7 +1,7 @@
-"""Several ranks: each reads its own part of the data, and the ranks' micro-batches make one exact update together.
+r"""Several ranks: each reads its own part of the data, and the ranks' micro-batches make one exact update together.
 
 torchrun --nproc-per-node 2 examples/torch_ddp.py
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 examples/torch_ddp.py \\
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 examples/torch_ddp.py \
     --checkpoint /tmp/digits.pt
 
 With a checkpoint a run that is killed goes on from the last update, and ends with the same weights. On GPUs: "nccl",

@@ -1,7 +1,7 @@
-"""FSDP2: parameters, gradients and optimizer states spread over the ranks, and windows as with one process.
+r"""FSDP2: parameters, gradients and optimizer states spread over the ranks, and windows as with one process.
 
 torchrun --nproc-per-node 2 examples/torch_fsdp2.py
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 examples/torch_fsdp2.py \\
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 examples/torch_fsdp2.py \
     --checkpoint /tmp/digits
 
 With a checkpoint every epoch ends with one, by torch.distributed.checkpoint; any number of ranks goes on from it. On
