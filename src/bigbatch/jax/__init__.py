@@ -3,6 +3,7 @@
 from bigbatch.every import items as items
 from bigbatch.jax.audit import audit as audit
 from bigbatch.jax.aux import carry as carry
+from bigbatch.jax.memory import plan as plan
 from bigbatch.jax.noise import noise_scale as noise_scale
 from bigbatch.jax.split import value_and_grad as value_and_grad
 from bigbatch.jax.stream import AccumulateState as AccumulateState
