@@ -107,6 +107,9 @@ def _window(
         if math.isnan(value):
             raise errors.loss_not_finite(value, f"{window.micro_batches} micro-batches")
         scale_(window.gradients(before), factor)
+        for p in window.sums:
+            if before[p] is None:  # rounded here, where a lack of memory can still be taken back
+                window.sums[p] = window.sums[p].to(p.dtype)
         mean = window.loss.new_full((), value, dtype=loss_dtype)
     except BaseException:
         for p, grad in before.items():
