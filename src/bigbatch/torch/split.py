@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
 from bigbatch.torch.fused import Fused
+from bigbatch.torch.ranks import Ranks, ranks_of
 from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
 
 Batch = TypeVar("Batch")
@@ -25,6 +26,7 @@ def backward(
     micro_batch: int | Literal["auto"],
     dtype: torch.dtype | None = torch.float32,
     fused: bool = True,
+    model: torch.nn.Module | None = None,
 ) -> Tensor:
     """Puts the whole batch's mean gradient into `.grad`, one micro-batch in memory at a time.
 
@@ -43,11 +45,14 @@ def backward(
             length of their leading dimension. It is cut in order; the last micro-batch may be shorter.
         micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch. "auto" plans the
             largest that fits what is free (see `plan`), once for each shape of batch, and logs what it chose; should
-            memory run out anyway, the window is done again with half the size.
+            memory run out anyway, the window is done again with half the size. With `model` it is a number.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
         fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
             is safe (see `bigbatch.torch.fused`). False leaves all to autograd: slower, and the same numbers.
+        model: the DistributedDataParallel that `loss_fn` calls, where several ranks train one model. Each passes its
+            own part of the batch, of any length, 0 too; all get the mean gradient and loss of the whole. The call is
+            then collective.
 
     Returns:
         The mean loss over all items, a detached scalar of at least float32.
@@ -58,59 +63,77 @@ def backward(
 
     The host waits for the device once, after the last micro-batch, to see that the loss is a number.
     """
-    length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
+    if micro_batch != "auto" or model is not None:
+        micro_batch = errors.check_micro_batch(micro_batch)
+    ranks = None if model is None else ranks_of(model)
+    with nullcontext() if ranks is None else ranks.working():
+        lengths = [(where, len(leaf)) for where, leaf in leaves(batch, "batch")]
+        nothing = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
+        length = 0 if nothing else errors.check_lengths(lengths)
 
     def run(size: int) -> tuple[Window, Tensor, dict[Tensor, Tensor | None]]:
-        return _window(loss_fn, batch, length, size, dtype, fused)
+        return _window(loss_fn, batch, lengths, length, size, dtype, fused, ranks)
 
     if micro_batch == "auto":
         from bigbatch.torch.auto import fitting  # which rehearses this door
 
         window, mean, before = fitting(run, loss_fn, batch, length, dtype)
     else:
-        window, mean, before = run(errors.check_micro_batch(micro_batch))
+        window, mean, before = run(micro_batch)
     for p, grad in before.items():
         _add(p, grad, window.sums.get(p, p.grad))
     return mean
 
 
 def _window(
-    loss_fn: Callable[[Any], Any], batch: Any, length: int, micro_batch: int, dtype: torch.dtype | None, fused: bool
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    lengths: list[tuple[str, int]],
+    length: int,
+    micro_batch: int,
+    dtype: torch.dtype | None,
+    fused: bool,
+    ranks: Ranks | None,
 ) -> tuple[Window, Tensor, dict[Tensor, Tensor | None]]:
     """The window's sums, its mean loss, and what `.grad` held before, as which it is after an error."""
     window = Window(planned=-(-length // micro_batch))
+    if ranks is not None and is_wide(ranks.parameters, dtype):
+        window.dtype = dtype
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
     mode = Fused() if fused else None
     try:
-        for start in range(0, length, micro_batch):
-            stop = min(start + micro_batch, length)
-            with mode or nullcontext():
-                result = loss_fn(_cut(batch, start, stop))
-            if isinstance(result, tuple) and len(result) != 2:
-                raise errors.not_a_loss(result)
-            loss, items = result if isinstance(result, tuple) else (result, None)
-            loss = check_loss(loss)
-            if items is None:
-                items = stop - start
-                if window.unit is None:
-                    window.unit = length
-            parameters = _parameters(loss)
-            new = [p for p in parameters if p not in before]
-            for p in new:
-                before[p], p.grad = p.grad, None
-            if window.dtype is None and dtype is not None and is_wide(new, dtype):
-                window.widen(before, dtype)
-            window.backward(loss, check_items(items), parameters, fused=mode)
-            loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
-        _, value, factor = window.close()
-        if math.isnan(value):
-            raise errors.loss_not_finite(value, f"{window.micro_batches} micro-batches")
-        scale_(window.gradients(before), factor)
+        with nullcontext() if ranks is None else ranks.working():
+            for start in range(0, length, micro_batch):
+                stop = min(start + micro_batch, length)
+                with mode or nullcontext():
+                    result = loss_fn(_cut(batch, start, stop))
+                if isinstance(result, tuple) and len(result) != 2:
+                    raise errors.not_a_loss(result)
+                loss, items = result if isinstance(result, tuple) else (result, None)
+                loss = check_loss(loss)
+                if items is None:
+                    items = stop - start
+                    if window.unit is None:
+                        window.unit = length
+                parameters = _parameters(loss)
+                new = [p for p in parameters if p not in before]
+                for p in new:
+                    before[p], p.grad = p.grad, None
+                if window.dtype is None and dtype is not None and is_wide(new, dtype):
+                    window.widen(before, dtype)
+                window.backward(loss, check_items(items), parameters, fused=mode)
+                loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
+        sums = window.close() if ranks is None else ranks.mean(window, before)
+        if length == 0 and not sums.micro_batches:
+            errors.check_lengths(lengths)
+        if math.isnan(sums.loss):
+            raise errors.loss_not_finite(sums.loss, f"{sums.micro_batches} micro-batches")
+        scale_(window.gradients(before), sums.factor)
         for p in window.sums:
-            if before[p] is None:  # rounded here, where a lack of memory can still be taken back
+            if before.get(p) is None:  # rounded here, where a lack of memory can still be taken back
                 window.sums[p] = window.sums[p].to(p.dtype)
-        mean = window.loss.new_full((), value, dtype=loss_dtype)
+        mean = window.loss.new_full((), sums.loss, dtype=torch.promote_types(loss_dtype, window.loss.dtype))
     except BaseException:
         for p, grad in before.items():
             p.grad = grad
