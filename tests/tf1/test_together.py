@@ -19,7 +19,7 @@ EVERY = 3
 class Line:
     """loss = w · mean(x): the gradient is what is fed. `slow` puts work between the feed and the gradient."""
 
-    def __init__(self, partial, every=EVERY, reduction="mean", slow=0):
+    def __init__(self, partial, every=EVERY, slow=0, **options):
         with tf.Graph().as_default():
             self.x = v1.placeholder(tf.float64, [None])
             self.w = v1.get_variable("w", initializer=tf.constant(0.0, tf.float64))
@@ -28,9 +28,8 @@ class Line:
             for _ in range(slow):
                 x = tf.identity(x)
             self.loss = x * self.w
-            self.acc = bb.Accumulator(
-                v1.train.GradientDescentOptimizer(1.0), every, reduction=reduction, partial=partial
-            )
+            optimizer = v1.train.GradientDescentOptimizer(1.0)
+            self.acc = bb.Accumulator(optimizer, every, partial=partial, **options)
             self.op = self.acc.minimize(self.loss, self.step, items=tf.size(self.x))
             self.summary = v1.summary.scalar("loss", self.loss)
             # A pool of its own: with one thread, all that runs has an order.

@@ -5,19 +5,22 @@ is dead does not run and passes the deadness on, a Merge passes on the input tha
 in a frame.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
 
-def only_if(holds: tf.Tensor, work: Callable[[], tf.Operation]) -> tf.Operation:
-    """An op that comes after what `work` builds, which runs where `holds` is true, or at once where it is not.
+def only_if(holds: tf.Tensor, work: Callable[[], tf.Operation], after: Sequence[Any] = ()) -> tf.Operation:
+    """An op that comes after what `work` builds, which runs `after` those where `holds` is true, or else at once.
 
     tf.cond would switch every tensor that `work` takes from outside, and an update takes some forty: on the runs that
     make none, that is what they would cost. Here one Switch kills them all.
     """
     no, yes = tf.raw_ops.Switch(data=holds, pred=holds)
-    with tf.control_dependencies([tf.identity(yes)]):  # an edge from the Switch would be alive whichever way it goes
+    with tf.control_dependencies(after):
+        go = tf.identity(yes)  # an edge from the Switch itself would be alive whichever way it goes
+    with tf.control_dependencies([go]):
         done = work()
         with tf.control_dependencies([done]):
             yes = tf.identity(yes)
@@ -25,7 +28,7 @@ def only_if(holds: tf.Tensor, work: Callable[[], tf.Operation]) -> tf.Operation:
 
 
 class Turn:
-    """A place in the order of a run: some ops have this turn, and others come after those of them that are fetched.
+    """A place in the order of a run: some ops come in this turn, and others after those of them that are fetched.
 
     An edge from `accumulate` to `apply` would order the two, and have each `apply` run a micro-batch. So they meet in
     a frame of the executor, which is over when all the Enter ops that the run holds of it have come; only then is a
@@ -35,15 +38,16 @@ class Turn:
     def __init__(self, name: str, never: tf.Tensor):
         self._name, self._never = name, never  # `never` is false, and not a constant, which would be folded away
 
+    def come(self) -> tf.Operation:
+        """An op by which what it waits for comes in this turn."""
+        return tf.raw_ops.Exit(data=self._enter()).op
+
     def after(self) -> tf.Operation:
-        """An op that comes after those that have this turn and are in the run, and at once if none is."""
-        dead = tf.raw_ops.Switch(data=(here := self._enter()), pred=here).output_true
+        """An op that comes after all that come in this turn and are in the run, and at once if none is."""
+        here = self._enter()
+        dead = tf.raw_ops.Switch(data=here, pred=here).output_true
         with tf.control_dependencies([tf.raw_ops.Exit(data=dead)]):
             return tf.raw_ops.ControlTrigger()  # which deadness does not stop
-
-    def done(self) -> tf.Operation:
-        """An op by which what this op has to wait for has this turn."""
-        return tf.raw_ops.Exit(data=self._enter()).op
 
     def _enter(self) -> tf.Tensor:
         return tf.raw_ops.Enter(data=self._never, frame_name=self._name)

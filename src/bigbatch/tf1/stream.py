@@ -1,7 +1,7 @@
 """The stream door: a `session.run` a micro-batch, and bigbatch stands where a v1 optimizer applies a gradient."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -11,7 +11,7 @@ from bigbatch.every import Every, Items, as_every
 from bigbatch.tf1 import checks
 from bigbatch.tf1.order import only_if
 from bigbatch.tf1.sums import make_sum
-from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Scalars, Window, not_finite
+from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Lock, Scalars, Window, not_finite
 from bigbatch.tf1.window import Update as Update
 
 v1 = tf.compat.v1
@@ -35,9 +35,9 @@ class Accumulator(v1.train.Optimizer):
     updates, so a learning rate that depends on it decays at the right speed. The graph may be any, with TensorFlow 2
     behavior on or off.
 
-    Fetch the op with whatever else, such as the loss, summaries, `pending` and `last`. Each run of it is one
-    micro-batch, counted once. Of the ops that change a window (it, `accumulate`, `apply`, `flush`, `zero`), a run
-    may hold one; a second raises InvalidArgumentError.
+    Fetch the op with whatever else, such as the loss, summaries, `pending` and `last`, which tell what the run found.
+    A run is one micro-batch, counted once. The parts by name are `accumulate`, `apply`, `flush` and `zero`; any of
+    them may be in one run, and are done in that order. What is not fetched does not run.
 
     Args:
         optimizer: any optimizer of `tf.compat.v1.train`, or a subclass of `tf.compat.v1.train.Optimizer`.
@@ -165,18 +165,18 @@ class Accumulator(v1.train.Optimizer):
                 self.pending, self.pending_items = window.pending, window.pending_items
                 self.updates, self.last = window.updates, window.last
 
-            # Once the loss is known, the input pipeline has had its end and the forward pass its errors; the sums
-            # take each gradient as the backward pass comes to it. Without a loss, all of them have to be there.
+            # The lock is taken, and the window read, while the forward pass goes on. Once the loss is known, the input
+            # pipeline has had its end and the forward pass its errors, and the window may be changed: the sums take
+            # each gradient as the backward pass comes to it. Without a loss, all gradients have to be there.
             known = [s.grad for s, _ in self._sums] if loss is None else [loss]
             lock = window.lock([items])
             plan = self._planned(lock)
-            held, added = self._accumulate(window.read(lock, known), items, loss, plan)
-            self.accumulate = window.release(lock, added, "accumulate")
-            with tf.control_dependencies([added]):
-                full = tf.identity(self._is_full(held, plan))
+            held, added = self._accumulate(window.read(lock), items, loss, plan, known)
+            full = self._is_full(held, plan)
+            self.accumulate = window.release(lock, [added], "accumulate")
             # A run that fetches both has one micro-batch and one lock, which is held until the update is made.
-            closed = only_if(full, lambda: self._close(held, global_step))
-            train_op = window.release(lock, closed, scope)
+            closed = only_if(full, lambda: self._close(held, global_step), after=[added])
+            train_op = window.release(lock, [added, closed], scope)
             with tf.control_dependencies(None):
                 self.apply = self.flush = window.exclusively(lambda held: self._close(held, global_step), "apply", 1)
                 if self.partial == "carry":
@@ -201,7 +201,7 @@ class Accumulator(v1.train.Optimizer):
         return [*self.optimizer.variables(), *window]
 
     def _accumulate(
-        self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None, plan: tf.Tensor
+        self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None, plan: tf.Tensor, known: list[Any]
     ) -> tuple[Scalars, tf.Operation]:
         """Adds one micro-batch to the open window. Returns its scalars, and an op that comes after all of it."""
         first = tf.equal(before.micro_batches, 0)
@@ -212,16 +212,15 @@ class Accumulator(v1.train.Optimizer):
         part = 0 if loss is None else weight * tf.cast(loss, tf.float64)
         after = Scalars(before.micro_batches + 1, before.items + items, unit, before.loss + part)
         sums = [s for s, _ in self._sums]
-        with tf.control_dependencies([before.micro_batches]):
+        with tf.control_dependencies([before.micro_batches, *known]):
             emptied = self._window.empty()  # if some of the sums fail, the next micro-batch starts anew
         with tf.control_dependencies([emptied]):
             added = tf.cond(
                 first, lambda: _after(*(s.start(weight) for s in sums)), lambda: _after(*(s.add(weight) for s in sums))
             )
-        with tf.control_dependencies([added]):
-            return after, self._window.write(after)
+        return after, self._window.write(after, [added])
 
-    def _planned(self, lock: tf.Tensor) -> tf.Tensor:
+    def _planned(self, lock: Lock) -> tf.Tensor:
         """How many micro-batches the open window is planned to hold, as far as that is known: 1 for `items(n)`."""
         if isinstance(self.every, Items):
             return tf.constant(1, tf.float64)

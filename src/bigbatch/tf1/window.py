@@ -48,6 +48,13 @@ class Scalars(NamedTuple):
     loss: Any  # Σ nᵢ·lossᵢ / unit
 
 
+class Lock(NamedTuple):
+    """The window is changed by one at a time. `taken` has to live until all is done, and `turn` to be run."""
+
+    taken: tf.Tensor
+    turn: tf.Operation
+
+
 class Window:
     """The variables of a window, saved and initialized with the model's, on the CPU.
 
@@ -75,50 +82,50 @@ class Window:
             self.updates, self.last = _reported(self._found[1])
             self._turns = [Turn(f"{name}/{turn}", found.micro_batches < 0) for turn in range(4)]
 
-    def lock(self, after: Sequence[Any]) -> tf.Tensor:
-        """The lock, held until the last of those ops that the run has of `release` gives it back.
+    def lock(self, after: Sequence[Any], turn: int = 0) -> Lock:
+        """The lock, taken after the readings, `after` and the turns before this one; 0 is the micro-batch's.
 
-        It is taken after the readings and `after`. tf.CriticalSection would wait for every input of every op that
-        works under it, so for the whole backward pass; the sums had better take each gradient as it comes.
+        tf.CriticalSection would wait for every input of every op that works under it, so for the whole backward pass;
+        the sums had better take each gradient as it comes.
         """
-        with tf.control_dependencies([*self._found, *after]), tf.device("/cpu:0"):
-            return tf.raw_ops.MutexLock(mutex=self._mutex)
+        with tf.device("/cpu:0"):
+            before = [earlier.after() for earlier in self._turns[:turn]]
+            with tf.control_dependencies([*self._found, *after, *before]):
+                taken = tf.raw_ops.MutexLock(mutex=self._mutex)
+            with tf.control_dependencies([taken]):  # from here on, who comes after waits for the lock
+                return Lock(taken, self._turns[turn].come())
 
-    def read(self, lock: tf.Tensor, after: Sequence[Any] = ()) -> Scalars:
+    def read(self, lock: Lock) -> Scalars:
         """The open window, under the lock."""
-        with tf.control_dependencies([lock, *after]):
+        with tf.control_dependencies([lock.taken]):
             return Scalars(*tf.unstack(_read(self._open)))
 
-    def count(self, lock: tf.Tensor) -> tf.Tensor:
+    def count(self, lock: Lock) -> tf.Tensor:
         """How many updates were made, under the lock."""
-        with tf.control_dependencies([lock]):
+        with tf.control_dependencies([lock.taken]):
             return tf.cast(_read(self._report)[0], tf.int64)
 
-    def write(self, scalars: Scalars) -> tf.Operation:
+    def write(self, scalars: Scalars, after: Sequence[Any]) -> tf.Operation:
         """Leaves the window so."""
-        return self._open.assign(tf.stack(list(scalars)), read_value=False)
+        packed = tf.stack(list(scalars))
+        with tf.control_dependencies(after):
+            return self._open.assign(packed, read_value=False)
 
     def empty(self) -> tf.Operation:
         """Leaves no window. What the sums hold is then nobody's: the next micro-batch assigns them."""
         return self._open.assign(tf.zeros([len(Scalars._fields)], tf.float64), read_value=False)
 
-    def release(self, lock: tf.Tensor, after: tf.Operation, name: str, turn: int = 0) -> tf.Operation:
-        """An op that comes after `after`, gives the lock back and has a turn; 0 is the micro-batch's."""
-        with tf.control_dependencies([after]), tf.device("/cpu:0"):
+    def release(self, lock: Lock, after: Sequence[tf.Operation], name: str) -> tf.Operation:
+        """An op that comes after `after` and gives the lock back, once all of these that the run holds have come."""
+        with tf.control_dependencies(after), tf.device("/cpu:0"):
             # Until here the lock's tensor lives, and with it the lock; after an error too it goes with the run.
-            released = tf.raw_ops.ConsumeMutexLock(mutex_lock=lock)
-            with tf.control_dependencies([released]):
-                done = self._turns[turn].done()
-        return tf.group(done, name=name)
+            return tf.group(tf.raw_ops.ConsumeMutexLock(mutex_lock=lock.taken), lock.turn, name=name)
 
     def exclusively(self, work: Callable[[Scalars], tf.Operation], name: str, turn: int) -> tf.Operation:
-        """An op that does `work` on the open window, if there is one, after those in the run that come before it."""
-        with tf.device("/cpu:0"):
-            before = [earlier.after() for earlier in self._turns[:turn]]
-        lock = self.lock(before)
+        """An op that does `work` on the open window, if there is one."""
+        lock = self.lock([], turn)
         window = self.read(lock)
-        done = only_if(window.micro_batches > 0, lambda: work(window))
-        return self.release(lock, done, name, turn)
+        return self.release(lock, [only_if(window.micro_batches > 0, lambda: work(window))], name)
 
     def report(self, window: Scalars, loss: tf.Tensor, norm: tf.Tensor | float, code: tf.Tensor | int) -> tf.Operation:
         """Writes `last`, and counts the update if it was applied."""
