@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
+from bigbatch.torch.fused import Fused
 from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
 
 Batch = TypeVar("Batch")
@@ -22,6 +24,7 @@ def backward(
     *,
     micro_batch: int,
     dtype: torch.dtype | None = torch.float32,
+    fused: bool = True,
 ) -> Tensor:
     """Puts the whole batch's mean gradient into `.grad`, one micro-batch in memory at a time.
 
@@ -41,6 +44,8 @@ def backward(
         micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
+        fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
+            is safe (see `bigbatch.torch.fused`). False leaves all to autograd: slower, and the same numbers.
 
     Returns:
         The mean loss over all items, a detached scalar of at least float32.
@@ -52,14 +57,16 @@ def backward(
     The host waits for the device once, after the last micro-batch, to see that the loss is a number.
     """
     micro_batch = errors.check_micro_batch(micro_batch)
-    length = errors.check_lengths([(where, len(leaf)) for where, leaf in _leaves(batch, "batch")])
+    length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
     window = Window(planned=-(-length // micro_batch))
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
+    mode = Fused() if fused else None
     try:
         for start in range(0, length, micro_batch):
             stop = min(start + micro_batch, length)
-            result = loss_fn(_cut(batch, start, stop))
+            with mode or nullcontext():
+                result = loss_fn(_cut(batch, start, stop))
             if isinstance(result, tuple) and len(result) != 2:
                 raise errors.not_a_loss(result)
             loss, items = result if isinstance(result, tuple) else (result, None)
@@ -74,7 +81,7 @@ def backward(
                 before[p], p.grad = p.grad, None
             if window.dtype is None and dtype is not None and is_wide(new, dtype):
                 window.widen(before, dtype)
-            window.backward(loss, check_items(items), parameters)
+            window.backward(loss, check_items(items), parameters, fused=mode)
             loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
         _, mean, factor = window.close()
         if math.isnan(mean):
@@ -122,7 +129,7 @@ def _parameters(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
+def children_of(batch: Any) -> list[tuple[str, Any, Any]] | None:
     """The parts of one level of nesting, each as (how it is written after the parent, its key, itself)."""
     if isinstance(batch, Mapping):
         return [(f"[{key!r}]", key, value) for key, value in batch.items()]
@@ -133,12 +140,12 @@ def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
     return None
 
 
-def _leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+def leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a batch, with the place where it stands."""
-    children = _children(batch)
+    children = children_of(batch)
     if children is not None:
         for written, _, child in children:
-            yield from _leaves(child, where + written)
+            yield from leaves(child, where + written)
     elif isinstance(batch, Tensor) and batch.ndim > 0:
         yield where, batch
     elif batch is not None:
@@ -147,14 +154,19 @@ def _leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 
 def _cut(batch: Any, start: int, stop: int) -> Any:
     """The same nesting with every tensor cut to examples start … stop - 1, as views."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
     if type(batch) is tuple:  # the commonest batch, by the shortest way
         return tuple([_cut(child, start, stop) for child in batch])
-    children = _children(batch)
+    return mapped(batch, lambda leaf: leaf[start:stop])
+
+
+def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nesting with every tensor changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    children = children_of(batch)
     if children is None:
         return batch
-    cut = {key: _cut(child, start, stop) for _, key, child in children}
+    cut = {key: mapped(child, change) for _, key, child in children}
     if isinstance(batch, Mapping):
         if not isinstance(batch, MutableMapping):
             return cut
