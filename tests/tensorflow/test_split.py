@@ -1,6 +1,9 @@
 """The split door: batches as people nest them, gradients as GradientTape returns them, errors without a trace."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -134,6 +137,7 @@ def test_half_precision_variables_accumulate_in_float32(dtype):
 
 
 def test_mixed_float16_with_a_loss_scale(data):
+    tf.keras.utils.set_random_seed(0)
     layers = [tf.keras.layers.Dense(8, "tanh", dtype="mixed_float16"), tf.keras.layers.Dense(1, dtype="mixed_float16")]
     model = tf.keras.Sequential([tf.keras.layers.Input((4,)), *layers])
     optimizer = tf.keras.mixed_precision.LossScaleOptimizer(tf.keras.optimizers.SGD(0.1), initial_scale=256.0)
@@ -285,3 +289,13 @@ def test_small_factors_of_weight_gradients_are_kept_and_multiplied_out_once(exam
     if how == "graph" and examples <= 26:
         ops = run.get_concrete_function(*model.batch).graph.get_operations()
         assert sum(op.type == "MatMul" for op in ops) == 2, "the two, after the loop"
+
+
+def test_there_are_never_two_copies_of_the_gradients():
+    """Products alone, products beside sums, and gradients that are added up as they come."""
+    script = Path(__file__).with_name("peak.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    peaks = {line.split(":")[0]: float(line.split()[-2]) for line in done.stdout.splitlines()}
+    assert len(peaks) == 6
+    assert max(peaks.values()) < 2, peaks
+    assert min(peaks.values()) > 0.9, "measured nothing"

@@ -35,12 +35,16 @@ class Product(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """Of what it comes to."""
-        return self.left.shape.as_list()[1], self.right.shape.as_list()[1]
+        (_, rows), (_, columns) = self._shapes()
+        return rows, columns
 
     @property
     def size(self) -> int:
         """Of what is kept, in numbers."""
-        return self.left.shape.as_list()[0] * sum(self.shape)
+        return sum(math.prod(shape) for shape in self._shapes())
+
+    def _shapes(self) -> list[Any]:
+        return [side.shape.as_list() for side in self]
 
     def times(self, factor: tf.Tensor) -> tf.Tensor:
         """Multiplied out, times a scalar."""

@@ -35,8 +35,8 @@ class Turn:
     dead Exit told to those behind it.
     """
 
-    def __init__(self, name: str, never: tf.Tensor):
-        self._name, self._never = name, never  # `never` is false, and not a constant, which would be folded away
+    def __init__(self, name: str, true: tf.Tensor):
+        self._name, self._true = name, true  # not a constant, which would be folded away and all that hangs on it
 
     def come(self) -> tf.Operation:
         """An op by which what it waits for comes in this turn."""
@@ -45,9 +45,9 @@ class Turn:
     def after(self) -> tf.Operation:
         """An op that comes after all that come in this turn and are in the run, and at once if none is."""
         here = self._enter()
-        dead = tf.raw_ops.Switch(data=here, pred=here).output_true
+        dead = tf.raw_ops.Switch(data=here, pred=here).output_false
         with tf.control_dependencies([tf.raw_ops.Exit(data=dead)]):
             return tf.raw_ops.ControlTrigger()  # which deadness does not stop
 
     def _enter(self) -> tf.Tensor:
-        return tf.raw_ops.Enter(data=self._never, frame_name=self._name)
+        return tf.raw_ops.Enter(data=self._true, frame_name=self._name)

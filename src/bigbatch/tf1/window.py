@@ -70,17 +70,18 @@ class Window:
             self.variables = [self._open, self._report]
             name = tf.raw_ops.NoOp(name="lock").name  # unique in the graph, and the same in the next process
             self._mutex = tf.raw_ops.MutexV2(shared_name=name)
-            initialized = require(
-                v1.is_variable_initialized(self._open),
+            initialized = v1.is_variable_initialized(self._open)
+            said = require(
+                initialized,
                 "The accumulator is not initialized. In this session, run the initializer that was made after "
                 "minimize or apply_gradients: tf.compat.v1.global_variables_initializer().",
             )
-            with tf.control_dependencies([initialized]):
+            with tf.control_dependencies([said]):
                 self._found = [_read(v) for v in self.variables]
             found = Scalars(*tf.unstack(self._found[0]))
             self.pending, self.pending_items = tf.cast(found.micro_batches, tf.int64), found.items
             self.updates, self.last = _reported(self._found[1])
-            self._turns = [Turn(f"{name}/{turn}", found.micro_batches < 0) for turn in range(4)]
+            self._turns = [Turn(f"{name}/{turn}", initialized) for turn in range(4)]
 
     def lock(self, after: Sequence[Any], turn: int = 0) -> Lock:
         """The lock, taken after the readings, `after` and the turns before this one; 0 is the micro-batch's.
