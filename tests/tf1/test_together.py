@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tf1 as bb
+from bigbatch.tf1.order import Turn
 
 v1 = tf.compat.v1
 PARTS = ("op", "accumulate", "apply", "flush", "zero")
@@ -24,13 +25,14 @@ class Line:
             self.x = v1.placeholder(tf.float64, [None])
             self.w = v1.get_variable("w", initializer=tf.constant(0.0, tf.float64))
             self.step = v1.train.get_or_create_global_step()
-            x = tf.reduce_mean(self.x)
+            x = self.x
             for _ in range(slow):
-                x = tf.identity(x)
-            self.loss = x * self.w
+                x = tf.roll(x, 1, 0)  # the same to the mean, and not to be optimized away
+            self.loss = tf.reduce_mean(x) * self.w
+            items = tf.math.count_nonzero(tf.equal(x, x))  # known as late as the loss
             optimizer = v1.train.GradientDescentOptimizer(1.0)
             self.acc = bb.Accumulator(optimizer, every, partial=partial, **options)
-            self.op = self.acc.minimize(self.loss, self.step, items=tf.size(self.x))
+            self.op = self.acc.minimize(self.loss, self.step, items=items)
             self.summary = v1.summary.scalar("loss", self.loss)
             # A pool of its own: with one thread, all that runs has an order.
             config = v1.ConfigProto(use_per_session_threads=True, inter_op_parallelism_threads=4)
@@ -112,10 +114,18 @@ def test_what_takes_no_micro_batch_needs_no_feed(parts):
 
 
 def test_the_micro_batch_is_in_the_update_however_long_it_takes():
-    line = Line("apply", every=64, slow=2000)
+    line = Line("apply", every=64, slow=1000)
     for i in range(20):
         line.session.run([line.acc.apply, line.acc.accumulate], {line.x: [2.0]})
         assert line.state() == [-2.0 * (i + 1), i + 1, 0, 0, i + 1]
+
+
+def test_without_turns_it_would_not_be(monkeypatch):
+    monkeypatch.setattr(Turn, "after", lambda self: tf.no_op())
+    line = Line("apply", every=64, slow=1000)
+    for _ in range(20):
+        line.session.run([line.acc.apply, line.acc.accumulate], {line.x: [2.0]})
+    assert line.session.run(line.acc.pending) > 0
 
 
 def test_one_that_fails_takes_no_other_with_it_into_the_next_window():

@@ -88,7 +88,10 @@ def _part(
     loss = check_loss(loss)
     leaf = next(leaf for leaf in tf.nest.flatten(cut) if leaf is not None)
     whole = items is None and leaf.shape[0] == micro_batch
-    items = checked(as_items(tf.shape(leaf)[0] if items is None else items))
+    if items is None and leaf.shape[0] is not None:
+        items = tf.constant(leaf.shape[0], COUNT)
+    else:
+        items = checked(as_items(tf.shape(leaf)[0] if items is None else items))
     unit = tf.where(tf.equal(unit, 0), items, unit)
     weight = items / unit
     # A loss in half precision would round the weight; then the gradients take it, once they are wide.
