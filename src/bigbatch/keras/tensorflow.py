@@ -75,14 +75,20 @@ def gather(model: Any, window: list[Any]) -> Any:
 def _gather(window: list[Any], stacked: bool) -> list[Any]:
     """Runs of micro-batches: (nesting, lengths of the micro-batches), joined along the examples.
 
-    They part where another dimension than the first changes. With `stacked`, for XLA, a run's micro-batches have one
-    shape and lie along a new first dimension, and the second of the pair is None.
+    They part where another dimension than the first changes; the largest come first, as each order would be traced.
+    With `stacked`, for XLA, a run's micro-batches have one shape and lie along a new first dimension, and the second of
+    the pair is None.
     """
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:  # else a short micro-batch leaves some with no example
         for data in window:
             batch.check(data)
     rows = [[tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)] for data in window]
-    shapes = [[x.shape if stacked else x.shape[1:] for x in row] for row in rows]
+
+    def shape(row: list[Any]) -> list[tuple[int, ...]]:
+        return [tuple(x.shape if stacked else x.shape[1:]) for x in row]
+
+    rows.sort(key=shape, reverse=True)
+    shapes = [shape(row) for row in rows]
     starts = [i for i in range(len(rows)) if i == 0 or shapes[i] != shapes[i - 1]]
     runs = []
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
