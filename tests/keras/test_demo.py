@@ -7,7 +7,6 @@ from bigbatch import cli
 from bigbatch.demo import WAYS, Job
 from bigbatch.demo.keras import train
 
-
 # On JAX and PyTorch Keras narrows products of float64 to float32.
 FLOAT64 = 1e-12 if keras.backend.backend() == "tensorflow" else 1e-5
 

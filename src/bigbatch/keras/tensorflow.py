@@ -169,7 +169,7 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
         x, y, sample_weight = batch.unpack(batch.nest(like, leaves))
         with tf.GradientTape(persistent=True) as tape:
             y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-            terms = loss.terms(model, x, y, y_pred, sample_weight, replicas)
+            terms = loss.terms(model, x, y, y_pred, sample_weight, replicas, _check_values)
             kinds = loss.kinds(terms)
             scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
         described[:] = terms
@@ -189,6 +189,24 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
         )
 
     return take
+
+
+def _check_values(values: Any, x: Any, compiled: Any, y: Any, y_pred: Any) -> None:
+    """`loss.check_values`, also where the graph does not know how many examples there are."""
+    if isinstance(loss.length(x), int):
+        loss.check_values(values, x, compiled, y, y_pred)
+        return
+    if all(tensor.shape.rank and tensor.shape[0] is None for tensor in tree.flatten((y, y_pred))):
+        # What would the loss make of so many? A trace tells, which computes nothing.
+        many = 1009
+        specs = tree.map_structure(lambda t: tf.TensorSpec([many, *t.shape[1:]], t.dtype), (y, y_pred))
+        asked = tf.function(compiled.call, autograph=False).get_concrete_function(*specs).structured_outputs
+        if asked.shape[0] is not None:
+            if asked.shape[0] != many:
+                raise loss.lost_the_batch(asked, f"say {many}")
+            return
+    # Only the data can tell. An error in the graph comes before the update.
+    tf.debugging.assert_equal(tf.shape(values)[0], loss.length(x), "A loss must return one value an example.")
 
 
 def _wide(gradient: Any) -> Any:
