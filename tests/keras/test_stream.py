@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bigbatch.keras as bb
-from conformance.keras_parity import close, data, float64, mlp
+from conformance.keras_parity import BACKEND, close, data, float64, mlp
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,29 @@ def test_train_on_batch_is_a_window_of_its_own():
     model = bb.accumulate(mlp(), every=4, partial="drop")
     model.train_on_batch(x, y)
     close(model, updates(mlp(), x, y, (0, 8)))
+
+
+if BACKEND != "torch":  # where nothing is compiled
+
+    @pytest.mark.parametrize("options", [{}, {"jit_compile": True}][: 1 if BACKEND == "jax" else 2])
+    def test_a_short_micro_batch_compiles_once_wherever_it_comes(options):
+        """As `fit` shuffles a PyDataset's micro-batches."""
+        traced = []
+
+        def loss(y, y_pred):
+            traced.append(y)
+            return keras.ops.square(y - y_pred)
+
+        x, y = data(10)
+        model = bb.accumulate(mlp(loss, **options), every=4)
+        for place in range(4):
+            rows = [slice(i, min(i + 3, 10)) for i in range(0, 10, 3)]
+            rows.insert(place, rows.pop())
+            model.fit(((x[r], y[r]) for r in rows), steps_per_epoch=4, shuffle=False, verbose=0)
+            if place == 0:
+                first = len(traced)
+        assert len(traced) == first
+        close(model, updates(mlp(), x, y, *[(0, 10)] * 4))
 
 
 def test_micro_batches_of_different_lengths_and_widths():

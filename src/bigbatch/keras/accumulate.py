@@ -124,13 +124,15 @@ def _check_at_the_door(model: Any) -> None:
                 _check_arrays(given)
                 if not warned:
                     warned = _warn_of_batch_norm(model)
-            if keras.backend.backend() != "jax" or not model.compiled:
-                return method(*args, **kwargs)
-            kept = split.backend().keep(model)
+            kept = split.backend().keep(model) if keras.backend.backend() == "jax" and model.compiled else None
             try:
                 return method(*args, **kwargs)
-            except BaseException:
-                split.backend().give_back(kept)
+            except BaseException as error:
+                if kept is not None:
+                    split.backend().give_back(kept)
+                if isinstance(error, Exception):
+                    # TensorFlow may keep what an error cut short while it was traced, and run it at the next call.
+                    model.train_function = None
                 raise
 
         return call

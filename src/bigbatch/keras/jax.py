@@ -58,10 +58,13 @@ def split_step(model: Any, micro_batch: int) -> Step:
 
 
 def gather(model: Any, window: list[Any]) -> Any:
-    """A window's micro-batches as what `stream_step`'s `train_step` takes: those of one shape, stacked."""
+    """A window's micro-batches as what `stream_step`'s `train_step` takes: those of one shape, stacked.
+
+    The largest come first. A shuffled data set has its short micro-batch anywhere, and each order would be compiled.
+    """
     for data in window:
         batch.check(data)
-    rows = [batch.leaves(data) for data in window]
+    rows = sorted(map(batch.leaves, window), key=lambda row: [leaf.shape for leaf in row], reverse=True)
     shapes = [[leaf.shape for leaf in row] for row in rows]
     starts = [i for i in range(len(rows)) if i == 0 or shapes[i] != shapes[i - 1]]
     runs = []

@@ -75,14 +75,20 @@ def gather(model: Any, window: list[Any]) -> Any:
 def _gather(window: list[Any], stacked: bool) -> list[Any]:
     """Runs of micro-batches: (nesting, lengths of the micro-batches), joined along the examples.
 
-    They part where another dimension than the first changes. With `stacked`, for XLA, a run's micro-batches have one
-    shape and lie along a new first dimension, and the second of the pair is None.
+    They part where another dimension than the first changes; the largest come first, as each order would be traced.
+    With `stacked`, for XLA, a run's micro-batches have one shape and lie along a new first dimension, and the second of
+    the pair is None.
     """
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:  # else a short micro-batch leaves some with no example
         for data in window:
             batch.check(data)
     rows = [[tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)] for data in window]
-    shapes = [[x.shape if stacked else x.shape[1:] for x in row] for row in rows]
+
+    def shape(row: list[Any]) -> list[tuple[int, ...]]:
+        return [tuple(x.shape if stacked else x.shape[1:]) for x in row]
+
+    rows.sort(key=shape, reverse=True)
+    shapes = [shape(row) for row in rows]
     starts = [i for i in range(len(rows)) if i == 0 or shapes[i] != shapes[i - 1]]
     runs = []
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
@@ -163,7 +169,7 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
         x, y, sample_weight = batch.unpack(batch.nest(like, leaves))
         with tf.GradientTape(persistent=True) as tape:
             y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-            terms = loss.terms(model, x, y, y_pred, sample_weight, replicas)
+            terms = loss.terms(model, x, y, y_pred, sample_weight, replicas, _check_values)
             kinds = loss.kinds(terms)
             scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
         described[:] = terms
@@ -183,6 +189,24 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
         )
 
     return take
+
+
+def _check_values(values: Any, x: Any, compiled: Any, y: Any, y_pred: Any) -> None:
+    """`loss.check_values`, also where the graph does not know how many examples there are."""
+    if isinstance(loss.length(x), int):
+        loss.check_values(values, x, compiled, y, y_pred)
+        return
+    if all(tensor.shape.rank and tensor.shape[0] is None for tensor in tree.flatten((y, y_pred))):
+        # What would the loss make of so many? A trace tells, which computes nothing.
+        many = 1009
+        specs = tree.map_structure(lambda t: tf.TensorSpec([many, *t.shape[1:]], t.dtype), (y, y_pred))
+        asked = tf.function(compiled.call, autograph=False).get_concrete_function(*specs).structured_outputs
+        if asked.shape[0] is not None:
+            if asked.shape[0] != many:
+                raise loss.lost_the_batch(asked, f"say {many}")
+            return
+    # Only the data can tell. An error in the graph comes before the update.
+    tf.debugging.assert_equal(tf.shape(values)[0], loss.length(x), "A loss must return one value an example.")
 
 
 def _wide(gradient: Any) -> Any:
