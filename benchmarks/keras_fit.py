@@ -2,7 +2,8 @@
 
 KERAS_BACKEND=tensorflow python benchmarks/keras_fit.py [--repetitions 15] [--write]
 
-And with jax, and torch: each writes its own part of keras_fit.md. 16 micro-batches of 16, an MLP 784-1024-1024-10, Adam.
+And with jax, and torch: each writes its own part of keras_fit.md.
+16 micro-batches of 16, an MLP 784-1024-1024-10, Adam.
 """
 
 import argparse

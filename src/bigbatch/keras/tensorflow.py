@@ -94,7 +94,7 @@ def _gather(window: list[Any], stacked: bool) -> list[Any]:
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
         join = tf.stack if stacked else lambda column: tf.concat(column, 0)
         leaves = [join(column) for column in zip(*rows[start:stop], strict=True)]
-        lengths = None if stacked else tf.stack([tf.shape(row[0])[0] for row in rows[start:stop]])
+        lengths = None if stacked else tf.constant([row[0].shape[0] for row in rows[start:stop]])
         runs.append((batch.nest(window[0], leaves), lengths))
     return runs
 
