@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -63,17 +64,55 @@ def ratio(timings: Mapping[str, Timing], name: str, to: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def table(timings: Mapping[str, Timing], against: list[str]) -> str:
-    """A Markdown table: medians, quartiles, and ratios to each of `against`."""
+def table(
+    timings: Mapping[str, Timing], against: list[str], more: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
+    """A Markdown table: medians, quartiles, ratios to each of `against`, and `more` columns by their names."""
+    columns = more or {}
+    heads = [f"× {name}" for name in against] + list(columns)
     lines = [
-        "| | ms a window (quartiles) | " + " | ".join(f"× {name}" for name in against) + " |",
-        "| --- | ---: |" + " ---: |" * len(against),
+        "| | ms a window (quartiles) | " + " | ".join(heads) + " |",
+        "| --- | ---: |" + " ---: |" * len(heads),
     ]
     for name, timing in timings.items():
         low, high = timing.quartiles
-        ratios = " | ".join(f"{ratio(timings, name, to):.2f}" for to in against)
-        lines.append(f"| {name} | {timing.median * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f}) | {ratios} |")
+        cells = [f"{ratio(timings, name, to):.2f}" for to in against] + [column[name] for column in columns.values()]
+        lines.append(
+            f"| {name} | {timing.median * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f}) | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
+
+
+def figure(timings: Mapping[str, Timing], title: str, path: Path) -> None:
+    """Bars of the medians with their quartiles, ours in colour, the floor as a line."""
+    import matplotlib.pyplot as plt
+
+    names = [name for name in timings if name != "floor"][::-1]
+    medians = [timings[name].median * 1e3 for name in names]
+    errors = [[abs(timings[n].quartiles[i] * 1e3 - m) for n, m in zip(names, medians, strict=True)] for i in (0, 1)]
+    shown, axes = plt.subplots(figsize=(8, 0.4 * len(names) + 1.4), layout="constrained")
+    colours = ["tab:blue" if name.startswith("ours") else "silver" for name in names]
+    axes.barh(names, medians, xerr=errors, color=colours, error_kw={"elinewidth": 1, "ecolor": "dimgray"})
+    if "floor" in timings:
+        axes.axvline(timings["floor"].median * 1e3, color="black", linestyle=":", label="floor")
+        axes.legend(loc="lower right")
+    axes.set_xlabel("ms a window (median, quartiles)")
+    axes.set_title(title, fontsize=10)
+    shown.savefig(path, dpi=110)
+    plt.close(shown)
+
+
+def section(page: Path, head: str, title: str, body: str) -> None:
+    """Writes one part of a page, in place of the part of the same title; `head` begins a new page."""
+    text = page.read_text() if page.exists() and page.read_text().startswith(head) else head
+    parts = re.split(r"(?m)^(?=## )", text)
+    new = f"## {title}\n\n{body}"
+    places = [i for i, part in enumerate(parts) if part.startswith(f"## {title}\n")]
+    if places:
+        parts[places[0]] = new
+    else:
+        parts.append(new)
+    page.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n")
 
 
 def circumstances(*packages: str) -> str:

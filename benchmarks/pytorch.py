@@ -1,60 +1,75 @@
-"""PyTorch: one window of an MLP, ours against the loop an expert writes, accelerate, and the floor.
+"""PyTorch: one window of three jobs, ours against the loop an expert writes, accelerate, and the floor.
 
-    python benchmarks/pytorch.py [--repetitions 200]
+    python benchmarks/pytorch.py [mlp-16 transformer …] [--repetitions 60] [--write]
 
-The floor is N forwards and backwards and one update, each gradient thrown away before the next comes: no way of
-accumulating can be faster without a faster backward.
+The floor is N forwards and backwards and one update, each gradient thrown away before the next comes. It makes each
+weight's gradient in a tensor of its own, as autograd does; adding it straight into the sum can be faster than that.
+On a GPU, where there is one: each window ends in a synchronization.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from interleaved import circumstances, measure, ratio, table
-from torch import nn
+from interleaved import circumstances, figure, measure, ratio, section, table
+from torch_jobs import JOBS, Job
 
 import bigbatch.torch as bb
+from bigbatch.torch.memory import PeakMemory
 
-N, SIZE = 16, 16
+PAGE = Path(__file__).with_suffix(".md")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEAD = """# PyTorch
+
+Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one round.
+*Peak* is the most that tensors held at once in a window, beyond the parameters and the optimizer's state.
+
+*Hand-written* is the loop with `loss / N`. *Guarded* is the same with what our update also does: the window's loss and
+the gradient's norm, seen by the host before the step. *From a batch* cuts the batch itself and reads the mean loss, as
+the split door does. *Stream* is `acc.backward(…)` alone, and *in micro_batch()* with the forward inside
+`with acc.micro_batch():`. *Floor* is the forwards and backwards and one update, each gradient thrown away.
+
+The allocator is kept from giving memory back between windows (glibc's `MALLOC_TRIM_THRESHOLD_` and
+`MALLOC_MMAP_THRESHOLD_`, which `make bench` sets): page faults would otherwise be up to a tenth of the time, another
+tenth in each contender.
+"""
 
 
-def contenders():
-    torch.manual_seed(0)
-    x, y = torch.randn(N * SIZE, 784), torch.randint(10, (N * SIZE,))
-    parts = list(zip(x.split(SIZE), y.split(SIZE), strict=True))
+def contenders(job: Job):
+    x, y = (t.to(DEVICE) for t in job.batch())
+    n, size = job.micro_batches, job.size
 
-    def make():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-        return model, torch.optim.Adam(model.parameters())
+    def parts():
+        return zip(x.split(size), y.split(size), strict=True)
+
+    micro_batches = list(parts())
 
     def floor(model, optimizer):
         def run():
-            for a, b in parts:
+            for a, b in micro_batches:
                 optimizer.zero_grad()
-                F.cross_entropy(model(a), b).backward()
+                job.loss(model, a, b).backward()
             optimizer.step()
+            optimizer.zero_grad()
 
         return run
 
     def hand_written(model, optimizer):
         def run():
-            for a, b in parts:
-                (F.cross_entropy(model(a), b) / N).backward()
+            for a, b in micro_batches:
+                (job.loss(model, a, b) / n).backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return run
 
     def hand_written_guarded(model, optimizer):
-        """The same with what our update also does: the loss and the gradient's norm, seen by the host."""
-
         def run():
-            total = torch.zeros(())
-            for a, b in parts:
-                loss = F.cross_entropy(model(a), b) / N
+            total = torch.zeros((), device=DEVICE)
+            for a, b in micro_batches:
+                loss = job.loss(model, a, b) / n
                 loss.backward()
                 total += loss.detach()
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -65,12 +80,10 @@ def contenders():
         return run
 
     def hand_written_split(model, optimizer):
-        """From a whole batch, with the mean loss that the split door returns."""
-
         def run():
-            total = torch.zeros(())
-            for a, b in zip(x.split(SIZE), y.split(SIZE), strict=True):
-                loss = F.cross_entropy(model(a), b) / N
+            total = torch.zeros((), device=DEVICE)
+            for a, b in parts():
+                loss = job.loss(model, a, b) / n
                 loss.backward()
                 total += loss.detach()
             total.item()
@@ -80,75 +93,114 @@ def contenders():
         return run
 
     def accelerate(model, optimizer):
-        accelerator = Accelerator(gradient_accumulation_steps=N, cpu=True)
+        accelerator = Accelerator(gradient_accumulation_steps=n, cpu=DEVICE.type == "cpu")
         model, optimizer = accelerator.prepare(model, optimizer)
 
         def run():
-            for a, b in parts:
+            for a, b in micro_batches:
                 with accelerator.accumulate(model):
-                    accelerator.backward(F.cross_entropy(model(a), b))
+                    accelerator.backward(job.loss(model, a, b))
                     optimizer.step()
                     optimizer.zero_grad()
 
         return run
 
     def stream(model, optimizer):
-        acc = bb.Accumulator(optimizer, every=N)
+        acc = bb.Accumulator(optimizer, every=n)
 
         def run():
-            for a, b in parts:
-                acc.backward(F.cross_entropy(model(a), b), items=len(a))
+            for a, b in micro_batches:
+                acc.backward(job.loss(model, a, b), items=len(a))
 
         return run
 
-    def split(model, optimizer):
+    def stream_fused(model, optimizer):
+        acc = bb.Accumulator(optimizer, every=n)
+
         def run():
-            bb.backward(lambda b: F.cross_entropy(model(b[0]), b[1]), (x, y), micro_batch=SIZE)
+            for a, b in micro_batches:
+                with acc.micro_batch():
+                    loss = job.loss(model, a, b)
+                acc.backward(loss, items=len(a))
+
+        return run
+
+    def split(model, optimizer, fused=True):
+        def run():
+            bb.backward(lambda part: job.loss(model, *part), (x, y), micro_batch=size, fused=fused)
             optimizer.step()
             optimizer.zero_grad()
 
         return run
 
-    return {
-        "floor": floor(*make()),
-        "hand-written": hand_written(*make()),
-        "hand-written, guarded": hand_written_guarded(*make()),
-        "hand-written, from a batch": hand_written_split(*make()),
-        "accelerate": accelerate(*make()),
-        "ours, stream": stream(*make()),
-        "ours, split": split(*make()),
+    ways = {
+        "floor": floor,
+        "hand-written": hand_written,
+        "hand-written, guarded": hand_written_guarded,
+        "hand-written, from a batch": hand_written_split,
+        "accelerate": accelerate,
+        "ours, stream": stream,
+        "ours, stream in micro_batch()": stream_fused,
+        "ours, split, fused=False": lambda model, optimizer: split(model, optimizer, fused=False),
+        "ours, split": split,
     }
+
+    def timed(run):
+        def whole():
+            run()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        return whole
+
+    def make(way):
+        model, optimizer = job.make()
+        return timed(way(model.to(DEVICE), optimizer))
+
+    return {name: make(way) for name, way in ways.items()}
+
+
+def peaks(runs) -> dict[str, str]:
+    """MiB of each contender's window; they have all run before, so the optimizer's state stands."""
+    found = {}
+    for name, run in runs.items():
+        with PeakMemory() as memory:
+            run()
+        found[name] = f"{memory.peak / 2**20:.1f}"
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=200)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/pytorch.md")
+    parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about a minute")
+    parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/pytorch.md")
     options = parser.parse_args()
-    timings = measure(contenders(), options.repetitions)
-    shown = table(timings, ["hand-written", "floor"])
-    print(shown)
-    for door, by_hand in (
-        ("stream", "hand-written"),
-        ("split", "hand-written"),
-        ("split", "hand-written, from a batch"),
-    ):
-        print(f"{door} / {by_hand}: {ratio(timings, f'ours, {door}', by_hand):.3f} (wanted: at most 1.02)")
-    if options.write:
-        page = Path(__file__).with_suffix(".md")
-        page.write_text(
-            f"# PyTorch\n\nOne window of {N} micro-batches of {SIZE}: MLP 784-1024-1024-10, Adam, float32, on a CPU. "
-            "Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in "
-            f"one round. {options.repetitions} rounds.\n\n{shown}\n\n"
-            "*Guarded* is the hand-written loop with what our update also does: the window's loss and the gradient's "
-            "norm, seen by the host before the step. *From a batch* cuts the batch itself and reads the mean loss, as "
-            "the split door does. The allocator is kept from giving memory back between windows (glibc's "
-            "`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_`, which the command below sets): page faults would "
-            "otherwise be up to a tenth of the time, a different one in each contender.\n\n"
-            f"{circumstances('torch', 'accelerate')}.\n\n"
-            "    MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=1073741824 \\\n"
-            f"    python benchmarks/pytorch.py --repetitions {options.repetitions} --write\n"
-        )
+    for name in options.jobs or JOBS:
+        job = JOBS[name]
+        runs = contenders(job)
+        repetitions = options.repetitions or rounds(runs)
+        timings = measure(runs, repetitions)
+        shown = table(timings, ["hand-written", "accelerate", "floor"], {"peak MiB": peaks(runs)})
+        print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}")
+        for ours in ("ours, stream", "ours, stream in micro_batch()", "ours, split"):
+            print(", ".join(f"{ours} / {to}: {ratio(timings, ours, to):.3f}" for to in timings if "ours" not in to))
+        if options.write:
+            figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"pytorch-{name}.png"))
+            body = (
+                f"{job.micro_batches} micro-batches a window, Adam, float32, on a {DEVICE.type.upper()}; "
+                f"{repetitions} rounds.\n\n{shown}\n\n![times](pytorch-{name}.png)\n\n"
+                f"{circumstances('torch', 'accelerate')}.\n\n"
+                "    MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=1073741824 \\\n"
+                f"    python benchmarks/pytorch.py {name} --repetitions {repetitions} --write\n"
+            )
+            section(PAGE, HEAD, job.title, body)
+
+
+def rounds(runs) -> int:
+    """How many rounds take about a minute, from one of each."""
+    once = measure(runs, 1, warm_up=2)
+    return max(5, int(60 / sum(statistics.median(timing.seconds) for timing in once.values())))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SHARED = {"run", "interleaved"}
+SHARED = {"run", "interleaved", "torch_jobs"}
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in SHARED)
 
 # glibc gives memory back between windows and takes it again, at the cost of thousands of page faults a window.

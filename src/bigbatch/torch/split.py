@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
+from bigbatch.torch.fused import Fused
 from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
 
 Batch = TypeVar("Batch")
@@ -22,6 +24,7 @@ def backward(
     *,
     micro_batch: int,
     dtype: torch.dtype | None = torch.float32,
+    fused: bool = True,
 ) -> Tensor:
     """Puts the whole batch's mean gradient into `.grad`, one micro-batch in memory at a time.
 
@@ -41,6 +44,8 @@ def backward(
         micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
+        fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
+            is safe (see `bigbatch.torch.fused`). False leaves all to autograd: slower, and the same numbers.
 
     Returns:
         The mean loss over all items, a detached scalar of at least float32.
@@ -56,10 +61,12 @@ def backward(
     window = Window(planned=-(-length // micro_batch))
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
+    mode = Fused() if fused else None
     try:
         for start in range(0, length, micro_batch):
             stop = min(start + micro_batch, length)
-            result = loss_fn(_cut(batch, start, stop))
+            with mode or nullcontext():
+                result = loss_fn(_cut(batch, start, stop))
             if isinstance(result, tuple) and len(result) != 2:
                 raise errors.not_a_loss(result)
             loss, items = result if isinstance(result, tuple) else (result, None)
@@ -74,7 +81,7 @@ def backward(
                 before[p], p.grad = p.grad, None
             if window.dtype is None and dtype is not None and is_wide(new, dtype):
                 window.widen(before, dtype)
-            window.backward(loss, check_items(items), parameters)
+            window.backward(loss, check_items(items), parameters, fused=mode)
             loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
         _, mean, factor = window.close()
         if math.isnan(mean):

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every, planned
+from bigbatch.torch.fused import Fused
 from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
 
 
@@ -97,6 +99,7 @@ class Accumulator:
         self._index = 0
         self._window: Window | None = None
         self._plan: int | Items = 0
+        self._fused: Fused | None = None
 
     @property
     def pending(self) -> int:
@@ -148,7 +151,9 @@ class Accumulator:
             )
         window = self._window or self._open()
         try:
-            window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler)
+            window.backward(
+                loss, items, self._parameters() if window.dtype is not None else (), self.scaler, self._fused
+            )
             self._window = window
             plan = self._plan
             full = window.items >= plan.count if isinstance(plan, Items) else window.micro_batches >= plan
@@ -156,6 +161,23 @@ class Accumulator:
         except BaseException:
             self.reset()
             raise
+
+    def micro_batch(self) -> AbstractContextManager[Any]:
+        """A context for the forward, which makes the backward of large `Linear` and `Embedding` weights faster.
+
+        Their gradients then go straight into the window's sums, without a temporary of the weight's size::
+
+            with acc.micro_batch():
+                loss = loss_fn(model(x), y)
+            acc.backward(loss, items=len(x))
+
+        The gradients are the same. Where it would not be safe, a weight is left to autograd, and the logger
+        `bigbatch.torch.fused` says why at DEBUG: hooks on the parameter, `torch.compile`, tensor subclasses,
+        parametrizations, transforms of `torch.func`, a reduction of DistributedDataParallel's.
+        """
+        if self._fused is None:
+            self._fused = Fused()
+        return self._fused
 
     def flush(self) -> Update | None:
         """Ends a window that is not full, as `partial` says: at the end of an epoch, or of the data.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bigbatch import errors
+from bigbatch.torch.fused import Fused
 
 
 def check_loss(loss: Any) -> Tensor:
@@ -54,18 +55,29 @@ class Window:
         planned: how many micro-batches are planned; with the first one's items it makes `unit`.
         unit: the items planned for the window, where they are known beforehand.
         dtype: what wide accumulators hold at least; None where gradients stay in `.grad`.
+
+    Attributes:
+        weight: what the open micro-batch's gradients still have to be multiplied by.
     """
 
     def __init__(self, *, planned: int = 1, unit: float | Tensor | None = None, dtype: torch.dtype | None = None):
         self.planned = planned
         self.unit = unit
         self.dtype = dtype
+        self.weight: float | Tensor = 1.0
         self.micro_batches = 0
         self.items: float | Tensor = 0.0
         self.loss = torch.zeros(())
         self.sums: dict[Tensor, Tensor] = {}
 
-    def backward(self, loss: Tensor, items: float | Tensor, parameters: Iterable[Tensor], scaler: Any = None) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        items: float | Tensor,
+        parameters: Iterable[Tensor],
+        scaler: Any = None,
+        fused: Fused | None = None,
+    ) -> None:
         """Differentiates one micro-batch's mean loss and adds the gradients. Never waits for the device."""
         if self.unit is None:
             # A masked micro-batch on the device may hold 0 items; the unit may be anything but that.
@@ -78,13 +90,18 @@ class Window:
         if scaler is not None:
             loss = scaler.scale(loss)
         if self.dtype is not None:
-            loss.backward()
-            self._take(parameters, weight, self.dtype)
+            self.weight, folded = weight, None
         elif isinstance(weight, Tensor):
-            loss.backward(gradient=weight.to(loss.device, loss.dtype))
+            folded = weight.to(loss.device, loss.dtype)
         else:
             # new_full is a kernel on the device; torch.tensor(weight, device=…) would be a copy the host waits for.
-            loss.backward(gradient=loss.new_full((), weight))
+            folded = loss.new_full((), weight)
+        if fused is None:
+            loss.backward(gradient=folded)
+        else:
+            fused.backward(loss, folded, self)
+        if self.dtype is not None:
+            self._take(parameters)
 
         # In place: a small tensor kept from every micro-batch would lie between the large ones that come and go, and
         # the allocator would have to reach for fresh pages.
@@ -98,23 +115,43 @@ class Window:
 
     def widen(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
         """From here on in wide accumulators, which start from what `.grad` holds."""
-        self.dtype = dtype
-        self._take(parameters, 1.0, dtype)
+        self.dtype, self.weight = dtype, 1.0
+        self._take(parameters)
 
-    @torch.no_grad()
-    def _take(self, parameters: Iterable[Tensor], weight: float | Tensor, dtype: torch.dtype) -> None:
+    def _take(self, parameters: Iterable[Tensor]) -> None:
         """Moves the gradients out of `.grad` into the wide sums."""
         for p in parameters:
-            if p.grad is None:
-                continue
-            grad = p.grad.to(_widened(p, dtype))
-            p.grad = None
-            if p not in self.sums:
-                self.sums[p] = grad * weight
-            elif isinstance(weight, Tensor):
-                self.sums[p] += grad * weight.to(grad.device)
-            else:
-                self.sums[p].add_(grad, alpha=weight)
+            grad, p.grad = p.grad, None
+            if grad is not None:
+                self.add(p, grad)
+
+    def held(self, p: Tensor) -> Tensor | None:
+        """The sum so far of one parameter's gradients."""
+        return p.grad if self.dtype is None else self.sums.get(p)
+
+    def in_place(self, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, float] | None:
+        """A dense sum of this dtype and the factor for what is added, where there is one and the host knows it."""
+        held = self.held(p)
+        if held is None or held.dtype != dtype or held.is_sparse or isinstance(self.weight, Tensor):
+            return None
+        return held, self.weight
+
+    @torch.no_grad()
+    def add(self, p: Tensor, grad: Tensor) -> None:
+        """Adds one micro-batch's gradient, which nobody else holds, to a parameter's sum."""
+        held, dtype = self.held(p), p.dtype if self.dtype is None else _widened(p, self.dtype)
+        grad, weight = grad.to(dtype), self.weight
+        if isinstance(weight, Tensor):
+            grad, weight = grad * weight.to(grad.device), 1.0
+        if held is not None and not held.is_sparse:
+            held.add_(grad, alpha=weight)
+            return
+        grad = grad if weight == 1.0 else grad * weight
+        total = grad if held is None else grad + held
+        if self.dtype is None:
+            p.grad = total
+        else:
+            self.sums[p] = total
 
     def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """The summed gradients, dense: of a sparse one, the values of its distinct rows. Writing to them is allowed."""

@@ -1,10 +1,12 @@
-"""PyTorch's two doors, driven as a PyTorch user would."""
+"""PyTorch's two doors, driven as a PyTorch user would: with every gradient autograd's, and with those of `F.linear` and
+`F.embedding` straight into the sums."""
 
 import io
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,6 +29,10 @@ class Model(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(torch.as_tensor(value, dtype=DTYPES[spec.dtype]).clone()))
         self.job, self.sparse = spec.job, spec.optimizer != "adamw"
 
+    def named_values(self) -> dict[str, torch.Tensor]:
+        """The parameters in the jobs' own shapes."""
+        return dict(self.named_parameters())
+
     def forward(self, m: dict[str, torch.Tensor]) -> torch.Tensor:
         x = m["x"]
         if self.job == "net":
@@ -42,6 +48,39 @@ class Model(torch.nn.Module):
 
     def loss(self, m: dict[str, torch.Tensor]) -> torch.Tensor:
         return self(m) @ (m["weight"] / m["weight"].sum())
+
+
+class LinearModel(Model):
+    """The same jobs by `F.linear` and a dense `F.embedding`, whose weights lie as `nn.Linear` has them."""
+
+    WEIGHTS = ("a", "c", "w")
+
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        self.sparse = False
+        for name in self.WEIGHTS:
+            if name in spec.params:
+                p = getattr(self, name)
+                setattr(self, name, torch.nn.Parameter(p.detach().reshape(len(p), -1).T.contiguous()))
+
+    def named_values(self) -> dict[str, torch.Tensor]:
+        def back(name: str, p: torch.Tensor) -> torch.Tensor:
+            if name not in self.WEIGHTS:
+                return p
+            return p.T if name == "a" else p[0]
+
+        return {name: back(name, p) for name, p in self.named_parameters()}
+
+    def forward(self, m: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = m["x"]
+        if self.job == "net":
+            return (F.linear(torch.tanh(F.linear(x, self.a, self.b)), self.c)[:, 0] - m["y"]) ** 2 / 2
+        if self.job == "missing":
+            extra = m["has"] * (self.extra * x).sum(1) if m["has"].any() else 0
+            return F.linear(x, self.w)[:, 0] + (F.embedding(m["ids"], self.table) * x).sum(1) + extra
+        if self.job == "dropout":
+            x = F.dropout(x, 0.5)
+        return F.linear(x, self.w)[:, 0]
 
 
 class Overwriting(torch.optim.SGD):
@@ -70,21 +109,23 @@ class Waits(TorchDispatchMode):
 
 
 class TorchRun:
+    model_class = Model
+
     def __init__(self, spec: Spec):
         torch.manual_seed(spec.seed)
         self.spec = spec
-        self.model = Model(spec)
+        self.model = self.model_class(spec)
         options = {"adamw": {"weight_decay": spec.decay}, "momentum": {"momentum": 0.9}}.get(spec.optimizer, {})
         kind = {"adamw": torch.optim.AdamW, "overwriting": Overwriting}.get(spec.optimizer, torch.optim.SGD)
         self.optimizer = kind(self.model.parameters(), lr=1.0, **options)
         rates = spec.rates
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: rates[min(k, len(rates) - 1)])
-        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.average = {name: p.detach().clone() for name, p in self.model.named_values().items()}
         self.optimizer.register_step_post_hook(self.after_step)
 
     def after_step(self, *_: Any) -> None:
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
+            for name, p in self.model.named_values().items():
                 if self.spec.shrink is not None:
                     p.mul_(self.spec.shrink)
                 if self.spec.ema is not None:
@@ -97,7 +138,7 @@ class TorchRun:
         }
 
     def params(self) -> Params:
-        return {name: p.detach().double().numpy().copy() for name, p in self.model.named_parameters()}
+        return {name: p.detach().double().numpy().copy() for name, p in self.model.named_values().items()}
 
     def held(self) -> list[np.ndarray]:
         slots = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
@@ -173,11 +214,14 @@ class Stream(TorchRun):
 
 
 class Split(TorchRun):
+    fused = False
+
     def door(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         def loss_fn(m: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             return self.model.loss(m), m["weight"].sum()
 
-        return bb.backward(loss_fn, self.tensors(jobs.join(micro_batches)), micro_batch=len(micro_batches[0]["x"]))
+        batch, micro_batch = self.tensors(jobs.join(micro_batches)), len(micro_batches[0]["x"])
+        return bb.backward(loss_fn, batch, micro_batch=micro_batch, fused=self.fused)
 
     def gradient(self, micro_batches: Sequence[MicroBatch]) -> dict[str, np.ndarray | None]:
         self.door(micro_batches)
@@ -201,12 +245,32 @@ class Split(TorchRun):
         return SimpleNamespace(micro_batches=count, items=items, loss=loss, skipped=skipped)
 
 
+class PlainLinear(Plain):
+    model_class = LinearModel
+
+
+class FusedStream(Stream):
+    model_class = LinearModel
+
+    def feed(self, micro_batch: MicroBatch) -> bb.Update | None:
+        with mock.patch("bigbatch.torch.fused.SMALLEST", 0), self.acc.micro_batch():
+            loss = self.model.loss(self.tensors(micro_batch))
+        return self.acc.backward(loss, items=jobs.items(micro_batch))
+
+
+class FusedSplit(Split):
+    model_class, fused = LinearModel, True
+
+    def door(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        with mock.patch("bigbatch.torch.fused.SMALLEST", 0):
+            return super().door(micro_batches)
+
+
 class Adapter:
     absent, half = True, "bfloat16"
-    plain = Plain
 
-    def __init__(self, door: str, start: type[TorchRun]):
-        self.name, self.door, self.start = f"torch-{door}", door, start
+    def __init__(self, name: str, door: str, start: type[TorchRun], plain: type[TorchRun] = Plain):
+        self.name, self.door, self.start, self.plain = f"torch-{name}", door, start, plain
         self.model = torch.nn.Linear(2, 1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
 
@@ -245,4 +309,9 @@ class Adapter:
         return {name: p.detach().numpy().copy() for name, p in self.model.named_parameters()}
 
 
-ADAPTERS = [Adapter("split", Split), Adapter("stream", Stream)]
+ADAPTERS = [
+    Adapter("split", "split", Split),
+    Adapter("stream", "stream", Stream),
+    Adapter("split-fused", "split", FusedSplit, PlainLinear),
+    Adapter("stream-fused", "stream", FusedStream, PlainLinear),
+]
