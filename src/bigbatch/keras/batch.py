@@ -1,6 +1,5 @@
 """A batch as `fit` hands it over: `(x, y, sample_weight)`, nestings of arrays that share their first dimension."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from keras import tree
@@ -16,7 +15,7 @@ def leaves(data: Any) -> list[Any]:
     return [leaf for leaf in tree.flatten(data) if leaf is not None]
 
 
-def nest(data: Any, values: Iterable[Any]) -> Any:
+def nest(data: Any, values: list[Any]) -> Any:
     """The nesting of `data` with `values` in the places of its arrays; None stays None."""
     following = iter(values)
     if type(data) is tuple and all(part is None or hasattr(part, "shape") for part in data):

@@ -145,7 +145,10 @@ def _window(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> dict[str, An
         def body(i: Any, held: list[Any], pull: Pull = pull, sums: Sums = sums) -> tuple[Any, list[Any]]:
             return i + 1, batch.leaves(add(batch.nest(sums, held), pull(i)))
 
-        _, held = tf.while_loop(lambda i, held, count=count: i < count, body, (tf.constant(start), held))
+        # More iterations at once would hold more than one micro-batch's activations.
+        _, held = tf.while_loop(
+            lambda i, held, count=count: i < count, body, (tf.constant(start), held), parallel_iterations=1
+        )
         sums, start = batch.nest(sums, held), 0
     return _update(model, sums, unit, described)
 

@@ -20,8 +20,8 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
     def train_step(data: Any) -> dict[str, Any]:
         batch.check(data)
         leaves = batch.leaves(data)
-        cut = zip(*[leaf.split(micro_batch) for leaf in leaves], strict=True)
-        return _window(model, (batch.nest(data, parts) for parts in cut))
+        starts = range(0, leaves[0].shape[0], micro_batch)
+        return _window(model, (batch.nest(data, [leaf[i : i + micro_batch] for leaf in leaves]) for i in starts))
 
     return train_step
 
