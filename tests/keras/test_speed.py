@@ -76,3 +76,35 @@ if BACKEND == "tensorflow":
         graph = tf.function(model.train_step).get_concrete_function(window).graph
         loops = [op for op in graph.get_operations() if op.type in ("While", "StatelessWhile")]
         assert [op.get_attr("parallel_iterations") for op in loops] == [1]
+
+
+if BACKEND == "torch":
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Passes(TorchDispatchMode):
+        """Counts the operations that write as much as a layer's weights."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.count += isinstance(out, torch.Tensor) and out.numel() >= WIDTH * WIDTH
+            return out
+
+    def passes(run, micro_batches):
+        with Passes() as counting:
+            run(X[: micro_batches * MICRO], Y[: micro_batches * MICRO])
+        return counting.count
+
+    def test_a_micro_batch_passes_over_the_weights_as_often_as_in_the_loop_by_hand():
+        model = mlp()
+
+        def by_hand(x, y):
+            for x_part, y_part in zip(*[torch.tensor(v).split(MICRO) for v in (x, y)], strict=True):
+                model.loss(y_part, model(x_part, training=True)).backward()
+            model.zero_grad()
+
+        hand = passes(by_hand, 6) - passes(by_hand, 2)
+        bb.accumulate(model, micro_batch=MICRO)
+        assert passes(model.train_on_batch, 6) - passes(model.train_on_batch, 2) == hand > 0
