@@ -1,77 +1,52 @@
-"""One window of 8 micro-batches of 32 on a CPU: ours, the scan by hand, optax's, and the full batch.
+"""JAX: one window of three jobs, ours against optax's ways, the loops by hand, and the floor.
 
-python benchmarks/jax_window.py [--repetitions 100] [--write]
+    python benchmarks/jax_window.py [mlp-16 transformer …] [--repetitions 60] [--write]
+
+The floor is N forwards and backwards and one update; it adds nothing up. Memory is what XLA plans for the compiled
+step: arguments + outputs − aliased + temporary.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from interleaved import circumstances, measure, ratio, table
+from interleaved import circumstances, figure, measure, ratio, section, table
+from jax_jobs import JOBS, Job
 
 import bigbatch.jax as bb
 
-N, SIZE = 8, 32
-WIDTHS = (784, 1024, 1024, 10)
-X = jax.random.normal(jax.random.key(1), (N * SIZE, WIDTHS[0]))
-Y = jax.random.randint(jax.random.key(2), (N * SIZE,), 0, WIDTHS[-1])
-PARTS = [(X[i : i + SIZE], Y[i : i + SIZE]) for i in range(0, N * SIZE, SIZE)]
+PAGE = Path(__file__).with_suffix(".md")
 ADAM = optax.adam(1e-3)
+HEAD = """# JAX
 
+Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one round. The
+streams are compiled steps that are called once a micro-batch, the others are called once a window; parameters and state
+are donated to all. *Floor* is the forwards and backwards and one update; it adds nothing up. *Live* is the memory that
+XLA plans for the compiled step: arguments + outputs − aliased + temporary.
 
-def parameters():
-    keys = jax.random.split(jax.random.key(0), len(WIDTHS) - 1)
-    shapes = zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=True)
-    return [(jax.random.normal(key, (n, m)) / n**0.5, jnp.zeros(m)) for key, n, m in shapes]
-
-
-def loss_fn(params, x, y):
-    for kernel, bias in params[:-1]:
-        x = jax.nn.gelu(x @ kernel + bias)
-    kernel, bias = params[-1]
-    return optax.softmax_cross_entropy_with_integer_labels(x @ kernel + bias, y).mean()
-
-
-def by_hand(params, x, y):
-    """What an expert writes: one scan over reshaped arrays, the sum in its carry."""
-
-    def body(carry, part):
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(params, *part)), None
-
-    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    sums, _ = jax.lax.scan(body, start, (x.reshape(N, SIZE, -1), y.reshape(N, SIZE)))
-    return jax.tree.map(lambda s: s / N, sums)
-
-
-def floor(params, x, y):
-    """N times a forward and a backward, and one gradient of them: the least that a loop can do."""
-
-    def body(_, part):
-        return jax.value_and_grad(loss_fn)(params, *part), None
-
-    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(body, start, (x.reshape(N, SIZE, -1), y.reshape(N, SIZE)))[0]
+*Scan by hand* is what an expert writes: one scan over reshaped arrays, the sum in its carry. *Stream by hand* is one
+compiled function that adds to the sums, donated, and another that applies them.
+"""
 
 
 class Contender:
     """A compiled step, run once or N times a window, and the memory that it needs."""
 
-    def __init__(self, tx, value_and_grad, *, streamed=False, extra=None):
+    def __init__(self, job, tx, value_and_grad, *, streamed=False, extra=None):
         def step(params, opt_state, x, y):
             loss, grads = value_and_grad(params, x, y)
             more = {} if extra is None else extra(loss)
             updates, opt_state = tx.update(grads, opt_state, params, **more)
             return optax.apply_updates(params, updates), opt_state, loss
 
-        params = parameters()
+        params = job.parameters()
         self.state = params, tx.init(params)
-        self.parts = PARTS if streamed else [(X, Y)]
+        self.parts = parts(job) if streamed else [job.example(job.size * job.micro_batches)]
         self.step = jax.jit(step, donate_argnums=(0, 1)).lower(*self.state, *self.parts[0]).compile()
-        memory = self.step.memory_analysis()
-        size = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        self.mebibytes = (size - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+        self.mebibytes = live(self.step)
 
     def __call__(self):
         for part in self.parts:
@@ -79,59 +54,137 @@ class Contender:
         jax.block_until_ready(self.state)
 
 
-def contenders():
-    kinds = optax.microbatching.AccumulationType
-    microbatched = optax.microbatching.microbatch(
-        jax.value_and_grad(loss_fn), argnums=(1, 2), microbatch_size=SIZE, accumulator=kinds.MEAN
-    )
+class StreamByHand:
+    """Two compiled functions: one adds a micro-batch's gradient to the sums, one applies their mean."""
+
+    def __init__(self, job):
+        def add(params, sums, x, y):
+            loss, grads = jax.value_and_grad(job.loss_fn)(params, x, y)
+            return jax.tree.map(jnp.add, sums, (loss, grads))
+
+        def apply(params, opt_state, sums):
+            _, grads = jax.tree.map(lambda s: s / job.micro_batches, sums)
+            updates, opt_state = ADAM.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, jax.tree.map(jnp.zeros_like, sums)
+
+        params = job.parameters()
+        self.state = params, ADAM.init(params), (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        self.parts = parts(job)
+        self.add = jax.jit(add, donate_argnums=1).lower(params, self.state[2], *self.parts[0]).compile()
+        self.apply = jax.jit(apply, donate_argnums=(0, 1, 2)).lower(*self.state).compile()
+        self.mebibytes = max(live(self.add) + live_state(self.state[1]), live(self.apply))
+
+    def __call__(self):
+        params, opt_state, sums = self.state
+        for part in self.parts:
+            sums = self.add(params, sums, *part)
+        self.state = self.apply(params, opt_state, sums)
+        jax.block_until_ready(self.state)
+
+
+def parts(job):
+    x, y = job.example(job.size * job.micro_batches)
+    return [(x[i : i + job.size], y[i : i + job.size]) for i in range(0, len(x), job.size)]
+
+
+def live(compiled) -> float:
+    memory = compiled.memory_analysis()
+    size = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return (size - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+
+
+def live_state(tree) -> float:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20
+
+
+def contenders(job: Job):
+    n, size, loss_fn = job.micro_batches, job.size, job.loss_fn
+
+    def by_hand(params, x, y):
+        def body(carry, part):
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(params, *part)), None
+
+        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        cut = [a.reshape(n, size, *a.shape[1:]) for a in (x, y)]
+        sums, _ = jax.lax.scan(body, start, cut)
+        return jax.tree.map(lambda s: s / n, sums)
+
+    def floor(params, x, y):
+        def body(_, part):
+            return jax.value_and_grad(loss_fn)(params, *part), None
+
+        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(body, start, [a.reshape(n, size, *a.shape[1:]) for a in (x, y)])[0]
+
     plain = jax.value_and_grad(loss_fn)
-    accumulated = bb.accumulate(ADAM, every=N)
+    microbatched = optax.microbatching.microbatch(
+        plain, argnums=(1, 2), microbatch_size=size, accumulator=optax.microbatching.AccumulationType.MEAN
+    )
+    accumulated = bb.accumulate(ADAM, every=n)
+    ours = bb.value_and_grad(loss_fn, micro_batch=size, in_axes=(None, 0, 0))
     return {
-        "full batch": Contender(ADAM, plain),
-        "floor": Contender(ADAM, floor),
-        "scan by hand": Contender(ADAM, by_hand),
-        "optax.microbatch": Contender(ADAM, microbatched),
-        "ours, split": Contender(ADAM, bb.value_and_grad(loss_fn, micro_batch=SIZE, in_axes=(None, 0, 0))),
-        "optax.MultiSteps": Contender(optax.MultiSteps(ADAM, N), plain, streamed=True),
-        "ours, stream": Contender(accumulated, plain, streamed=True, extra=lambda loss: {"items": SIZE, "value": loss}),
+        "full batch": Contender(job, ADAM, plain),
+        "floor": Contender(job, ADAM, floor),
+        "scan by hand": Contender(job, ADAM, by_hand),
+        "optax.microbatch": Contender(job, ADAM, microbatched),
+        "ours, split": Contender(job, ADAM, ours),
+        "optax.MultiSteps": Contender(job, optax.MultiSteps(ADAM, n), plain, streamed=True),
+        "stream by hand": StreamByHand(job),
+        "ours, stream": Contender(
+            job, accumulated, plain, streamed=True, extra=lambda loss: {"items": size, "value": loss}
+        ),
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=100)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/jax_window.md")
-    options = parser.parse_args()
-    measured = contenders()
-    timings = measure(measured, options.repetitions)
-    shown = table(timings, ["optax.MultiSteps", "scan by hand", "floor"])
-    memory = "\n".join(
-        ["| | live MiB |", "| --- | ---: |", *(f"| {name} | {c.mebibytes:.1f} |" for name, c in measured.items())]
-    )
-    live = {name: c.mebibytes for name, c in measured.items()}
-    goals = [
-        ("split / MultiSteps, time", ratio(timings, "ours, split", "optax.MultiSteps"), 0.50),
-        ("split / optax.microbatch, time", ratio(timings, "ours, split", "optax.microbatch"), 1.00),
-        ("stream / MultiSteps, time", ratio(timings, "ours, stream", "optax.MultiSteps"), 0.70),
+def goals(timings, live) -> list[tuple[str, float, float]]:
+    """What is wanted of every job, then of the 8 × 32 that `peers.md` measured."""
+
+    def time(ours, to):
+        return ratio(timings, ours, to)
+
+    return [
+        ("split / floor, time", time("ours, split", "floor"), 1.05),
+        ("split / scan by hand, time", time("ours, split", "scan by hand"), 1.00),
+        ("split / optax.microbatch, time", time("ours, split", "optax.microbatch"), 1.00),
+        ("split / MultiSteps, time", time("ours, split", "optax.MultiSteps"), 0.50),
+        ("stream / stream by hand, time", time("ours, stream", "stream by hand"), 1.00),
+        ("stream / MultiSteps, time", time("ours, stream", "optax.MultiSteps"), 0.70),
         ("split / MultiSteps, memory", live["ours, split"] / live["optax.MultiSteps"], 0.68),
         ("split / scan by hand, memory", live["ours, split"] / live["scan by hand"], 1.00),
         ("stream / MultiSteps, memory", live["ours, stream"] / live["optax.MultiSteps"], 1.00),
     ]
-    wanted = "\n".join(
-        ["| | measured | wanted, at most |", "| --- | ---: | ---: |"]
-        + [f"| {name} | {got:.3f} | {goal:.2f} |" for name, got, goal in goals]
-    )
-    print(shown, memory, wanted, sep="\n\n")
-    if options.write:
-        Path(__file__).with_suffix(".md").write_text(
-            f"# JAX\n\nOne window of {N} micro-batches of {SIZE}: MLP 784-1024-1024-10, Adam, float32, on a CPU. Every "
-            "contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one "
-            f"round. {options.repetitions} rounds. The streams are one compiled step a micro-batch, the others one a "
-            "window; parameters and state are donated to all. The floor adds nothing up.\n\n"
-            f"{shown}\n\nMemory as XLA plans it for the compiled step: arguments + outputs − aliased + temporary.\n\n"
-            f"{memory}\n\n{wanted}\n\n{circumstances('jax', 'optax')}.\n\n"
-            f"    python benchmarks/jax_window.py --repetitions {options.repetitions} --write\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 40 seconds")
+    parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/jax_window.md")
+    options = parser.parse_args()
+    for name in options.jobs or JOBS:
+        job = JOBS[name]
+        measured = contenders(job)
+        once = measure(measured, 1, warm_up=2)
+        rounds = max(5, int(40 / sum(statistics.median(t.seconds) for t in once.values())))
+        rounds = options.repetitions or rounds
+        timings = measure(measured, rounds)
+        live = {name: c.mebibytes for name, c in measured.items()}
+        against = ["optax.MultiSteps", "scan by hand", "stream by hand", "floor"]
+        shown = table(timings, against, {"live MiB": {name: f"{mib:.1f}" for name, mib in live.items()}})
+        wanted = "\n".join(
+            ["| | measured | wanted on the MLP 8 × 32, at most |", "| --- | ---: | ---: |"]
+            + [f"| {name} | {got:.3f} | {goal:.2f} |" for name, got, goal in goals(timings, live)]
         )
+        print(f"{job.title}, {job.micro_batches} micro-batches, {rounds} rounds\n{shown}\n{wanted}")
+        if options.write:
+            figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"jax_window-{name}.png"))
+            body = (
+                f"{job.micro_batches} micro-batches a window, Adam, float32, on a {jax.default_backend().upper()}; "
+                f"{rounds} rounds.\n\n{shown}\n\n{wanted}\n\n![times](jax_window-{name}.png)\n\n"
+                f"{circumstances('jax', 'optax')}.\n\n"
+                f"    python benchmarks/jax_window.py {name} --repetitions {rounds} --write\n"
+            )
+            section(PAGE, HEAD, job.title, body)
 
 
 if __name__ == "__main__":

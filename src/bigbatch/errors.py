@@ -64,6 +64,11 @@ def check_micro_batch(micro_batch: Any) -> int:
     )
 
 
+def check_at_most(at_most: Any) -> int:
+    """Accepts the micro-batches after which a window closes in any case."""
+    return _check_count("at_most", at_most, "an integer", "Pass the number of micro-batches that a window may hold.")
+
+
 def check_clip_norm(clip_norm: Any) -> float | None:
     """Accepts a finite number above zero, or None for no clipping."""
     if clip_norm is None:

@@ -412,7 +412,7 @@ def test_update_is_plain_numbers():
     model = network()
     update = feed(bb.Accumulator(sgd(model), every=4), model, *data(16))[-1]
     fields = dataclasses.asdict(update)
-    assert list(fields) == ["index", "micro_batches", "items", "loss", "grad_norm", "skipped"]
+    assert list(fields) == ["index", "micro_batches", "items", "loss", "grad_norm", "skipped", "noise"]
     assert all(type(value) in (int, float, type(None)) for value in fields.values())
 
 

@@ -57,7 +57,7 @@ def backward(
     The host waits for the device once, after the last micro-batch, to see that the loss is a number.
     """
     micro_batch = errors.check_micro_batch(micro_batch)
-    length = errors.check_lengths([(where, len(leaf)) for where, leaf in _leaves(batch, "batch")])
+    length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
     window = Window(planned=-(-length // micro_batch))
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
@@ -129,7 +129,7 @@ def _parameters(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
+def children_of(batch: Any) -> list[tuple[str, Any, Any]] | None:
     """The parts of one level of nesting, each as (how it is written after the parent, its key, itself)."""
     if isinstance(batch, Mapping):
         return [(f"[{key!r}]", key, value) for key, value in batch.items()]
@@ -140,12 +140,12 @@ def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
     return None
 
 
-def _leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+def leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a batch, with the place where it stands."""
-    children = _children(batch)
+    children = children_of(batch)
     if children is not None:
         for written, _, child in children:
-            yield from _leaves(child, where + written)
+            yield from leaves(child, where + written)
     elif isinstance(batch, Tensor) and batch.ndim > 0:
         yield where, batch
     elif batch is not None:
@@ -154,14 +154,19 @@ def _leaves(batch: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 
 def _cut(batch: Any, start: int, stop: int) -> Any:
     """The same nesting with every tensor cut to examples start … stop - 1, as views."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
     if type(batch) is tuple:  # the commonest batch, by the shortest way
         return tuple([_cut(child, start, stop) for child in batch])
-    children = _children(batch)
+    return mapped(batch, lambda leaf: leaf[start:stop])
+
+
+def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nesting with every tensor changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    children = children_of(batch)
     if children is None:
         return batch
-    cut = {key: _cut(child, start, stop) for _, key, child in children}
+    cut = {key: mapped(child, change) for _, key, child in children}
     if isinstance(batch, Mapping):
         if not isinstance(batch, MutableMapping):
             return cut

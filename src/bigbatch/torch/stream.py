@@ -14,7 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every, planned
+from bigbatch.noise import Noise, NoiseScale, UntilNoise
 from bigbatch.torch.fused import Fused
+from bigbatch.torch.noise import Meter
 from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
 
 
@@ -29,6 +31,7 @@ class Update:
         loss: the window's mean loss over items.
         grad_norm: the 2-norm of the window's mean gradient, before clipping.
         skipped: why no update was made, or None where it was.
+        noise: what the window says of the gradient's noise, where it was measured.
     """
 
     index: int
@@ -37,6 +40,7 @@ class Update:
     loss: float
     grad_norm: float
     skipped: str | None = None
+    noise: Noise | None = None
 
 
 class Accumulator:
@@ -55,7 +59,7 @@ class Accumulator:
     Args:
         optimizer: any `torch.optim.Optimizer` whose `step` needs no closure.
         every: when a window closes. A number of micro-batches; a callable that takes the update's index and returns
-            one (batch-size warm-up); or `bb.items(4096)`.
+            one (batch-size warm-up); `bb.items(4096)`; or `bb.until_noise(at_most=256)`.
         clip_norm: clips the mean gradient to this 2-norm, as `clip_grad_norm_` would the big batch's.
         scheduler: stepped once an update.
         scaler: a `torch.amp.GradScaler`, which unscales once a window and skips a window that overflowed.
@@ -65,6 +69,8 @@ class Accumulator:
             "carry" keeps it open, "drop" forgets it.
         nonfinite: what becomes of a window whose loss or gradient is inf or NaN: "skip" makes no update, "raise"
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
+        noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
+            window in ten, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was touched.
@@ -73,7 +79,7 @@ class Accumulator:
     def __init__(
         self,
         optimizer: Optimizer,
-        every: Every,
+        every: Every | UntilNoise,
         *,
         clip_norm: float | None = None,
         scheduler: LRScheduler | None = None,
@@ -81,9 +87,10 @@ class Accumulator:
         dtype: torch.dtype | None = torch.float32,
         partial: Literal["apply", "carry", "drop"] = "apply",
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
+        noise: bool | int = False,
     ):
         self.optimizer = _check_optimizer(optimizer)
-        self.every = as_every(every)
+        self.every = every if isinstance(every, UntilNoise) else as_every(every)
         self.clip_norm = errors.check_clip_norm(clip_norm)
         self.scheduler = _check_scheduler(scheduler)
         self.scaler = scaler
@@ -98,8 +105,10 @@ class Accumulator:
             )
         self._index = 0
         self._window: Window | None = None
-        self._plan: int | Items = 0
+        self._plan: int | Items | UntilNoise = 0
         self._fused: Fused | None = None
+        self._meter = Meter(every, noise)
+        self._meter.arm(self._index, self._parameters())
 
     @property
     def pending(self) -> int:
@@ -110,6 +119,11 @@ class Accumulator:
     def index(self) -> int:
         """How many updates have been made, and so the index of the next."""
         return self._index
+
+    @property
+    def noise_scale(self) -> NoiseScale:
+        """The running gradient noise scale, of the windows that were measured."""
+        return self._meter.scale
 
     def __repr__(self) -> str:
         given = {"clip_norm": self.clip_norm, "scheduler": self.scheduler, "scaler": self.scaler}
@@ -141,7 +155,8 @@ class Accumulator:
         Any error of autograd's or the optimizer's drops the open window, as `reset` does, and goes on to the caller.
         An error in your own forward, before the call, leaves the window as it was.
 
-        The host never waits for the device inside a window. It waits once when the window closes.
+        The host never waits for the device inside a window, but for the looks of `until_noise`. It waits when the
+        window closes.
         """
         loss, items = check_loss(loss), check_items(items)
         if isinstance(items, Tensor) and isinstance(self.every, Items):
@@ -150,14 +165,14 @@ class Accumulator:
                 "Pass a number, or a number of micro-batches as every."
             )
         window = self._window or self._open()
+        self._meter.norms.clear()  # of backwards in between that were not a micro-batch's
         try:
             window.backward(
                 loss, items, self._parameters() if window.dtype is not None else (), self.scaler, self._fused
             )
             self._window = window
-            plan = self._plan
-            full = window.items >= plan.count if isinstance(plan, Items) else window.micro_batches >= plan
-            return self._close(window) if full else None
+            self._meter.take(window, items)
+            return self._close(window) if self._is_full(window) else None
         except BaseException:
             self.reset()
             raise
@@ -202,6 +217,7 @@ class Accumulator:
         """Forgets the open window: its gradients go, and the next `backward` starts a new one."""
         self._window = None
         self.optimizer.zero_grad(set_to_none=True)
+        self._meter.arm(self._index, self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The count of updates and the open window, as plain numbers and tensors; the latter are not copies.
@@ -213,6 +229,7 @@ class Accumulator:
             "index": self._index,
             "shapes": [tuple(p.shape) for p in parameters],
             "window": None,
+            "noise": self._meter.state_dict(),
         }
         if (window := self._window) is not None:
             state["window"] = {
@@ -243,8 +260,9 @@ class Accumulator:
                 f"Received: shapes {state['shapes']}, but the optimizer holds {shapes}. "
                 "Build the same model and parameter groups before loading."
             )
-        self.reset()
         self._index = state["index"]
+        self.reset()
+        self._meter.load_state_dict(state.get("noise"))  # older states have none
         saved = state["window"]
         if saved is None:
             return
@@ -266,11 +284,18 @@ class Accumulator:
         return min((p.dtype for p in self._parameters()), key=lambda dtype: dtype.itemsize)
 
     def _open(self) -> Window:
-        self._plan = planned(self.every, self._index)
+        self._plan = self.every if isinstance(self.every, UntilNoise) else planned(self.every, self._index)
         dtype = self.dtype if is_wide(self._parameters(), self.dtype) else None
         if isinstance(self._plan, Items):
             return Window(unit=self._plan.count, dtype=dtype)
-        return Window(planned=self._plan, dtype=dtype)
+        return Window(planned=self._plan if isinstance(self._plan, int) else 1, dtype=dtype)
+
+    def _is_full(self, window: Window) -> bool:
+        if isinstance(self._plan, UntilNoise):
+            return self._meter.is_enough(self._plan, window, self._parameters(), self.scaler)
+        if isinstance(self._plan, Items):
+            return bool(window.items >= self._plan.count)
+        return window.micro_batches >= self._plan
 
     def _close(self, window: Window) -> Update:
         """One update from the window's sums; then, whatever happened, no gradients and no window."""
@@ -282,11 +307,13 @@ class Accumulator:
         try:
             norm = torch.nn.utils.get_total_norm(gradients)
             sums = window.close()  # here the host waits
+            noise = self._meter.noise(window, norm, scaler)
             norm = norm * sums.factor
-            update = self._report(window, sums, norm.item())
+            update = replace(self._report(window, sums, norm.item()), noise=noise)
             skipped = self._reason_to_skip(update, gradients)
             if skipped is not None:
                 return replace(update, skipped=skipped)
+            self._meter.scale.add(noise)
             factor = sums.factor
             if self.clip_norm is not None:
                 # clip_grad_norm_'s own formula, so that a window of one is clipped to the same bits.

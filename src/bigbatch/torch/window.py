@@ -36,7 +36,7 @@ def check_items(items: Any) -> float | Tensor:
     if items.numel() != 1 or items.is_complex() or items.dtype == torch.bool:
         errors.check_items(items)  # says what a number is
     # A sum of bf16 counts would stop at 256, and int / int would be float32.
-    return items.detach().reshape(()).to(_exact(items.device))
+    return items.detach().reshape(()).to(exact(items.device))
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
@@ -171,7 +171,7 @@ class Window:
 
     def close(self) -> "Sums":
         """What the window holds and what turns its sums into means. Here the host waits for the device."""
-        loss, items, unit = _numbers([self.loss, self.items, self.unit])
+        loss, items, unit = numbers([self.loss, self.items, self.unit])
         factor = unit / items if items else math.nan
         return Sums(items, loss * factor, factor)
 
@@ -184,17 +184,17 @@ class Sums(NamedTuple):
     factor: float
 
 
-def _numbers(values: list[Any]) -> list[float]:
+def numbers(values: list[Any]) -> list[float]:
     """Numbers and scalar tensors as floats, the tensors read from their device at once."""
     tensors = [v for v in values if isinstance(v, Tensor)]
     if not tensors:
         return [float(v) for v in values]
     device = tensors[0].device
-    read = iter(torch.stack([t.to(device, _exact(device)) for t in tensors]).tolist())
+    read = iter(torch.stack([t.to(device, exact(device)) for t in tensors]).tolist())
     return [next(read) if isinstance(v, Tensor) else float(v) for v in values]
 
 
-def _exact(device: torch.device) -> torch.dtype:
+def exact(device: torch.device) -> torch.dtype:
     """The dtype to count in. Apple's devices have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 

@@ -1,0 +1,300 @@
+"""`audit`: is accumulation exact for this model, this loss and this batch?
+
+The experiments are `bigbatch.audit`'s. Here is how PyTorch makes a run that leaves nothing behind.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigbatch import errors
+from bigbatch.audit import Audit, Compared, Rows, Run, examine
+from bigbatch.torch.split import children_of, leaves, mapped
+from bigbatch.torch.window import check_items, check_loss, exact
+
+
+def audit(
+    loss_fn: Callable[[Any], Tensor | tuple[Tensor, float | Tensor]],
+    model: nn.Module | Iterable[Tensor],
+    batch: Any,
+    *,
+    micro_batch: int,
+) -> Audit:
+    """Says whether `bb.backward(loss_fn, batch, micro_batch=…)` gives the batch's own gradient, and if not, why.
+
+    It compares the two, in float64 where the model can, and finds the cause by experiment::
+
+        print(bb.audit(loss_fn, model, (x, y), micro_batch=8))
+        # not exact: 4 of 6 parameters differ, the largest by 25%
+        # - module (1): An example's output of 1 depends on the other examples that it is computed with: …
+
+    The answer is about this batch. Give it one like those you train on: ragged where they are, with masks that differ.
+    Some dozens of examples are enough; the whole batch must fit in memory, and 10 to 50 passes over it are made.
+
+    Args:
+        loss_fn: as for `bb.backward`: takes a micro-batch and returns its mean loss, or `(loss, items)`.
+        model: the module that `loss_fn` uses, or the tensors to compare the gradients of.
+        batch: as for `bb.backward`.
+        micro_batch: examples in a micro-batch; fewer than the batch holds.
+
+    Returns:
+        An `Audit`: `verdict`, `exact`, `causes`, `parameters`, `table()` and `figure(path)`.
+
+    Raises:
+        TypeError, ValueError: an argument, a loss or its items are not as described.
+
+    The model, its buffers and modes, `.grad` and the random state (PyTorch's, NumPy's and Python's) are put back as
+    they were; no optimizer is touched. Hooks on parameters do not fire. Only what a forward writes into objects of its
+    own, such as a list, stays.
+    """
+    micro_batch = errors.check_micro_batch(micro_batch)
+    length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
+    if micro_batch >= length:
+        raise ValueError(
+            "An audit needs more than one micro-batch. "
+            f"Received: micro_batch={micro_batch} for a batch of {length}. Pass a smaller micro_batch."
+        )
+    parameters = _parameters(model)
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    own = {p.dtype for p in parameters.values()}
+    wide = {exact(p.device) for p in parameters.values()}  # Apple's devices have no float64
+    with _kept(parameters.values()):
+        for dtype in (torch.float64, torch.float32):
+            if dtype == torch.float32 or wide == {torch.float64}:
+                bench = Bench(loss_fn, modules, parameters, batch, length, micro_batch, dtype)
+                if own == {dtype} or bench.runs():
+                    return examine(bench)
+        return examine(Bench(loss_fn, modules, parameters, batch, length, micro_batch, None))
+
+
+class Bench:
+    """Runs of one loss function on one batch (see `bigbatch.audit.Bench`), in one dtype; None is the model's own."""
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any], Any],
+        modules: dict[str, nn.Module],
+        parameters: dict[str, Tensor],
+        batch: Any,
+        length: int,
+        micro_batch: int,
+        dtype: torch.dtype | None,
+    ):
+        self.loss_fn, self.modules, self.parameters = loss_fn, modules, parameters
+        self.length, self.micro_batch = length, micro_batch
+        narrowest = min((p.dtype for p in parameters.values()), key=lambda d: d.itemsize)
+        self.dtype = str(dtype or narrowest).removeprefix("torch.")
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+        self.batch = mapped(batch, cast)
+        self.state = [
+            (m, dict(vars(m)), dict(m.named_buffers(recurse=False, remove_duplicate=False))) for m in modules.values()
+        ]
+        held = [t for m in modules.values() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+        held = {id(t): t for t in (*held, *parameters.values())}.values()
+        self.values = [(t, t.data, cast(t.data)) for t in held]
+
+    def runs(self) -> bool:
+        """Whether the model can compute in this dtype."""
+        try:
+            self.gradient([range(self.micro_batch)], seed=0, quiet=frozenset())
+        except (RuntimeError, TypeError, NotImplementedError):
+            return False
+        return True
+
+    def gradient(
+        self, parts: Sequence[Rows], *, seed: int, quiet: frozenset[str], fresh: bool = False, items: Any = None
+    ) -> dict[str, Tensor]:
+        """Σ nᵢ·gᵢ / Σ nᵢ over the parts; a parameter without a gradient has one of zero."""
+        sums = {name: torch.zeros_like(p.data, dtype=exact(p.device)) for name, p in self.parameters.items()}
+        count = 0.0
+        with self.at_rest(seed, quiet) as reset:
+            for i, rows in enumerate(parts):
+                if fresh:
+                    reset()
+                loss, n = self.forward(rows)
+                n = n if items is None else items[i]
+                count += n
+                found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+                for name, grad in zip(self.parameters, found, strict=True):
+                    if grad is not None and n:
+                        sums[name] += n * grad.to_dense().to(sums[name].dtype)
+        return {name: total / count for name, total in sums.items()}
+
+    def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
+        """One forward pass over these rows."""
+        with self.at_rest(seed, quiet), torch.no_grad():
+            loss, items = self.forward(rows)
+            return Run(float(loss), items)
+
+    def forward(self, rows: Rows) -> tuple[Tensor, float]:
+        """The mean loss of these rows, and its items."""
+        index = torch.tensor(list(rows))
+        result = self.loss_fn(mapped(self.batch, lambda leaf: leaf[index.to(leaf.device)]))
+        if isinstance(result, tuple) and len(result) != 2:
+            raise errors.not_a_loss(result)
+        loss, items = result if isinstance(result, tuple) else (result, len(rows))
+        return check_loss(loss) if torch.is_grad_enabled() else loss, float(check_items(items))
+
+    def compare(self, full: dict[str, Tensor], other: dict[str, Tensor]) -> list[Compared]:
+        """Two gradients, parameter by parameter."""
+        return [
+            Compared(name, g.norm().item(), other[name].norm().item(), (g - other[name]).norm().item())
+            for name, g in full.items()
+        ]
+
+    def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
+        """The modules where the run over the first rows leaves the whole batch's."""
+        whole = len(rows) == self.length
+        allowed = 1e-9 if self.dtype == "float64" else 1e-3
+        seen: list[tuple[str, list[Tensor], list[Tensor]]] = []
+        found: list[str] = []
+
+        def note(name: str, inputs: Any, output: Any) -> None:
+            seen.append((name, [t.clone() for t in _tensors(inputs)], [t.clone() for t in _tensors(output)]))
+
+        def check(name: str, inputs: Any, output: Any) -> None:
+            if not seen or seen[0][0] != name:
+                seen.clear()  # the run takes another way through the model from here on
+                return
+            _, inputs_then, outputs_then = seen.pop(0)
+            if not _agree(inputs_then, _tensors(inputs), whole, allowed):
+                return
+            outputs = _tensors(output)
+            if not _agree(outputs_then, outputs, whole, allowed):
+                found.append(name)
+                # As if nothing had happened, so that what comes after is judged for itself.
+                for then, now in zip(outputs_then, outputs, strict=False):
+                    if (part := _part(then, now, whole)) is not None:
+                        now.copy_(part)
+
+        for run, chosen, with_seed in ((note, range(self.length), 0), (check, rows, seed)):
+            with self.at_rest(with_seed, quiet), torch.no_grad(), _watched(self.modules, run):
+                self.forward(chosen)
+        return list(dict.fromkeys(found))
+
+    @contextlib.contextmanager
+    def at_rest(self, seed: int, quiet: frozenset[str]) -> Iterator[Callable[[], None]]:
+        """The model as it is, in this dtype, with chance seeded; it is given what puts the model back so."""
+
+        def reset() -> None:
+            self.put_back()
+            for tensor, _, value in self.values:
+                tensor.data = value.clone()
+            for name in quiet:
+                self.modules[name].training = False
+
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            with torch.enable_grad():
+                reset()
+                yield reset
+        finally:
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Everything that a forward may have changed."""
+        for module, attributes, buffers in self.state:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)
+        for tensor, value, _ in self.values:
+            tensor.data = value
+
+
+def _parameters(model: Any) -> dict[str, Tensor]:
+    """What to compare the gradients of, by name."""
+    if isinstance(model, nn.Module):
+        named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    else:
+        given: list[Any] = (
+            [model] if isinstance(model, Tensor) else list(model) if isinstance(model, Iterable) else [None]
+        )
+        if any(not isinstance(p, Tensor) for p in given):
+            raise TypeError(
+                f"model must be a torch.nn.Module or tensors. {errors.received('model', model)} "
+                "Pass the module that loss_fn uses, or the parameters to audit."
+            )
+        named = {f"parameters[{i}]": p for i, p in enumerate(given) if p.requires_grad}
+    if not named:
+        raise ValueError(
+            f"No parameter requires a gradient. {errors.received('model', type(model).__name__)} "
+            "Pass a module or tensors with requires_grad=True."
+        )
+    return named
+
+
+@contextlib.contextmanager
+def _kept(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """The random state, and the gradients that a loop may be in the middle of."""
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters]
+    devices = {p.device for p in parameters} - {torch.device("cpu")}
+    kind = next((d.type for d in devices), "cuda")
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        for p in parameters:
+            p.grad = None
+        with torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+
+
+@contextlib.contextmanager
+def _watched(modules: dict[str, nn.Module], run: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Calls `run(name, inputs, output)` after each module's forward."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs, output: run(name, (args, kwargs), output)
+
+    handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    """The tensors of any nesting that a batch may have; what else is in it is passed over."""
+    if isinstance(nest, Tensor):
+        return [nest]
+    return [t for _, _, child in children_of(nest) or () for t in _tensors(child)]
+
+
+def _part(full: Tensor, part: Tensor, whole: bool) -> Tensor | None:
+    """What of the whole batch's tensor the examples in `part` had; None where it is not told by examples."""
+    if whole:
+        return full if full.shape == part.shape else None
+    axes = [axis for axis, (n, k) in enumerate(zip(full.shape, part.shape, strict=False)) if n != k]
+    if full.ndim != part.ndim or len(axes) != 1 or full.shape[axes[0]] < part.shape[axes[0]]:
+        return None
+    return full.narrow(axes[0], 0, part.shape[axes[0]])
+
+
+def _agree(full: list[Tensor], part: list[Tensor], whole: bool, allowed: float) -> bool:
+    """Whether the examples of `part` had the same values in the whole batch."""
+    for then, now in zip(full, part, strict=False):
+        same = _part(then, now, whole)
+        if same is None or same.dtype != now.dtype:
+            continue
+        if not now.is_floating_point():
+            if not torch.equal(same, now):
+                return False
+        elif not torch.allclose(same, now, rtol=0, atol=allowed * max(same.abs().max().item(), 1e-30), equal_nan=True):
+            return False
+    return True
