@@ -129,7 +129,10 @@ def test_micro_batches_of_different_lengths_and_widths():
         np.testing.assert_allclose(now, before - sum(n * s for n, s in zip(sizes, steps, strict=True)), rtol=1e-12)
 
 
-def test_the_backup_callback_resumes(tmp_path):
+@pytest.mark.parametrize("partial", ["apply", "carry"])
+def test_the_backup_callback_resumes(tmp_path, partial):
+    """11 micro-batches of 2 in windows of 1, 2, 3, … leave some over each epoch, for "carry" to hold."""
+
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 2:
@@ -137,11 +140,13 @@ def test_the_backup_callback_resumes(tmp_path):
 
     x, y = data(22)
     fit = {"x": x, "y": y, "batch_size": 2, "epochs": 4, "shuffle": False, "verbose": 0}
-    straight = bb.accumulate(mlp(), every=4)
+
+    def model():
+        return bb.accumulate(mlp(), every=lambda update: 1 + update % 4, partial=partial)
+
+    straight, stopped, resumed = model(), model(), model()
     straight.fit(**fit)
-    stopped = bb.accumulate(mlp(), every=4)
     with pytest.raises(KeyboardInterrupt):
         stopped.fit(**fit, callbacks=[keras.callbacks.BackupAndRestore(tmp_path), Stop()])
-    resumed = bb.accumulate(mlp(), every=4)
     resumed.fit(**fit, callbacks=[keras.callbacks.BackupAndRestore(tmp_path)])
-    close(resumed, straight)
+    close(resumed, straight, 0)

@@ -99,13 +99,14 @@ def _check_model(model: Any) -> None:
     if keras.backend.backend() == "jax" and keras.config.is_nnx_enabled():
         raise ValueError("With NNX enabled, Keras would pass bigbatch's train_step over. Disable KERAS_NNX_ENABLED.")
     optimizer = getattr(model, "optimizer", None)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    steps = getattr(optimizer, "gradient_accumulation_steps", None)
-    if steps:
-        raise ValueError(
-            f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
-            "Leave it out: with bigbatch as well it would accumulate twice."
-        )
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of loss scaling
+    for one in (optimizer, *getattr(optimizer, "optimizers", ())):  # a MultiOptimizer's
+        steps = getattr(one, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
+                "Leave it out: with bigbatch as well it would accumulate twice."
+            )
 
 
 def _check_at_the_door(model: Any) -> None:

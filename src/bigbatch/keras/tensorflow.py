@@ -255,6 +255,8 @@ def _update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term])
 def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -> None:
     """`optimizer.apply`, unless the window is not finite. Loss scaling asks that itself, and takes note."""
     optimizer = model.optimizer
+    if model.distribute_strategy.num_replicas_in_sync > 1 and _clips(optimizer):
+        gradients = _on_the_first_replica(gradients)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer.apply(gradients, variables)
         return
@@ -278,6 +280,24 @@ def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -
         tf.cond(one, apply, lambda: tf.constant(False))
 
     tf.distribute.get_replica_context().merge_call(merged, args=(finite, gradients))
+
+
+def _clips(optimizer: Any) -> bool:
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of loss scaling
+    return any(
+        getattr(one, name, None) is not None
+        for one in (optimizer, *getattr(optimizer, "optimizers", ()))  # a MultiOptimizer's
+        for name in ("clipnorm", "global_clipnorm", "clipvalue")
+    )
+
+
+def _on_the_first_replica(gradients: list[Any]) -> list[Any]:
+    """The batch's gradient on one replica and zeros elsewhere: Keras clips first, and then sums over the replicas."""
+    context: Any = tf.distribute.get_replica_context()
+    present = [g for g in gradients if g is not None]
+    reduced = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, present) if present else [])
+    first = tf.equal(context.replica_id_in_sync_group, 0)
+    return [None if g is None else tf.where(first, r := next(reduced), tf.zeros_like(r)) for g in gradients]
 
 
 def _applied(optimizer: Any, gradients: list[Any], variables: list[Any]) -> Any:
