@@ -13,6 +13,7 @@ FRAMEWORKS = {
     "torch": ("torch", "torch"),
     "jax": ("optax", "jax"),
     "tensorflow": ("tensorflow", "tensorflow"),
+    "keras": ("keras", "keras"),
     "tf1": ("tensorflow", "tensorflow"),
 }
 

@@ -1,64 +1,22 @@
 """The stream door: your loader yields micro-batches, and bigbatch stands where TensorFlow applies a gradient."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tensorflow as tf
 
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every
 from bigbatch.noise import NoiseScale, UntilNoise, one_in
+from bigbatch.tensorflow import replicas
 from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
 from bigbatch.tensorflow.noise import Meter, WindowNoise, looked_at, nothing
 from bigbatch.tensorflow.sums import LOCAL, DenseSum, Gradient, SparseSum, cast, widened
-
-OPEN, MADE, NOT_FINITE, EMPTY, CARRIED, DROPPED = range(6)
-
-
-class Update(NamedTuple):
-    """What one call came to. Scalar tensors, so that a `tf.function` can return it, with `jit_compile` too.
-
-    Attributes:
-        index: the update's index, from 0; a skipped window leaves it for the next.
-        micro_batches: how many micro-batches the window holds.
-        items: the examples or tokens that they count for.
-        loss: the window's mean loss over items; NaN unless every micro-batch gave its `loss`.
-        grad_norm: the 2-norm of the window's mean gradient, NaN inside a window. Also NaN under a `tf.distribute`
-            strategy, where only the optimizer sees the gradient of all replicas.
-        outcome: 0 where the window is still open, 1 where the update was made; above that none was, see `skipped`.
-        noise: what the window says of the gradient's noise; NaN where it was not measured.
-    """
-
-    index: tf.Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int64
-    micro_batches: tf.Tensor  # int64
-    items: tf.Tensor  # float64
-    loss: tf.Tensor  # float64
-    grad_norm: tf.Tensor  # float64
-    outcome: tf.Tensor  # int32
-    noise: WindowNoise
-
-    @property
-    def closed(self) -> tf.Tensor:
-        """Whether this call ended a window."""
-        return tf.not_equal(self.outcome, OPEN)
-
-    @property
-    def made(self) -> tf.Tensor:
-        """Whether this call made an update."""
-        return tf.equal(self.outcome, MADE)
-
-    @property
-    def skipped(self) -> str | None:
-        """Why no update was made; None where it was, or the window is open. Reading it waits for the device."""
-        held = f"{int(self.micro_batches)} micro-batches of a partial window"
-        return {
-            NOT_FINITE: f"the window is not finite: loss {float(self.loss)}, gradient norm {float(self.grad_norm)}",
-            EMPTY: "no variable got a gradient",
-            CARRIED: f"carried: {held} wait for more",
-            DROPPED: f"dropped: {held}",
-        }.get(int(self.outcome))
+from bigbatch.tensorflow.update import CARRIED, DROPPED, EMPTY, MADE, NOT_FINITE, OPEN
+from bigbatch.tensorflow.update import Update as Update
 
 
 class Accumulator(tf.Module):
@@ -84,8 +42,8 @@ class Accumulator(tf.Module):
     and SavedModel keep it, inside a window too.
 
     Under a `tf.distribute` strategy, make it inside `strategy.scope()` and call `apply_gradients` in `strategy.run`.
-    The mean is over the items of all replicas, which may be unequal. The optimizer must sum gradients over replicas,
-    as Keras's do; it does so once a window.
+    The mean is over the items of all replicas, which may be unequal, and clipping is of the mean. The optimizer must
+    sum gradients over replicas, as Keras's do; it does so once a window.
 
     Args:
         optimizer: a Keras optimizer, or anything with `apply_gradients`.
@@ -237,14 +195,6 @@ class Accumulator(tf.Module):
         self._micro_batches.assign(0)
 
     def _check_strategy(self) -> None:
-        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        clips = [n for n in ("clipnorm", "global_clipnorm", "clipvalue") if getattr(inner, n, None) is not None]
-        if clips and self._strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                f"{type(inner).__name__} clips each replica's gradient before it adds them up. "
-                f"Received: {clips[0]}={getattr(inner, clips[0])} on {self._strategy.num_replicas_in_sync} replicas. "
-                "Train on one replica, or without clipping."
-            )
         if tf.distribute.has_strategy() and not self._distributed:
             raise ValueError(
                 "The Accumulator was made outside the strategy it is used under. "
@@ -365,12 +315,14 @@ class Accumulator(tf.Module):
     def _close(self) -> Update:
         """One update from the window's sums; then, whatever happened, an empty window."""
         if self._distributed:
-            items, loss, factor, norm, finite, apply = self._across_replicas()
+            whole = replicas.clips(self.optimizer)
+            items, loss, factor, norm, finite, share = replicas.reduced(self._sums, self._items, self._loss, whole)
+            apply = functools.partial(share, self._apply_means)
         else:
             items, loss, factor = tf.identity(self._items), tf.identity(self._loss), self._unit / self._items
             means = [one.mean(factor) for one in self._sums]
             norm = tf.cast(tf.linalg.global_norm(means), COUNT) if means else tf.zeros((), COUNT)
-            finite, apply = tf.math.is_finite(norm), lambda: self._apply_means(means)
+            finite, apply = tf.math.is_finite(norm), functools.partial(self._apply_means, means)
         noise = self._noise(items, norm)
         if not self._sums:
             outcome = tf.constant(EMPTY)
@@ -388,30 +340,11 @@ class Accumulator(tf.Module):
             self._micro_batches.assign(0)
         return update
 
-    def _across_replicas(self) -> Any:
-        """The same of a strategy's replicas: three numbers are reduced here, the gradient by the optimizer."""
-        strategy = tf.distribute.get_strategy()
-        items, loss, squares = tf.unstack(strategy.reduce("SUM", strategy.run(self._stats), axis=None))
-        # An inf on one replica is made every replica's, for a LossScaleOptimizer that looks at its own.
-        finite = tf.math.is_finite(squares)
-        factor = tf.where(finite, 1 / items, math.nan)
-
-        def apply_here() -> None:
-            self._apply_means([one.mean(factor) for one in self._sums])
-
-        norm = tf.constant(math.nan, COUNT)
-        return items, loss, factor, norm, finite, lambda: strategy.run(apply_here)
-
     def _apply_means(self, means: list[Gradient]) -> None:
         variables = self._host.variables
         self.optimizer.apply_gradients(
             [(cast(g, tf.as_dtype(v.dtype)), v) for g, v in zip(means, variables, strict=True)]
         )
-
-    def _stats(self) -> tf.Tensor:
-        """One replica's [items, loss, Σ|sum|²]: the last one only to see whether all is finite."""
-        squares = [tf.cast(tf.nn.l2_loss(one.total), COUNT) for one in self._sums]
-        return tf.stack([self._items, self._loss, tf.add_n(squares) if squares else tf.zeros((), COUNT)])
 
     def _flush(self) -> Update:
         if self._distributed and not tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
