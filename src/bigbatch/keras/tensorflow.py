@@ -94,7 +94,8 @@ def _gather(window: list[Any], stacked: bool) -> list[Any]:
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
         join = tf.stack if stacked else lambda column: tf.concat(column, 0)
         leaves = [join(column) for column in zip(*rows[start:stop], strict=True)]
-        lengths = None if stacked else tf.constant([row[0].shape[0] for row in rows[start:stop]])
+        counts: list[Any] = [row[0].shape[0] for row in rows[start:stop]]  # known: here the data is at hand
+        lengths = None if stacked else tf.constant(counts)
         runs.append((batch.nest(window[0], leaves), lengths))
     return runs
 
