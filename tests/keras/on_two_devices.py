@@ -29,7 +29,7 @@ OPTIMIZERS = {
     "momentum": lambda: optimizers.SGD(0.5, momentum=0.9),
     "clipnorm": lambda: optimizers.SGD(0.5, clipnorm=0.05),
     "global_clipnorm": lambda: optimizers.Adam(0.01, global_clipnorm=0.05),
-    "clipvalue": lambda: optimizers.SGD(0.5, clipvalue=0.01),
+    "clipvalue": lambda: optimizers.LossScaleOptimizer(optimizers.SGD(0.5, clipvalue=0.01)),
     "several": lambda: several(optimizers.SGD(0.5, global_clipnorm=0.05), optimizers.Adam(0.01)),
 }
 
