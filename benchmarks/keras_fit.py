@@ -42,6 +42,24 @@ are medians over the rounds.
 """
 
 
+NOTES = {
+    "tensorflow": """\
+Left over the floor: the sums, which are a pass over the weights for each micro-batch, and once a window a division
+and a test for inf. The loop runs one micro-batch at a time, so that one's activations are in memory. TensorFlow's
+default, ten at once, is quicker where a thread would be idle, and holds the activations of those that have begun.
+Keras leaves XLA off where there is no accelerator; *XLA* is `compile(jit_compile=True)`, for ours and for Keras's
+own alike.""",
+    "jax": """\
+Left over the floor: the sums. XLA writes each gradient and adds it in a pass of its own. The division is part of
+the update's own pass, and the test for inf reads the sums once a window.""",
+    "torch": """\
+Left over the floor: autograd adds each gradient in a pass of its own, and a window has a pass to divide and one to
+test for inf. Every contender pays for Keras's own Python in each layer and loss. `bigbatch.torch` spares the
+adding with a `TorchFunctionMode`; Keras asks tensors for their shape, type and device so often that here the mode
+cost as much as it spared.""",
+}
+
+
 def model(jit_compile="auto", **options):
     """The MLP, compiled and built, with the same weights each time; `options` are Adam's."""
     keras.utils.set_random_seed(0)
@@ -269,6 +287,7 @@ def main() -> None:
     columns = {"live MiB": live} if any(live.values()) else {}
     part = (
         f"{table(timings, ['Keras, `fit`', 'Keras, bare', 'by hand', 'floor'], columns)}\n\n{wanted}\n\n"
+        f"{NOTES[BACKEND]}\n\n"
         f"`KERAS_BACKEND={BACKEND} python benchmarks/keras_fit.py --repetitions {options.repetitions} --write`: "
         f"{circumstances('keras', PACKAGES[BACKEND])}"
     )

@@ -17,6 +17,7 @@ from bigbatch.every import Every, Items, as_every, planned
 from bigbatch.noise import Noise, NoiseScale, UntilNoise
 from bigbatch.torch.fused import Fused
 from bigbatch.torch.noise import Meter
+from bigbatch.torch.ranks import Met, Ranks, described, ranks_of
 from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
 
 
@@ -71,6 +72,10 @@ class Accumulator:
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
         noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
             window in ten, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
+        model: the DistributedDataParallel that the losses come from, where several ranks train one model; its own
+            reduction is put off from here on. `every` then counts each rank's micro-batches, or with `bb.items` the
+            items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window and `flush` are then
+            collective.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was touched.
@@ -88,6 +93,7 @@ class Accumulator:
         partial: Literal["apply", "carry", "drop"] = "apply",
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
         noise: bool | int = False,
+        model: torch.nn.Module | None = None,
     ):
         self.optimizer = _check_optimizer(optimizer)
         self.every = every if isinstance(every, UntilNoise) else as_every(every)
@@ -107,6 +113,19 @@ class Accumulator:
         self._window: Window | None = None
         self._plan: int | Items | UntilNoise = 0
         self._fused: Fused | None = None
+        self._ranks: Ranks | None = None if model is None else ranks_of(model)
+        if self._ranks is not None:
+            if noise or isinstance(self.every, UntilNoise):
+                raise ValueError(
+                    "The noise scale is not measured across ranks yet: each sees its own micro-batches only. "
+                    f"Received: noise={noise}, every={every}, {self._ranks.size} ranks. "
+                    "Leave noise out, and give a number."
+                )
+            self._ranks.agree({
+                "every": getattr(every, "__name__", repr(every)), "dtype": str(dtype), "clip_norm": str(clip_norm),
+                "partial": partial, "nonfinite": nonfinite, **described(self._parameters()),
+            })  # fmt: skip
+            self._ranks.hold()
         self._meter = Meter(every, noise)
         self._meter.arm(self._index, self._parameters())
 
@@ -200,18 +219,40 @@ class Accumulator:
         Returns:
             None where nothing was pending. Otherwise the Update; with `partial` "carry" or "drop", one that was
             skipped and says so.
+
+        Across ranks it also is the join: a rank that is here takes part in the windows of those that have more data,
+        until all are here. It returns the last Update.
         """
+        if self._ranks is not None:
+            return self._flush_together(self._ranks)
         window = self._window
         if window is None:
             return None
-        if self.partial == "apply":
-            return self._close(window)
-        held = f"{window.micro_batches} micro-batches of a partial window"
-        if self.partial == "carry":
-            return self._report(window, window.close(), math.nan, f"carried: {held} wait for more")
-        update = self._report(window, window.close(), math.nan, f"dropped: {held}")
-        self.reset()
+        return self._close(window) if self.partial == "apply" else self._leave(window.close())
+
+    def _flush_together(self, ranks: Ranks) -> Update | None:
+        update, last = None, False
+        try:
+            while not last:
+                window = self._window or self._open()
+                met, last = ranks.wait(window, self._parameters(), self._plan)
+                if met.sums.micro_batches == 0:
+                    break
+                if last and self.partial != "apply":
+                    return self._leave(met.sums)
+                update = self._close(window, met)
+        except BaseException:
+            self.reset()
+            raise
         return update
+
+    def _leave(self, sums: Sums) -> Update:
+        """A window that is not full, carried or dropped."""
+        held = f"{sums.micro_batches} micro-batches of a partial window"
+        if self.partial == "carry":
+            return self._report(sums, math.nan, f"carried: {held} wait for more")
+        self.reset()
+        return self._report(sums, math.nan, f"dropped: {held}")
 
     def reset(self) -> None:
         """Forgets the open window: its gradients go, and the next `backward` starts a new one."""
@@ -222,6 +263,7 @@ class Accumulator:
     def state_dict(self) -> dict[str, Any]:
         """The count of updates and the open window, as plain numbers and tensors; the latter are not copies.
 
+        Inside a window every rank has its own part, and saves it; where none is open, all have the same state.
         `torch.load(..., weights_only=True)` reads it back. Save the model, optimizer, scheduler and scaler beside it.
         """
         parameters = self._parameters()
@@ -233,6 +275,7 @@ class Accumulator:
         }
         if (window := self._window) is not None:
             state["window"] = {
+                "ranks": self._ranks.size if self._ranks else 1,
                 "micro_batches": window.micro_batches,
                 "items": window.items,
                 "unit": window.unit,
@@ -260,10 +303,15 @@ class Accumulator:
                 f"Received: shapes {state['shapes']}, but the optimizer holds {shapes}. "
                 "Build the same model and parameter groups before loading."
             )
+        saved, ranks = state["window"], self._ranks.size if self._ranks else 1
+        if saved is not None and saved.get("ranks", 1) != ranks:
+            raise ValueError(
+                f"The state was saved inside a window on {saved.get('ranks', 1)} ranks, each with its own part of it. "
+                f"Received: {ranks} ranks. Load it on as many, or save where no window is open."
+            )
         self._index = state["index"]
         self.reset()
         self._meter.load_state_dict(state.get("noise"))  # older states have none
-        saved = state["window"]
         if saved is None:
             return
         window = self._open()
@@ -294,11 +342,16 @@ class Accumulator:
         if isinstance(self._plan, UntilNoise):
             return self._meter.is_enough(self._plan, window, self._parameters(), self.scaler)
         if isinstance(self._plan, Items):
-            return bool(window.items >= self._plan.count)
+            items = window.items if self._ranks is None else self._ranks.count(window.items)[0]
+            return bool(items >= self._plan.count)
         return window.micro_batches >= self._plan
 
-    def _close(self, window: Window) -> Update:
+    def _close(self, window: Window, met: Met | None = None) -> Update:
         """One update from the window's sums; then, whatever happened, no gradients and no window."""
+        sums = None
+        if self._ranks is not None:
+            met = met or self._ranks.meet(window, self._parameters())
+            sums = self._ranks.reduce(window, self._parameters(), met)
         gradients = window.gradients(self._parameters())
         # Without a gradient a scaler has recorded nothing, and would refuse to go on.
         scaler = self.scaler if gradients else None
@@ -306,10 +359,10 @@ class Accumulator:
             scaler.unscale_(self.optimizer)
         try:
             norm = torch.nn.utils.get_total_norm(gradients)
-            sums = window.close()  # here the host waits
+            sums = sums or window.close()  # here the host waits
             noise = self._meter.noise(window, norm, scaler)
             norm = norm * sums.factor
-            update = replace(self._report(window, sums, norm.item()), noise=noise)
+            update = replace(self._report(sums, norm.item()), noise=noise)
             skipped = self._reason_to_skip(update, gradients)
             if skipped is not None:
                 return replace(update, skipped=skipped)
@@ -335,8 +388,8 @@ class Accumulator:
                 scaler.update()
             self.reset()
 
-    def _report(self, window: Window, sums: Sums, norm: float, skipped: str | None = None) -> Update:
-        return Update(self._index, window.micro_batches, sums.items, sums.loss, norm, skipped)
+    def _report(self, sums: Sums, norm: float, skipped: str | None = None) -> Update:
+        return Update(self._index, sums.micro_batches, sums.items, sums.loss, norm, skipped)
 
     def _reason_to_skip(self, update: Update, gradients: list[Tensor]) -> str | None:
         if update.items <= 0:
