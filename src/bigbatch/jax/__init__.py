@@ -2,6 +2,7 @@
 
 from bigbatch.every import items as items
 from bigbatch.jax.aux import carry as carry
+from bigbatch.jax.memory import plan as plan
 from bigbatch.jax.split import value_and_grad as value_and_grad
 from bigbatch.jax.stream import AccumulateState as AccumulateState
 from bigbatch.jax.stream import Update as Update
