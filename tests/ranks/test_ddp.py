@@ -207,7 +207,7 @@ REFUSED = {
         "model must be wrapped in DistributedDataParallel or by fully_shard where there are several ranks",
     ),
     "static": (ValueError, "static_graph=True"),
-    "noise": (ValueError, "The noise scale is not measured across ranks yet"),
+    "noise": (ValueError, "The noise scale is measured in one process. Received: noise=True, every=1, 2 ranks."),
     "not a module": (TypeError, "model must be a torch.nn.Module. Received: model='ddp' (str)."),
     "strange": (ValueError, "The loss reaches a parameter that is not the model's."),
 }

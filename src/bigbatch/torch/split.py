@@ -160,6 +160,9 @@ def _closed(opened: Opened, ranks: Ranks | None, lengths: list[tuple[str, int]])
         if math.isnan(sums.loss):
             raise errors.loss_not_finite(sums.loss, f"{sums.micro_batches} micro-batches")
         scale_(window.gradients(before), sums.factor)
+        for p in window.sums:
+            if before[p] is None:  # rounded here, where a lack of memory can still be taken back
+                window.sums[p] = window.sums[p].to(p.dtype)
         return window.loss.new_full((), sums.loss, dtype=torch.promote_types(loss_dtype, window.loss.dtype))
     except BaseException:
         _put_back(before)

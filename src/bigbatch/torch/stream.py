@@ -71,14 +71,14 @@ class Accumulator:
             "carry" keeps it open, "drop" forgets it.
         nonfinite: what becomes of a window whose loss or gradient is inf or NaN: "skip" makes no update, "raise"
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
-        noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
-            window in ten, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
         model: the DistributedDataParallel or fully_shard model that the losses come from, where several ranks train
             one model; its own reduction is put off from here on. `every` then counts each rank's micro-batches, or
             with `bb.items` the items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window and
             `flush` are then collective.
         sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes), or every "micro_batch"
             (least memory).
+        noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
+            window in ten, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was touched.
@@ -95,9 +95,9 @@ class Accumulator:
         dtype: torch.dtype | None = torch.float32,
         partial: Literal["apply", "carry", "drop"] = "apply",
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
-        noise: bool | int = False,
         model: torch.nn.Module | None = None,
         sync: Sync = "window",
+        noise: bool | int = False,
     ):
         self.optimizer = _check_optimizer(optimizer)
         self.every = every if isinstance(every, UntilNoise) else as_every(every)
@@ -119,11 +119,10 @@ class Accumulator:
         self._fused: Fused | None = None
         self._ranks: Ranks | None = None if model is None else ranks_of(model, sync)
         if self._ranks is not None:
-            if noise or isinstance(self.every, UntilNoise):
+            if noise is not False or isinstance(every, UntilNoise):
                 raise ValueError(
-                    "The noise scale is not measured across ranks yet: each sees its own micro-batches only. "
-                    f"Received: noise={noise}, every={every}, {self._ranks.size} ranks. "
-                    "Leave noise out, and give a number."
+                    "The noise scale is measured in one process. "
+                    f"Received: noise={noise}, every={every}, {self._ranks.size} ranks."
                 )
             if scaler is not None and self._ranks.shards is not None:
                 raise ValueError(f"scaler does not know shards. {errors.received('scaler', scaler)} Use bfloat16.")
