@@ -13,14 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # The longest first, so that the cores are done at the same time.
-BACKENDS = ["keras_tensorflow", "tensorflow", "jax", "keras_jax", "tf1", "keras_torch", "torch"]
+BACKENDS = ["keras_tensorflow", "tensorflow", "jax", "keras_jax", "tf1", "keras_torch", "ranks", "torch"]
 STEPS = {
     "lint": [["ruff", "check"], ["ruff", "format", "--check"], ["pyright"]],
     "core": [["pytest", "-q"]],
     **{backend: [["pytest", "-q", "--durations=5", "--backend", backend]] for backend in BACKENDS},
 }
-# The rest of Keras's room takes JAX longer than all others together; run it with pytest --backend keras_jax.
-STEPS["keras_jax"] = [["pytest", "-q", "--durations=5", "--backend", "keras_jax", "tests/conformance"]]
 # The tests' arrays are small: threads that wait for each other on a busy machine take longer than the work.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
 

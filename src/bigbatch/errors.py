@@ -112,6 +112,14 @@ def check_lengths(lengths: Sequence[tuple[str, int]]) -> int:
     return first
 
 
+def one_micro_batch(micro_batch: int, length: int) -> Exception:
+    """For an audit of a batch that one micro-batch holds."""
+    return ValueError(
+        f"An audit needs more than one micro-batch. Received: micro_batch={micro_batch} for a batch of {length}. "
+        "Pass a smaller micro_batch."
+    )
+
+
 def leaf_without_length(where: str, value: Any) -> Exception:
     """For a leaf of a batch that cannot be cut: a scalar, a number, a string."""
     fix = "Bind what is the same for every micro-batch in loss_fn instead, with a closure or functools.partial."
@@ -147,4 +155,28 @@ def loss_not_finite(value: float, micro_batches: str) -> Exception:
     return ValueError(
         f"The loss is not a number. Received: loss={value} over {micro_batches}. "
         "The gradients are as they were before the call; look for a division by zero, or a learning rate too high."
+    )
+
+
+def ranks_disagree(name: str, values: Sequence[str]) -> Exception:
+    """For processes that train one model and were not given the same; every one of them gets this text."""
+    odd = next(rank for rank, value in enumerate(values) if value != values[0])
+    return ValueError(
+        f"The ranks disagree on {name}. Received: {values[0]} (rank 0), {values[odd]} (rank {odd}). "
+        "Every rank must build the same model and pass the same options."
+    )
+
+
+def rank_failed() -> Exception:
+    """For a rank that waits for gradients that another could not compute."""
+    return RuntimeError("Another rank raised an error and has no gradients to bring; its own output says which.")
+
+
+def rank_lost(error: Exception) -> Exception:
+    """For a rank whose partner died, or waits somewhere else."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RuntimeError(
+        f"The ranks could not meet: {reason} "
+        "A rank has died, or does something else; its own output says what. The others cannot go on without it: let "
+        "them end, and start again from the last checkpoint, as torchrun --max-restarts does."
     )

@@ -71,11 +71,8 @@ class Overwriting(keras.optimizers.SGD):
                 g.fill_(float("nan"))
 
 
-class Still(keras.optimizers.SGD):
-    """Takes gradients and makes no update: what is left is the door alone."""
-
-    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        pass
+class Reached(Exception):
+    """The optimizer was about to be applied."""
 
 
 @keras.saving.register_keras_serializable("bigbatch")
@@ -184,17 +181,25 @@ class KerasRun:
         return SimpleNamespace(micro_batches=len(micro_batches), items=items, loss=loss, skipped=skipped)
 
     def gradient(self, micro_batches: Sequence[MicroBatch]) -> dict[str, np.ndarray | None]:
-        """The window without its update: the same door, before an optimizer that leaves everything as it is."""
-        optimizer, self.model.optimizer = self.model.optimizer, Still(1.0)
-        self.model.train_function = None
+        """The window up to its update: the same door before the same optimizer, stopped where it would be applied."""
+        optimizer = self.model.optimizer
+
+        def apply(*args: Any, **kwargs: Any) -> None:
+            raise Reached
+
+        # Uncompiled, or nothing would have run by then.
+        optimizer.apply, self.model.run_eagerly, self.model.train_function = apply, True, None
         try:
             if BACKEND == "torch":
                 self.step(micro_batches)  # without train_on_batch, which reads the loss
             else:
                 self.train(micro_batches)
+        except Reached:
+            return {}
         finally:
-            self.model.optimizer, self.model.train_function = optimizer, None
-        return {}
+            del optimizer.apply
+            self.model.run_eagerly, self.model.train_function = False, None
+        raise AssertionError("the window ended without an update")
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> None:
         self.model.train_step(self.tensors(jobs.join(micro_batches)))

@@ -1,6 +1,8 @@
 """`fit` as people use it: what Keras takes and offers, each against plain `fit` on the whole batch."""
 
 import json
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -243,6 +245,39 @@ def test_a_saved_model_knows_nothing_of_bigbatch(tmp_path):
         close(loaded, model)
 
 
+LOADS = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "bigbatch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import keras
+import numpy as np
+
+model = keras.models.load_model(sys.argv[1])
+arrays = np.load(sys.argv[2])
+model.fit(arrays["x"], arrays["y"], batch_size=10, shuffle=False, verbose=0)
+np.savez(sys.argv[2], *model.get_weights())
+"""
+
+
+def test_a_saved_model_trains_on_where_bigbatch_is_not_installed(tmp_path):
+    x, y = (a.astype("float32") for a in data())
+    model = bb.accumulate(mlp(), micro_batch=4)
+    model.fit(x, y, batch_size=10, shuffle=False, verbose=0)
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "arrays.npz", x=x, y=y)
+    paths = [str(tmp_path / name) for name in ("model.keras", "arrays.npz")]
+    subprocess.run([sys.executable, "-c", LOADS, *paths], check=True)
+    bb.accumulate(model, None).fit(x, y, batch_size=10, shuffle=False, verbose=0)
+    with np.load(tmp_path / "arrays.npz") as trained:
+        for name, ours in zip(trained.files, model.get_weights(), strict=True):
+            np.testing.assert_allclose(trained[name], ours, rtol=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy):
     """The weights stay float32, and loss scaling counts updates.
@@ -257,17 +292,19 @@ def test_mixed_precision(policy):
     try:
         x, y = (a.astype("float32") for a in data(20))
         start = [array(v) for v in mlp().trainable_variables]
-        plain, split = mlp(), bb.accumulate(mlp(), micro_batch=4)
-        for model in (plain, split):
-            model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
-        assert isinstance(split.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
-        assert int(array(split.optimizer.iterations)) == int(array(plain.optimizer.iterations)) > 0
-        eps = {"mixed_float16": 2.0**-10, "mixed_bfloat16": 2.0**-7}[policy]
-        for a, b, s in zip(split.trainable_variables, plain.trainable_variables, start, strict=True):
-            assert a.dtype == "float32"
-            way = np.linalg.norm(array(b) - s)
-            assert way > 0
-            assert np.linalg.norm(array(a) - array(b)) < 8 * eps * way, a.path
+        plain = mlp()
+        plain.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
+        for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
+            model = bb.accumulate(mlp(), **door)
+            model.fit(x, y, batch_size=size, epochs=2, shuffle=False, verbose=0)
+            assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
+            assert int(array(model.optimizer.iterations)) == int(array(plain.optimizer.iterations)) > 0
+            eps = {"mixed_float16": 2.0**-10, "mixed_bfloat16": 2.0**-7}[policy]
+            for a, b, s in zip(model.trainable_variables, plain.trainable_variables, start, strict=True):
+                assert a.dtype == "float32"
+                way = np.linalg.norm(array(b) - s)
+                assert way > 0
+                assert np.linalg.norm(array(a) - array(b)) < 8 * eps * way, (a.path, door)
     finally:
         keras.config.set_floatx(before[0])
         keras.config.set_dtype_policy(before[1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bigbatch.keras as bb
-from conformance.keras_parity import close, data, float64, mlp
+from conformance.keras_parity import BACKEND, close, data, float64, mlp
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,29 @@ def test_train_on_batch_is_a_window_of_its_own():
     close(model, updates(mlp(), x, y, (0, 8)))
 
 
+if BACKEND != "torch":  # where nothing is compiled
+
+    @pytest.mark.parametrize("options", [{}, {"jit_compile": True}][: 1 if BACKEND == "jax" else 2])
+    def test_a_short_micro_batch_compiles_once_wherever_it_comes(options):
+        """As `fit` shuffles a PyDataset's micro-batches."""
+        traced = []
+
+        def loss(y, y_pred):
+            traced.append(y)
+            return keras.ops.square(y - y_pred)
+
+        x, y = data(10)
+        model = bb.accumulate(mlp(loss, **options), every=4)
+        for place in range(4):
+            rows = [slice(i, min(i + 3, 10)) for i in range(0, 10, 3)]
+            rows.insert(place, rows.pop())
+            model.fit(((x[r], y[r]) for r in rows), steps_per_epoch=4, shuffle=False, verbose=0)
+            if place == 0:
+                first = len(traced)
+        assert len(traced) == first
+        close(model, updates(mlp(), x, y, *[(0, 10)] * 4))
+
+
 def test_micro_batches_of_different_lengths_and_widths():
     """Sequences are padded within a micro-batch only."""
     keras.utils.set_random_seed(0)
@@ -106,7 +129,10 @@ def test_micro_batches_of_different_lengths_and_widths():
         np.testing.assert_allclose(now, before - sum(n * s for n, s in zip(sizes, steps, strict=True)), rtol=1e-12)
 
 
-def test_the_backup_callback_resumes(tmp_path):
+@pytest.mark.parametrize("partial", ["apply", "carry"])
+def test_the_backup_callback_resumes(tmp_path, partial):
+    """11 micro-batches of 2 in windows of 1, 2, 3, … leave some over each epoch, for "carry" to hold."""
+
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 2:
@@ -114,11 +140,13 @@ def test_the_backup_callback_resumes(tmp_path):
 
     x, y = data(22)
     fit = {"x": x, "y": y, "batch_size": 2, "epochs": 4, "shuffle": False, "verbose": 0}
-    straight = bb.accumulate(mlp(), every=4)
+
+    def model():
+        return bb.accumulate(mlp(), every=lambda update: 1 + update % 4, partial=partial)
+
+    straight, stopped, resumed = model(), model(), model()
     straight.fit(**fit)
-    stopped = bb.accumulate(mlp(), every=4)
     with pytest.raises(KeyboardInterrupt):
         stopped.fit(**fit, callbacks=[keras.callbacks.BackupAndRestore(tmp_path), Stop()])
-    resumed = bb.accumulate(mlp(), every=4)
     resumed.fit(**fit, callbacks=[keras.callbacks.BackupAndRestore(tmp_path)])
-    close(resumed, straight)
+    close(resumed, straight, 0)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def value_and_grad(
     has_aux: bool = False,
     holomorphic: bool = False,
     *,
-    micro_batch: int,
+    micro_batch: int | Literal["auto"],
     in_axes: Sequence[Any] = (None, 0),
     aux: Any = None,
     dtype: Any = jnp.float32,
@@ -49,7 +49,8 @@ def value_and_grad(
         has_aux: whether `loss_fn` returns a pair, the second part being auxiliary outputs; `aux` says what becomes
             of them.
         holomorphic: refused.
-        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch.
+        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch. "auto" plans one that
+            fits what is free (see `plan`), once for each shape of the arguments, and logs what it chose.
         in_axes: for each positional argument the axis that holds its examples, or None where every micro-batch gets
             it whole; an integer, None, or a nesting of them, as in `jax.vmap`. Keyword arguments are given whole.
             PRNG keys (`jax.random.key`) in an argument given whole are folded with the micro-batch's number.
@@ -70,6 +71,11 @@ def value_and_grad(
     Raises:
         TypeError, ValueError: an argument, the batch, a loss or its items are not as described; while tracing.
     """
+    if micro_batch == "auto":
+        from bigbatch.jax.memory import fitting  # which compiles this door
+
+        options = {"in_axes": in_axes, "aux": aux, "dtype": dtype, "axis_name": axis_name}
+        return fitting(loss_fn, argnums, has_aux, holomorphic, **options)
     micro_batch = errors.check_micro_batch(micro_batch)
     if holomorphic:
         raise ValueError("Holomorphic gradients are not accumulated. Received: holomorphic=True. Leave it out.")

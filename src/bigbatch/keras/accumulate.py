@@ -99,13 +99,14 @@ def _check_model(model: Any) -> None:
     if keras.backend.backend() == "jax" and keras.config.is_nnx_enabled():
         raise ValueError("With NNX enabled, Keras would pass bigbatch's train_step over. Disable KERAS_NNX_ENABLED.")
     optimizer = getattr(model, "optimizer", None)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    steps = getattr(optimizer, "gradient_accumulation_steps", None)
-    if steps:
-        raise ValueError(
-            f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
-            "Leave it out: with bigbatch as well it would accumulate twice."
-        )
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of loss scaling
+    for one in (optimizer, *getattr(optimizer, "optimizers", ())):  # a MultiOptimizer's
+        steps = getattr(one, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
+                "Leave it out: with bigbatch as well it would accumulate twice."
+            )
 
 
 def _check_at_the_door(model: Any) -> None:
@@ -124,13 +125,15 @@ def _check_at_the_door(model: Any) -> None:
                 _check_arrays(given)
                 if not warned:
                     warned = _warn_of_batch_norm(model)
-            if keras.backend.backend() != "jax" or not model.compiled:
-                return method(*args, **kwargs)
-            kept = split.backend().keep(model)
+            kept = split.backend().keep(model) if keras.backend.backend() == "jax" and model.compiled else None
             try:
                 return method(*args, **kwargs)
-            except BaseException:
-                split.backend().give_back(kept)
+            except BaseException as error:
+                if kept is not None:
+                    split.backend().give_back(kept)
+                if isinstance(error, Exception):
+                    # TensorFlow may keep what an error cut short while it was traced, and run it at the next call.
+                    model.train_function = None
                 raise
 
         return call

@@ -58,10 +58,13 @@ def split_step(model: Any, micro_batch: int) -> Step:
 
 
 def gather(model: Any, window: list[Any]) -> Any:
-    """A window's micro-batches as what `stream_step`'s `train_step` takes: those of one shape, stacked."""
+    """A window's micro-batches as what `stream_step`'s `train_step` takes: those of one shape, stacked.
+
+    The largest come first. A shuffled data set has its short micro-batch anywhere, and each order would be compiled.
+    """
     for data in window:
         batch.check(data)
-    rows = [batch.leaves(data) for data in window]
+    rows = sorted(map(batch.leaves, window), key=lambda row: [leaf.shape for leaf in row], reverse=True)
     shapes = [[leaf.shape for leaf in row] for row in rows]
     starts = [i for i in range(len(rows)) if i == 0 or shapes[i] != shapes[i - 1]]
     runs = []
@@ -143,21 +146,22 @@ def _update(
         unit / jnp.where(items == 0, 1, items) if divide else jnp.ones_like(unit)
         for unit, items, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
     ]
-    gradients = []
-    for v, *parts in zip(trainable, *sums.gradients, strict=True):
-        weighted = [g * factor.astype(g.dtype) for g, factor in zip(parts, factors, strict=True)]
-        gradients.append(functools.reduce(jnp.add, weighted).astype(v.dtype))
 
     def apply() -> Any:
+        gradients = []
+        for v, *parts in zip(trainable, *sums.gradients, strict=True):
+            weighted = [g * factor.astype(g.dtype) for g, factor in zip(parts, factors, strict=True)]
+            gradients.append(functools.reduce(jnp.add, weighted).astype(v.dtype))
         return tuple(map(list, model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)))
 
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         updated = apply()
     else:
         # A window that is not finite leaves no trace. Loss scaling asks that itself, and takes note.
+        # The sums are asked, so that the division is part of the update's own pass over them.
         finite = jnp.isfinite(total)
-        for g in gradients:
-            finite &= jnp.sum(g * 0) == 0  # inf and NaN make NaN of it; the quickest test on a CPU
+        for g in jax.tree.leaves(sums.gradients):
+            finite &= jnp.sum(g - g) == 0  # inf and NaN make NaN of it; one quick pass on a CPU, that makes no array
         updated = lax.cond(finite, apply, lambda: (list(trainable), list(optimizer_variables)))
     trainable, optimizer_variables = updated
     return logs, (trainable, non_trainable, optimizer_variables, metrics)

@@ -5,7 +5,7 @@ the law (`bigbatch.law`) each of them must come with its items: examples, the va
 weights. So the compiled losses are called through copies that note what Keras's own reduction divides by.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,30 @@ def length(x: Any) -> Any:
     return ops.shape(leaf)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
-def terms(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, replicas: int = 1) -> list[Term]:
+def check_values(values: Any, x: Any, loss: Any, y: Any, y_pred: Any) -> None:
+    """Accepts one value an example, or one a step of each; anything else has lost the batch."""
+    examples = length(x)
+    if values.shape[0] != examples:
+        raise lost_the_batch(values, examples)
+
+
+def lost_the_batch(values: Any, examples: int | str) -> Exception:
+    """For a loss whose values are not one an example."""
+    return ValueError(
+        f"A loss must return one value an example. Received: {errors.received('values', values)[10:]} "
+        f"for a micro-batch of {examples} examples. Keep the leading dimension, and reduce the others."
+    )
+
+
+def terms(
+    model: Any,
+    x: Any,
+    y: Any,
+    y_pred: Any,
+    sample_weight: Any,
+    replicas: int = 1,
+    check: Callable[..., None] = check_values,
+) -> list[Term]:
     """Takes the model's loss apart, compiled losses first.
 
     Args:
@@ -55,6 +78,7 @@ def terms(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, replicas:
         y_pred: what the model made of it.
         sample_weight: its weights, or None.
         replicas: Keras divides means by the number of replicas that share the batch; this undoes it.
+        check: what is told a loss's values, the inputs, the loss, its targets and predictions, and refuses.
     """
     if type(model).compute_loss is not keras.Model.compute_loss:
         # The user's own total, which must be a mean over the examples.
@@ -67,7 +91,7 @@ def terms(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, replicas:
         if not tree.is_nested(y) and not tree.is_nested(y_pred):
             flats = flats[:1]  # of several losses for one output, Keras minimises the first
         noting._flat_losses = [
-            flat._replace(loss=_Noting(flat.loss, flat.loss_weights, found, x, replicas)) for flat in flats
+            flat._replace(loss=_Noting(flat.loss, flat.loss_weights, found, x, replicas, check)) for flat in flats
         ]
         noting._metrics = [None] * len(flats)  # they are told the batch's mean, once
         noting(y, y_pred, sample_weight)
@@ -129,8 +153,9 @@ def _twin(loss: Any) -> Any:
 class _Noting:
     """Calls a compiled loss as Keras does, and notes its value and items."""
 
-    def __init__(self, loss: Any, weight: Any, found: list[Term], x: Any, replicas: int):
-        self.loss, self.weight, self.found, self.x, self.replicas = loss, weight, found, x, replicas
+    def __init__(self, loss: Any, weight: Any, found: list[Term], x: Any, replicas: int, check: Callable[..., None]):
+        self.loss, self.weight, self.found, self.x = loss, weight, found, x
+        self.replicas, self.check = replicas, check
         self.values: Any = None
         self.name = loss.name
 
@@ -143,6 +168,8 @@ class _Noting:
 
     def _call(self, y_true: Any, y_pred: Any) -> Any:
         self.values = self.loss.call(y_true, y_pred)
+        if len(self.values.shape) > 0:
+            self.check(self.values, self.x, self.loss, y_true, y_pred)
         return self.values
 
     def _term(self, value: Any, mask: Any, sample_weight: Any) -> Term:
@@ -150,7 +177,6 @@ class _Noting:
         if self.values is None or len(self.values.shape) == 0:
             # A loss that reduces by itself: its mean is over the examples.
             return _over_examples(value, self.x, self.weight)
-        _check_values(self.values, self.x)
         if reduction == "sum":
             return Term(value, ops.ones((), value.dtype), self.weight, SUM)
         value = value * self.replicas if self.replicas > 1 else value
@@ -187,13 +213,3 @@ def _scalar(value: Any) -> Any:
     if len(value.shape) > 0:
         raise errors.loss_not_scalar(value)
     return value
-
-
-def _check_values(values: Any, x: Any) -> None:
-    """A loss may return one value an example, or one a step of each; anything else has lost the batch."""
-    examples = next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
-    if None not in (values.shape[0], examples) and values.shape[0] != examples:
-        raise ValueError(
-            f"A loss must return one value an example. Received: {errors.received('values', values)[10:]} "
-            f"for a micro-batch of {examples} examples. Keep the leading dimension, and reduce the others."
-        )

@@ -20,6 +20,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from bigbatch.every import Every, Items, planned
 from bigbatch.keras import batch
+from bigbatch.keras.carried import Carried
 from bigbatch.keras.split import backend
 
 logger = logging.getLogger("bigbatch.keras")
@@ -46,7 +47,7 @@ def open_door(model: Any, every: Every, partial: str) -> None:
             if not isinstance(every, int):
                 # Keras counts on as many steps as there could be windows, and warns when there are fewer.
                 warnings.filterwarnings("ignore", message="Your input ran out of data")
-            return plain_fit(**_with_windows(windows, given))
+            return plain_fit(**_with_callback(windows, _with_windows(windows, given)))
 
     def train_on_batch(*args: Any, **kwargs: Any) -> Any:
         windows.alone = True
@@ -65,6 +66,7 @@ class Windows:
     Attributes:
         index: the index of the next update.
         held: micro-batches that were carried from the last epoch.
+        saved: the arrays of such micro-batches, from a checkpoint; the next one that is pulled tells their nesting.
         alone: whether the next micro-batch is a window by itself, as `train_on_batch` hands it.
         left: how many micro-batches the epoch still has, where that is known.
         source: on the PyTorch backend, the iterator that `fit` takes a window's first micro-batch from.
@@ -74,6 +76,7 @@ class Windows:
         self.every, self.partial = every, partial
         self.index = 0
         self.held: list[Any] = []
+        self.saved: list[list[Any]] = []
         self.alone = False
         self.left: int | None = None
         self.calls: int | None = None
@@ -115,9 +118,13 @@ class Windows:
         before = len(window)
         while not _is_full(window, plan) and self.left != 0:
             try:
-                window.append(next(iterator))
+                data = next(iterator)
             except StopIteration:
                 break
+            for leaves in self.saved:
+                window.append(batch.nest(data, list(map(keras.ops.convert_to_tensor, leaves))))
+            self.saved = []
+            window.append(data)
             if self.left is not None:
                 self.left -= 1
         return len(window) - before
@@ -160,6 +167,15 @@ def _pulling(model: Any, windows: Windows, train_function: Any) -> Any:
         return result
 
     return pulling
+
+
+def _with_callback(windows: Windows, given: dict[str, Any]) -> dict[str, Any]:
+    """`fit`'s arguments with a callback of ours after the user's, unless they come as a list of Keras's own."""
+    callbacks = given.get("callbacks")
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return given
+    callbacks = [] if callbacks is None else keras.tree.flatten(callbacks)
+    return {**given, "callbacks": [*callbacks, Carried(windows, callbacks)]}
 
 
 def _with_windows(windows: Windows, given: dict[str, Any]) -> dict[str, Any]:

@@ -75,20 +75,26 @@ def gather(model: Any, window: list[Any]) -> Any:
 def _gather(window: list[Any], stacked: bool) -> list[Any]:
     """Runs of micro-batches: (nesting, lengths of the micro-batches), joined along the examples.
 
-    They part where another dimension than the first changes. With `stacked`, for XLA, a run's micro-batches have one
-    shape and lie along a new first dimension, and the second of the pair is None.
+    They part where another dimension than the first changes; the largest come first, as each order would be traced.
+    With `stacked`, for XLA, a run's micro-batches have one shape and lie along a new first dimension, and the second of
+    the pair is None.
     """
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:  # else a short micro-batch leaves some with no example
         for data in window:
             batch.check(data)
     rows = [[tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)] for data in window]
-    shapes = [[x.shape if stacked else x.shape[1:] for x in row] for row in rows]
+
+    def shape(row: list[Any]) -> list[tuple[int, ...]]:
+        return [tuple(x.shape if stacked else x.shape[1:]) for x in row]
+
+    rows.sort(key=shape, reverse=True)
+    shapes = [shape(row) for row in rows]
     starts = [i for i in range(len(rows)) if i == 0 or shapes[i] != shapes[i - 1]]
     runs = []
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
         join = tf.stack if stacked else lambda column: tf.concat(column, 0)
         leaves = [join(column) for column in zip(*rows[start:stop], strict=True)]
-        lengths = None if stacked else tf.stack([tf.shape(row[0])[0] for row in rows[start:stop]])
+        lengths = None if stacked else tf.constant([row[0].shape[0] for row in rows[start:stop]])
         runs.append((batch.nest(window[0], leaves), lengths))
     return runs
 
@@ -139,7 +145,10 @@ def _window(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> dict[str, An
         def body(i: Any, held: list[Any], pull: Pull = pull, sums: Sums = sums) -> tuple[Any, list[Any]]:
             return i + 1, batch.leaves(add(batch.nest(sums, held), pull(i)))
 
-        _, held = tf.while_loop(lambda i, held, count=count: i < count, body, (tf.constant(start), held))
+        # More iterations at once would hold more than one micro-batch's activations.
+        _, held = tf.while_loop(
+            lambda i, held, count=count: i < count, body, (tf.constant(start), held), parallel_iterations=1
+        )
         sums, start = batch.nest(sums, held), 0
     return _update(model, sums, unit, described)
 
@@ -163,7 +172,7 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
         x, y, sample_weight = batch.unpack(batch.nest(like, leaves))
         with tf.GradientTape(persistent=True) as tape:
             y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-            terms = loss.terms(model, x, y, y_pred, sample_weight, replicas)
+            terms = loss.terms(model, x, y, y_pred, sample_weight, replicas, _check_values)
             kinds = loss.kinds(terms)
             scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
         described[:] = terms
@@ -183,6 +192,24 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
         )
 
     return take
+
+
+def _check_values(values: Any, x: Any, compiled: Any, y: Any, y_pred: Any) -> None:
+    """`loss.check_values`, also where the graph does not know how many examples there are."""
+    if isinstance(loss.length(x), int):
+        loss.check_values(values, x, compiled, y, y_pred)
+        return
+    if all(tensor.shape.rank and tensor.shape[0] is None for tensor in tree.flatten((y, y_pred))):
+        # What would the loss make of so many? A trace tells, which computes nothing.
+        many = 1009
+        specs = tree.map_structure(lambda t: tf.TensorSpec([many, *t.shape[1:]], t.dtype), (y, y_pred))
+        asked = tf.function(compiled.call, autograph=False).get_concrete_function(*specs).structured_outputs
+        if asked.shape[0] is not None:
+            if asked.shape[0] != many:
+                raise loss.lost_the_batch(asked, f"say {many}")
+            return
+    # Only the data can tell. An error in the graph comes before the update.
+    tf.debugging.assert_equal(tf.shape(values)[0], loss.length(x), "A loss must return one value an example.")
 
 
 def _wide(gradient: Any) -> Any:
@@ -228,6 +255,8 @@ def _update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term])
 def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -> None:
     """`optimizer.apply`, unless the window is not finite. Loss scaling asks that itself, and takes note."""
     optimizer = model.optimizer
+    if model.distribute_strategy.num_replicas_in_sync > 1 and _clips(optimizer):
+        gradients = _on_the_first_replica(gradients)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer.apply(gradients, variables)
         return
@@ -251,6 +280,24 @@ def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -
         tf.cond(one, apply, lambda: tf.constant(False))
 
     tf.distribute.get_replica_context().merge_call(merged, args=(finite, gradients))
+
+
+def _clips(optimizer: Any) -> bool:
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of loss scaling
+    return any(
+        getattr(one, name, None) is not None
+        for one in (optimizer, *getattr(optimizer, "optimizers", ()))  # a MultiOptimizer's
+        for name in ("clipnorm", "global_clipnorm", "clipvalue")
+    )
+
+
+def _on_the_first_replica(gradients: list[Any]) -> list[Any]:
+    """The batch's gradient on one replica and zeros elsewhere: Keras clips first, and then sums over the replicas."""
+    context: Any = tf.distribute.get_replica_context()
+    present = [g for g in gradients if g is not None]
+    reduced = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, present) if present else [])
+    first = tf.equal(context.replica_id_in_sync_group, 0)
+    return [None if g is None else tf.where(first, r := next(reduced), tf.zeros_like(r)) for g in gradients]
 
 
 def _applied(optimizer: Any, gradients: list[Any], variables: list[Any]) -> Any:

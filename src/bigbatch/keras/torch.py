@@ -43,12 +43,15 @@ def stream_step(model: Any) -> Callable[[Any], dict[str, Any]]:
 
 
 class _Sums:
-    """A window's sums: Σ nᵢ·lossᵢ and Σ nᵢ for each term, and Σ nᵢ for each kind of items."""
+    """What a window's micro-batches left: nᵢ for each kind of items; lossᵢ and nᵢ for each term of the loss.
+
+    These numbers wait in lists, and are added up once, at the window's end.
+    """
 
     def __init__(self) -> None:
-        self.unit: list[Any] = []
-        self.items: list[Any] = []
-        self.losses: list[Any] = []
+        self.unit: list[torch.Tensor] = []
+        self.items: list[list[torch.Tensor]] = []
+        self.losses: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.examples = 0
         # Where `.grad` cannot hold them: for each kind, the variables' sums.
         self.gradients: list[dict[torch.Tensor, torch.Tensor]] | None = None
@@ -77,17 +80,18 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
     kinds = loss.kinds(terms)
     with torch.no_grad():
         items = [count for _, count in kinds]
-        losses = [torch.stack([term.value.detach() * term.items, term.items]) for term in terms]
         if not sums.unit:
             sums.unit = [torch.where(n > 0, n, 1) for n in items]
-            sums.items, sums.losses = items, losses
+            sums.items, sums.losses = [[] for _ in kinds], [[] for _ in terms]
             if len(kinds) > 1 or any(p.dtype.itemsize < 4 for p in parameters):
                 sums.gradients = [{} for _ in kinds]
             weights = [torch.ones_like(n) for n in items]
         else:
             weights = [n / unit for n, unit in zip(items, sums.unit, strict=True)]
-            sums.items = [a + b for a, b in zip(sums.items, items, strict=True)]
-            sums.losses = [a + b for a, b in zip(sums.losses, losses, strict=True)]
+        for found, n in zip(sums.items, items, strict=True):
+            found.append(n)
+        for found, term in zip(sums.losses, terms, strict=True):
+            found.append((term.value.detach(), term.items))
         sums.examples += loss.length(x)
     if parameters:
         for k, ((value, _), weight) in enumerate(zip(kinds, weights, strict=True)):
@@ -114,17 +118,19 @@ def _update(
     model: Any, variables: list[Any], parameters: list[torch.Tensor], sums: _Sums, described: list[loss.Term]
 ) -> dict[str, Any]:
     terms_divide, kinds_divide = loss.quotients(described)
-    means = [
-        total / torch.where(items == 0, 1, items) if divide else total
-        for (total, items), divide in zip(sums.losses, terms_divide, strict=True)
-    ]
+    means = []
+    for found, divide in zip(sums.losses, terms_divide, strict=True):
+        values, items = map(torch.stack, zip(*found, strict=True))
+        total, n = (values * items).sum(), items.sum()
+        means.append(total / torch.where(n == 0, 1, n) if divide else total)
     total = loss.report(model, described, means, sums.examples)
     if not parameters:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return model.get_metrics_result()
+    totals = [torch.stack(found).sum() for found in sums.items]
     factors = [
         u / torch.where(n == 0, 1, n) if divide else torch.ones_like(u)
-        for u, n, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
+        for u, n, divide in zip(sums.unit, totals, kinds_divide, strict=True)
     ]
     if sums.gradients is None:
         gradients = [p.grad for p in parameters]

@@ -1,7 +1,7 @@
 """The split door: you hold the batch, and bigbatch stands where TensorFlow takes a gradient."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow as tf
 
@@ -17,7 +17,7 @@ def value_and_grad(
     batch: Any,
     variables: Sequence[Any],
     *,
-    micro_batch: int,
+    micro_batch: int | Literal["auto"],
     dtype: Any = tf.float32,
 ) -> tuple[tf.Tensor, list[Gradient | None]]:
     """The whole batch's mean loss and its gradient, one micro-batch in memory at a time.
@@ -38,7 +38,8 @@ def value_and_grad(
         batch: any nesting (`tf.nest`) of tensors that share the length of their leading dimension, which may be
             unknown when the graph is built. It is cut in order; the last micro-batch may be shorter.
         variables: what to differentiate with respect to, such as `model.trainable_variables`.
-        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch.
+        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch. "auto" plans the
+            largest that fits what is free (see `plan`), once for each shape of batch, and logs what it chose.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 variables add up in float32
             and are rounded once, at the end. None adds up in the variables' own dtype.
 
@@ -52,12 +53,19 @@ def value_and_grad(
         tf.errors.InvalidArgumentError: the same, found when the graph runs. XLA makes no such checks.
 
     The gradients take less than two copies of themselves at any time. Where a dense layer's inputs and the gradients of
-    its outputs are much smaller than its weights, those two are kept, and multiplied out for many micro-batches at once.
+    its outputs are much smaller than its weights, they are kept, and multiplied out for many micro-batches at once.
 
     A loss that is inf or NaN is returned as it is, for a `LossScaleOptimizer` to see. Nothing waits for the device.
     """
-    micro_batch = errors.check_micro_batch(micro_batch)
     variables = list(variables)
+    if micro_batch == "auto":
+        from bigbatch.tensorflow.memory import fitting  # which traces this door
+
+        def run(size: int) -> tuple[tf.Tensor, list[Gradient | None]]:
+            return value_and_grad(loss_fn, batch, variables, micro_batch=size, dtype=dtype)
+
+        return fitting(run, loss_fn, batch, variables, dtype)
+    micro_batch = errors.check_micro_batch(micro_batch)
     batch = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
     length = _length(batch)
     if isinstance(length, int):

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from bigbatch.tensorflow.noise import WindowNoise
+
 OPEN, MADE, NOT_FINITE, EMPTY, CARRIED, DROPPED = range(6)
 
 
@@ -18,6 +20,7 @@ class Update(NamedTuple):
         grad_norm: the 2-norm of the window's mean gradient before clipping, NaN inside a window. Also NaN on several
             replicas whose optimizer does not clip: then only the optimizer sees the gradient of all of them.
         outcome: 0 where the window is still open, 1 where the update was made; above that none was, see `skipped`.
+        noise: what the window says of the gradient's noise; NaN where it was not measured.
     """
 
     index: tf.Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int64
@@ -26,6 +29,7 @@ class Update(NamedTuple):
     loss: tf.Tensor  # float64
     grad_norm: tf.Tensor  # float64
     outcome: tf.Tensor  # int32
+    noise: WindowNoise
 
     @property
     def closed(self) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""How much memory tensors hold at once, on any device, counted storage by storage."""
+"""How much memory tensors hold at once: counted storage by storage, on tensors that are there and on fake ones."""
 
 import weakref
 from typing import Any

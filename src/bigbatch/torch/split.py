@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
 from bigbatch.torch.fused import Fused
+from bigbatch.torch.ranks import Ranks, Sync, ranks_of
 from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
 
 Batch = TypeVar("Batch")
@@ -22,9 +23,11 @@ def backward(
     loss_fn: Callable[[Batch], Tensor | tuple[Tensor, float | Tensor]],
     batch: Batch,
     *,
-    micro_batch: int,
+    micro_batch: int | Literal["auto"],
     dtype: torch.dtype | None = torch.float32,
     fused: bool = True,
+    model: torch.nn.Module | None = None,
+    sync: Sync = "window",
 ) -> Tensor:
     """Puts the whole batch's mean gradient into `.grad`, one micro-batch in memory at a time.
 
@@ -41,11 +44,17 @@ def backward(
             `items` is a number above zero or a tensor of one element on the device.
         batch: any nesting of tuples, lists, dicts, dataclasses and mappings of tensors (or None) that share the
             length of their leading dimension. It is cut in order; the last micro-batch may be shorter.
-        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch.
+        micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch. "auto" plans the
+            largest that fits what is free (see `plan`), once for each shape of batch, and logs what it chose; should
+            memory run out anyway, the window is done again with half the size.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
         fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
             is safe (see `bigbatch.torch.fused`). False leaves all to autograd: slower, and the same numbers.
+        model: the DistributedDataParallel or fully_shard model that `loss_fn` calls, where several ranks train one
+            model. Each passes its own part of the batch, of any length; all get the mean gradient and loss of the
+            whole. The call is then collective.
+        sync: when a fully_shard model adds up over the ranks: "window" or "micro_batch", as for `Accumulator`.
 
     Returns:
         The mean loss over all items, a detached scalar of at least float32.
@@ -56,26 +65,78 @@ def backward(
 
     The host waits for the device once, after the last micro-batch, to see that the loss is a number.
     """
-    micro_batch = errors.check_micro_batch(micro_batch)
-    length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
+    ranks = None if model is None else ranks_of(model, sync)
+    if ranks is not None and micro_batch == "auto":
+        raise ValueError('micro_batch="auto" is not planned across ranks yet. Pass a number with model=.')
+    if micro_batch != "auto":
+        micro_batch = errors.check_micro_batch(micro_batch)
+    with nullcontext() if ranks is None else ranks.working():
+        lengths = [(where, len(leaf)) for where, leaf in leaves(batch, "batch")]
+        nothing = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
+        length = 0 if nothing else errors.check_lengths(lengths)
+
+    def run(size: int) -> tuple[Opened, Tensor]:
+        with nullcontext() if ranks is None else ranks.working():
+            opened = _window(loss_fn, batch, length, size, dtype, fused, ranks)
+        return opened, _closed(opened, ranks, lengths)
+
+    if micro_batch == "auto":
+        from bigbatch.torch.auto import fitting  # which rehearses this door
+
+        (window, before, _), mean = fitting(run, loss_fn, batch, length, dtype)
+    else:
+        (window, before, _), mean = run(micro_batch)
+    for p, grad in before.items():
+        _add(p, grad, window.sums.get(p, p.grad))
+    return mean
+
+
+class Opened(NamedTuple):
+    """A window with every micro-batch in it, what `.grad` held before, and the widest dtype of a loss."""
+
+    window: Window
+    before: dict[Tensor, Tensor | None]
+    loss_dtype: torch.dtype
+
+
+def _window(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    length: int,
+    micro_batch: int,
+    dtype: torch.dtype | None,
+    fused: bool,
+    ranks: Ranks | None,
+) -> Opened:
+    """Adds up the micro-batches; after an error `.grad` is what it was."""
     window = Window(planned=-(-length // micro_batch))
+    if ranks is not None and is_wide(ranks.parameters, dtype):
+        window.dtype = dtype
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
-    mode = Fused() if fused else None
+    sharded = ranks is not None and ranks.shards is not None
+    mode = Fused() if fused and not sharded else None
+    if ranks is None:
+        cuts = [(start, min(start + micro_batch, length)) for start in range(0, length, micro_batch)]
+    else:
+        cuts = ranks.cuts(window, length, micro_batch)
     try:
-        for start in range(0, length, micro_batch):
-            stop = min(start + micro_batch, length)
+        for start, stop in cuts:
             with mode or nullcontext():
-                result = loss_fn(_cut(batch, start, stop))
+                result = loss_fn(_cut(batch, start, max(stop, start + 1)))
             if isinstance(result, tuple) and len(result) != 2:
                 raise errors.not_a_loss(result)
             loss, items = result if isinstance(result, tuple) else (result, None)
             loss = check_loss(loss)
-            if items is None:
+            if start == stop:
+                items = loss.new_zeros(())  # a forward for the other ranks' sake, which counts for nothing
+            elif items is None:
                 items = stop - start
                 if window.unit is None:
                     window.unit = length
-            parameters = _parameters(loss)
+            if ranks is not None:
+                ranks.before(window, items, len(cuts))
+            parameters = ranks.parameters if ranks is not None and sharded else _parameters(loss)
             new = [p for p in parameters if p not in before]
             for p in new:
                 before[p], p.grad = p.grad, None
@@ -83,17 +144,34 @@ def backward(
                 window.widen(before, dtype)
             window.backward(loss, check_items(items), parameters, fused=mode)
             loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
-        _, mean, factor = window.close()
-        if math.isnan(mean):
-            raise errors.loss_not_finite(mean, f"{window.micro_batches} micro-batches")
-        scale_(window.gradients(before), factor)
     except BaseException:
-        for p, grad in before.items():
-            p.grad = grad
+        _put_back(before)
         raise
+    return Opened(window, before, loss_dtype)
+
+
+def _closed(opened: Opened, ranks: Ranks | None, lengths: list[tuple[str, int]]) -> Tensor:
+    """Makes means of the sums and returns the loss's; after an error `.grad` is what it was."""
+    window, before, loss_dtype = opened
+    try:
+        sums = window.close() if ranks is None else ranks.mean(window, before)
+        if not sums.micro_batches:
+            errors.check_lengths(lengths)  # no rank has an example, and this says so
+        if math.isnan(sums.loss):
+            raise errors.loss_not_finite(sums.loss, f"{sums.micro_batches} micro-batches")
+        scale_(window.gradients(before), sums.factor)
+        for p in window.sums:
+            if before[p] is None:  # rounded here, where a lack of memory can still be taken back
+                window.sums[p] = window.sums[p].to(p.dtype)
+        return window.loss.new_full((), sums.loss, dtype=torch.promote_types(loss_dtype, window.loss.dtype))
+    except BaseException:
+        _put_back(before)
+        raise
+
+
+def _put_back(before: dict[Tensor, Tensor | None]) -> None:
     for p, grad in before.items():
-        _add(p, grad, window.sums.get(p, p.grad))
-    return window.loss.new_full((), mean, dtype=loss_dtype)
+        p.grad = grad
 
 
 @torch.no_grad()

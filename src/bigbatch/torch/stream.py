@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from bigbatch.every import Every, Items, as_every, planned
 from bigbatch.noise import Noise, NoiseScale, UntilNoise
 from bigbatch.torch.fused import Fused
 from bigbatch.torch.noise import Meter
+from bigbatch.torch.ranks import Met, Ranks, Sync, described, ranks_of
+from bigbatch.torch.shards import local, spread_like, whole
 from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
 
 
@@ -69,6 +71,12 @@ class Accumulator:
             "carry" keeps it open, "drop" forgets it.
         nonfinite: what becomes of a window whose loss or gradient is inf or NaN: "skip" makes no update, "raise"
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
+        model: the DistributedDataParallel or fully_shard model that the losses come from, where several ranks train
+            one model; its own reduction is put off from here on. `every` then counts each rank's micro-batches, or
+            with `bb.items` the items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window and
+            `flush` are then collective.
+        sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes), or every "micro_batch"
+            (least memory).
         noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
             window in ten, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
 
@@ -87,6 +95,8 @@ class Accumulator:
         dtype: torch.dtype | None = torch.float32,
         partial: Literal["apply", "carry", "drop"] = "apply",
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
+        model: torch.nn.Module | None = None,
+        sync: Sync = "window",
         noise: bool | int = False,
     ):
         self.optimizer = _check_optimizer(optimizer)
@@ -107,6 +117,20 @@ class Accumulator:
         self._window: Window | None = None
         self._plan: int | Items | UntilNoise = 0
         self._fused: Fused | None = None
+        self._ranks: Ranks | None = None if model is None else ranks_of(model, sync)
+        if self._ranks is not None:
+            if noise is not False or isinstance(every, UntilNoise):
+                raise ValueError(
+                    "The noise scale is measured in one process. "
+                    f"Received: noise={noise}, every={every}, {self._ranks.size} ranks."
+                )
+            if scaler is not None and self._ranks.shards is not None:
+                raise ValueError(f"scaler does not know shards. {errors.received('scaler', scaler)} Use bfloat16.")
+            self._ranks.agree({
+                "every": getattr(every, "__name__", repr(every)), "dtype": str(dtype), "clip_norm": str(clip_norm),
+                "partial": partial, "nonfinite": nonfinite, "sync": sync, **described(self._parameters()),
+            })  # fmt: skip
+            self._ranks.model.hold()
         self._meter = Meter(every, noise)
         self._meter.arm(self._index, self._parameters())
 
@@ -167,12 +191,15 @@ class Accumulator:
         window = self._window or self._open()
         self._meter.norms.clear()  # of backwards in between that were not a micro-batch's
         try:
+            if self._ranks is not None:
+                self._ranks.before(window, items, self._plan)
             window.backward(
                 loss, items, self._parameters() if window.dtype is not None else (), self.scaler, self._fused
             )
             self._window = window
             self._meter.take(window, items)
-            return self._close(window) if self._is_full(window) else None
+            full = self._is_full(window) if self._ranks is None else self._ranks.full(window, self._plan)
+            return self._close(window) if full else None
         except BaseException:
             self.reset()
             raise
@@ -188,8 +215,10 @@ class Accumulator:
 
         The gradients are the same. Where it would not be safe, a weight is left to autograd, and the logger
         `bigbatch.torch.fused` says why at DEBUG: hooks on the parameter, `torch.compile`, tensor subclasses,
-        parametrizations, transforms of `torch.func`, a reduction of DistributedDataParallel's.
+        parametrizations, transforms of `torch.func`, a reduction of DistributedDataParallel's, fully_shard.
         """
+        if self._ranks is not None and self._ranks.shards is not None:
+            return nullcontext()  # a shard's sums are not where its weights are
         if self._fused is None:
             self._fused = Fused()
         return self._fused
@@ -200,28 +229,53 @@ class Accumulator:
         Returns:
             None where nothing was pending. Otherwise the Update; with `partial` "carry" or "drop", one that was
             skipped and says so.
+
+        Across ranks it also is the join: a rank that is here takes part in the windows of those that have more data,
+        until all are here. It returns the last Update.
         """
+        if self._ranks is not None:
+            return self._flush_together(self._ranks)
         window = self._window
         if window is None:
             return None
-        if self.partial == "apply":
-            return self._close(window)
-        held = f"{window.micro_batches} micro-batches of a partial window"
-        if self.partial == "carry":
-            return self._report(window, window.close(), math.nan, f"carried: {held} wait for more")
-        update = self._report(window, window.close(), math.nan, f"dropped: {held}")
-        self.reset()
+        return self._close(window) if self.partial == "apply" else self._leave(window.close())
+
+    def _flush_together(self, ranks: Ranks) -> Update | None:
+        update, last = None, False
+        try:
+            while not last:
+                window = self._window or self._open()
+                met, last = ranks.wait(window, self._parameters(), self._plan)
+                if met.sums.micro_batches == 0:
+                    break
+                if last and self.partial != "apply":
+                    return self._leave(met.sums)
+                update = self._close(window, met)
+        except BaseException:
+            self.reset()
+            raise
         return update
+
+    def _leave(self, sums: Sums) -> Update:
+        """A window that is not full, carried or dropped."""
+        held = f"{sums.micro_batches} micro-batches of a partial window"
+        if self.partial == "carry":
+            return self._report(sums, math.nan, f"carried: {held} wait for more")
+        self.reset()
+        return self._report(sums, math.nan, f"dropped: {held}")
 
     def reset(self) -> None:
         """Forgets the open window: its gradients go, and the next `backward` starts a new one."""
         self._window = None
         self.optimizer.zero_grad(set_to_none=True)
+        if self._ranks is not None and self._ranks.shards is not None:
+            self._ranks.shards.forget()
         self._meter.arm(self._index, self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The count of updates and the open window, as plain numbers and tensors; the latter are not copies.
 
+        Inside a window every rank has its own part, and saves it; where none is open, all have the same state.
         `torch.load(..., weights_only=True)` reads it back. Save the model, optimizer, scheduler and scaler beside it.
         """
         parameters = self._parameters()
@@ -233,12 +287,14 @@ class Accumulator:
         }
         if (window := self._window) is not None:
             state["window"] = {
+                "ranks": self._ranks.size if self._ranks else 1,
                 "micro_batches": window.micro_batches,
                 "items": window.items,
                 "unit": window.unit,
                 "loss": window.loss,
+                "shards": self._ranks.shards.held() if self._ranks and self._ranks.shards else {},
                 "gradients": {
-                    i: grad for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
+                    i: local(grad) for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
                 },
             }
         return state
@@ -260,10 +316,15 @@ class Accumulator:
                 f"Received: shapes {state['shapes']}, but the optimizer holds {shapes}. "
                 "Build the same model and parameter groups before loading."
             )
+        saved, ranks = state["window"], self._ranks.size if self._ranks else 1
+        if saved is not None and saved.get("ranks", 1) != ranks:
+            raise ValueError(
+                f"The state was saved inside a window on {saved.get('ranks', 1)} ranks, each with its own part of it. "
+                f"Received: {ranks} ranks. Load it on as many, or save where no window is open."
+            )
         self._index = state["index"]
         self.reset()
         self._meter.load_state_dict(state.get("noise"))  # older states have none
-        saved = state["window"]
         if saved is None:
             return
         window = self._open()
@@ -272,9 +333,11 @@ class Accumulator:
         for i, grad in saved["gradients"].items():
             p = parameters[i]
             if window.dtype is None:
-                p.grad = grad.to(p.device, p.dtype, copy=True)
+                p.grad = spread_like(p, grad, p.dtype)
             else:
-                window.sums[p] = grad.to(p.device, copy=True)
+                window.sums[p] = spread_like(p, grad, grad.dtype)
+        if self._ranks is not None and self._ranks.shards is not None:
+            self._ranks.shards.restore(saved["shards"])
         self._window = window
 
     def _parameters(self) -> list[Tensor]:
@@ -297,19 +360,23 @@ class Accumulator:
             return bool(window.items >= self._plan.count)
         return window.micro_batches >= self._plan
 
-    def _close(self, window: Window) -> Update:
+    def _close(self, window: Window, met: Met | None = None) -> Update:
         """One update from the window's sums; then, whatever happened, no gradients and no window."""
+        sums = None
+        if self._ranks is not None:
+            met = met or self._ranks.meet(window, self._parameters())
+            sums = self._ranks.reduce(window, self._parameters(), met)
         gradients = window.gradients(self._parameters())
         # Without a gradient a scaler has recorded nothing, and would refuse to go on.
         scaler = self.scaler if gradients else None
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         try:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            sums = window.close()  # here the host waits
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
+            sums = sums or window.close()  # here the host waits
             noise = self._meter.noise(window, norm, scaler)
             norm = norm * sums.factor
-            update = replace(self._report(window, sums, norm.item()), noise=noise)
+            update = replace(self._report(sums, norm.item()), noise=noise)
             skipped = self._reason_to_skip(update, gradients)
             if skipped is not None:
                 return replace(update, skipped=skipped)
@@ -335,8 +402,8 @@ class Accumulator:
                 scaler.update()
             self.reset()
 
-    def _report(self, window: Window, sums: Sums, norm: float, skipped: str | None = None) -> Update:
-        return Update(self._index, window.micro_batches, sums.items, sums.loss, norm, skipped)
+    def _report(self, sums: Sums, norm: float, skipped: str | None = None) -> Update:
+        return Update(self._index, sums.micro_batches, sums.items, sums.loss, norm, skipped)
 
     def _reason_to_skip(self, update: Update, gradients: list[Tensor]) -> str | None:
         if update.items <= 0:

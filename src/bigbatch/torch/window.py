@@ -41,10 +41,11 @@ def check_items(items: Any) -> float | Tensor:
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
     """Whether some parameter's own dtype is too narrow to accumulate in, now or once it is thawed."""
-    return dtype is not None and any(_widened(p, dtype) != p.dtype for p in parameters)
+    return dtype is not None and any(widened(p, dtype) != p.dtype for p in parameters)
 
 
-def _widened(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+def widened(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter's gradients add up in."""
     return torch.promote_types(tensor.dtype, dtype)
 
 
@@ -58,6 +59,7 @@ class Window:
 
     Attributes:
         weight: what the open micro-batch's gradients still have to be multiplied by.
+        folded: whether the weights go into the losses where the accumulators are wide too.
     """
 
     def __init__(self, *, planned: int = 1, unit: float | Tensor | None = None, dtype: torch.dtype | None = None):
@@ -65,6 +67,7 @@ class Window:
         self.unit = unit
         self.dtype = dtype
         self.weight: float | Tensor = 1.0
+        self.folded = False
         self.micro_batches = 0
         self.items: float | Tensor = 0.0
         self.loss = torch.zeros(())
@@ -89,7 +92,7 @@ class Window:
             self.loss = mean.new_zeros((), dtype=torch.promote_types(mean.dtype, torch.float32))
         if scaler is not None:
             loss = scaler.scale(loss)
-        if self.dtype is not None:
+        if self.dtype is not None and not self.folded:
             self.weight, folded = weight, None
         elif isinstance(weight, Tensor):
             folded = weight.to(loss.device, loss.dtype)
@@ -139,7 +142,7 @@ class Window:
     @torch.no_grad()
     def add(self, p: Tensor, grad: Tensor) -> None:
         """Adds one micro-batch's gradient, which nobody else holds, to a parameter's sum."""
-        held, dtype = self.held(p), p.dtype if self.dtype is None else _widened(p, self.dtype)
+        held, dtype = self.held(p), p.dtype if self.dtype is None else widened(p, self.dtype)
         grad, weight = grad.to(dtype), self.weight
         if isinstance(weight, Tensor):
             grad, weight = grad * weight.to(grad.device), 1.0
@@ -169,19 +172,25 @@ class Window:
                 gradients.append(grad)
         return gradients
 
+    def read(self) -> tuple[float, float, float]:
+        """Σ nᵢ·lossᵢ / unit, Σ nᵢ and unit. Here the host waits for the device."""
+        loss, items, unit = numbers([self.loss, self.items, 1.0 if self.unit is None else self.unit])
+        return loss, items, unit
+
     def close(self) -> "Sums":
         """What the window holds and what turns its sums into means. Here the host waits for the device."""
-        loss, items, unit = numbers([self.loss, self.items, self.unit])
+        loss, items, unit = self.read()
         factor = unit / items if items else math.nan
-        return Sums(items, loss * factor, factor)
+        return Sums(items, loss * factor, factor, self.micro_batches)
 
 
 class Sums(NamedTuple):
-    """Σ nᵢ, Σ nᵢ·lossᵢ / Σ nᵢ, and the factor unit / Σ nᵢ that the gradients still need."""
+    """Σ nᵢ, Σ nᵢ·lossᵢ / Σ nᵢ, the factor unit / Σ nᵢ that the gradients still need, and how many i there are."""
 
     items: float
     loss: float
     factor: float
+    micro_batches: int
 
 
 def numbers(values: list[Any]) -> list[float]:

@@ -273,19 +273,20 @@ class Adapter:
         self.name, self.door, self.start, self.plain = f"torch-{name}", door, start, plain
         self.model = torch.nn.Linear(2, 1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.options: dict[str, Any] = {}
 
     def mistakes(self) -> dict[str, Callable[[], Any]]:
         x, y = torch.ones(8, 2), torch.ones(7, 1)
-        acc = bb.Accumulator(self.optimizer, every=1)
+        acc = bb.Accumulator(self.optimizer, every=1, **self.options)
 
         def split(batch: Any, micro_batch: Any = 2) -> Any:
-            return bb.backward(lambda b: self.model(b["x"]).mean(), batch, micro_batch=micro_batch)
+            return bb.backward(lambda b: self.model(b["x"]).mean(), batch, micro_batch=micro_batch, **self.options)
 
         def stream(items: Any) -> Any:
             return acc.backward(self.model(x).mean(), items=items)
 
         def window(every: Any) -> Any:
-            return bb.Accumulator(self.optimizer, every=every)
+            return bb.Accumulator(self.optimizer, every=every, **self.options)
 
         if self.door == "split":
             return {

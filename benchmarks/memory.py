@@ -1,0 +1,98 @@
+"""Predicted against measured: what a window of two micro-batches takes, in a process of its own each time.
+
+python benchmarks/memory.py                the tables
+python benchmarks/memory.py --write        and the page
+python benchmarks/memory.py torch          one framework's
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from interleaved import circumstances
+
+ROOT = Path(__file__).parent.parent
+# The default heap of glibc keeps holes; with this, freed memory goes back, and what is measured is what was asked for.
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+SIZES = {
+    "torch": {
+        "mlp": (5000, 8192, 12000, 16384, 24000), "transformer": (32, 48, 64, 96, 160),
+        "convnet": (96, 128, 192, 256, 400),
+    },
+    "jax": {
+        "mlp": (8192, 12000, 16384, 20000, 24000), "transformer": (32, 48, 64, 96, 128),
+        "convnet": (500, 700, 900, 1200, 1600),
+    },
+}  # fmt: skip
+
+
+def measure(framework: str, model: str, micro_batch: int, environment: dict[str, str]) -> list[float]:
+    """Bytes predicted and bytes measured, and what else the worker says."""
+    worker = ROOT / f"tests/{framework}/peak_of_a_window.py"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, str(worker), model, str(micro_batch), "2"],
+        env={**clean, **environment}, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return [float(word) for word in done.stdout.split()]
+
+
+def table(framework: str) -> str:
+    several = framework == "torch"
+    head = ["model", "micro-batch", "predicted MiB", "measured MiB", "off by"]
+    head += ["with glibc's default", "off by", "seconds to predict", "grew by MiB"] * several
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for model, sizes in SIZES[framework].items():
+        for size in sizes:
+            needs, measured, *rest = measure(framework, model, size, EXACT)
+            row = [model, f"{size:,}", *(f"{x / 2**20:.0f}" for x in (needs, measured)), f"{needs / measured - 1:+.1%}"]
+            if several:
+                _, default, *_ = measure(framework, model, size, {})
+                seconds, growth = rest
+                row += [
+                    f"{default / 2**20:.0f}",
+                    f"{needs / default - 1:+.1%}",
+                    f"{seconds:.2f}",
+                    f"{growth / 2**20:.0f}",
+                ]
+            lines.append("| " + " | ".join(row) + " |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("frameworks", nargs="*", default=list(SIZES))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    tables = {framework: table(framework) for framework in options.frameworks}
+    if not options.write:
+        return
+    text = f"""# Memory: predicted against measured
+
+{circumstances("torch", "jax", "numpy")}. `python benchmarks/memory.py --write`, one thread.
+
+A window of two micro-batches, each row in a process of its own (`tests/*/peak_of_a_window.py`: the three models and how
+it is measured). Measured is the highest resident memory during the window over what was resident before it, with
+`MALLOC_MMAP_THRESHOLD_={EXACT["MALLOC_MMAP_THRESHOLD_"]}` in the environment: glibc then gives back what is freed.
+
+## PyTorch
+
+Predicted on fake tensors. The default heap of glibc keeps holes between tensors of less than 32 MiB, more or fewer from
+run to run, and no prediction of tensors sees them; the plan's reserve on a CPU is for that ("with glibc's default").
+
+{tables.get("torch", "")}
+
+## JAX
+
+Predicted by the compiler: outputs and temporaries, less what is aliased.
+
+{tables.get("jax", "")}
+"""
+    (Path(__file__).parent / "memory.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

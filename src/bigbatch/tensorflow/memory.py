@@ -1,0 +1,250 @@
+"""The micro-batch that fits, read off the graph: TensorFlow tells no peak beforehand, but a traced graph has shapes."""
+
+import logging
+import math
+import time as clock
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from bigbatch import host
+from bigbatch.plan import Plan, budget, choose, timed
+from bigbatch.tensorflow.split import COUNT, Window, _cut, _length, _part, _spec
+
+# One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
+# decides how fast training is, and was made on the user's behalf.
+logger = logging.getLogger("bigbatch.tensorflow")
+
+# The part of what is free that is left alone: the graph tells no more than the order it was written in.
+RESERVE = 0.25
+
+# What hands on its input's memory, and what writes into it where nobody else needs it any more.
+SAME = {"Identity", "Reshape", "Squeeze", "ExpandDims", "StopGradient", "PreventGradient", "ReadVariableOp",
+        "EnsureShape", "CheckNumerics"}  # fmt: skip
+IN_PLACE = {"Add", "AddV2", "AddN", "BiasAdd", "Sub", "Mul", "RealDiv", "Div", "Maximum", "Minimum", "Neg", "Square",
+            "Sqrt", "Rsqrt", "Exp", "Log", "Relu", "Relu6", "Elu", "Selu", "Tanh", "Sigmoid", "Softplus", "Softmax",
+            "LogSoftmax", "Pow", "Erf", "Erfc", "Floor", "Abs", "TanhGrad", "SigmoidGrad", "ReluGrad", "SoftplusGrad",
+            "SelectV2", "GreaterEqual", "DivNoNan"}  # fmt: skip
+
+
+def plan(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Sequence[Any],
+    *,
+    memory: str | float | None = None,
+    time: bool = False,
+    dtype: Any = tf.float32,
+) -> Plan:
+    """The largest micro-batch that fits, and why, without running out of memory to find out.
+
+    For each size `loss_fn` and its gradient are traced into a graph, which runs nothing; the tensors' lives are read
+    off it, in the order in which the operations were made. TensorFlow may run them in another order, and puts some in
+    one: the reserve is for that::
+
+        plan = bb.plan(loss_fn, (x, y), model.trainable_variables, memory="8GiB")
+        plan.show()
+
+    Args:
+        loss_fn: as `value_and_grad` takes it. It is traced for each size that is looked at.
+        batch: as `value_and_grad` takes it, of known shape.
+        variables: as `value_and_grad` takes them.
+        memory: what everything held together may reach: a size ("8GiB", or bytes as an integer); a fraction
+            (0 < float ≤ 1) of what is free; by default what is free less a quarter. On a CPU free is what the machine,
+            the process's cgroups and its ulimits leave.
+        time: also times one micro-batch, as a graph, of the largest size that fits, its half, its quarter, …, and takes
+            the fastest. Not inside a `tf.function`.
+        dtype: as `value_and_grad` takes it.
+
+    Returns:
+        The `bigbatch.plan.Plan`: `micro_batch`, `candidates`, `budget`, `show()` and `save("plan.png")`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or no example fits `memory`.
+        MemoryError: no example fits what is free.
+
+    Twice the variables are kept free for the state that an optimizer makes at its first step.
+    """
+    return _plan(_Traces(loss_fn, batch, list(variables), dtype), memory, time)
+
+
+class _Traces:
+    """Predictions for one loss function and batch, and what was learned on the way."""
+
+    def __init__(self, loss_fn: Callable[[Any], Any], batch: Any, variables: list[Any], dtype: Any):
+        self.loss_fn, self.variables, self.dtype = loss_fn, variables, dtype
+        self.batch = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
+        length = _length(self.batch)
+        if not isinstance(length, int):
+            raise ValueError(
+                "A plan needs the batch's length while the graph is built. Received: a batch of unknown length. "
+                "Give the tf.function an input_signature that says it, or pass micro_batch as a number."
+            )
+        self.length = length
+        self.held = sum(_bytes(v.shape, tf.as_dtype(v.dtype)) for v in variables)
+        self.assigned: list[Any] = []
+
+    def needs(self, size: int) -> int:
+        """Bytes that a window of micro-batches of `size` examples takes beside what is held."""
+        graph = self._traced(size).graph
+        trained = {id(v) for v in self.variables} | {id(getattr(v, "value", None)) for v in self.variables}
+        self.assigned = [v for v in graph.variables if id(v) not in trained]
+        cut = sum(_bytes(_spec(leaf, size).shape, leaf.dtype) for leaf in self._leaves())
+        # The cut is a copy, and in a window of several the sums so far lie beside the gradients.
+        return cut + peak(graph) + (self.held if size < self.length else 0)
+
+    def seconds(self, size: int) -> float:
+        """Of one forward and backward: the least of three, after one."""
+        run, least = self._traced(size), math.inf
+        leaves = [leaf for leaf in tf.nest.flatten(_cut(self.batch, 0, size)) if leaf is not None]
+        kept = [(v, tf.identity(v)) for v in self.assigned]
+        for _ in range(4):
+            started = clock.perf_counter()
+            run(*leaves, tf.zeros((), COUNT)).loss.numpy()  # waits
+            least = min(least, clock.perf_counter() - started)
+        for variable, before in kept:
+            variable.assign(before)
+        return least
+
+    def _leaves(self) -> list[tf.Tensor]:
+        return [leaf for leaf in tf.nest.flatten(self.batch) if leaf is not None]
+
+    def _traced(self, size: int) -> Any:
+        def part(cut: Any, unit: tf.Tensor) -> Window:
+            return _part(self.loss_fn, cut, unit, self.variables, self.dtype, size)
+
+        spec = tf.nest.map_structure(lambda leaf: None if leaf is None else _spec(leaf, size), self.batch)
+        return tf.function(part).get_concrete_function(spec, tf.TensorSpec((), COUNT))
+
+
+def _plan(traces: _Traces, memory: Any, time: bool) -> Plan:
+    allowed = budget(memory, _memory(memory), keep=2 * traces.held, reserve=RESERVE)
+    notes = ("The runtime may order and fuse the graph's operations otherwise.",)
+    found = choose(
+        traces.needs, traces.length, allowed, lambda: "predicted from the traced graph", notes=notes, given=memory
+    )
+    return timed(found, traces.needs, traces.seconds) if time else found
+
+
+def peak(graph: Any) -> int:
+    """The most bytes that a graph's tensors hold at once beside what it is given, run in the order it was written."""
+    operations = graph.get_operations()
+    root: dict[Any, Any] = {}  # of each tensor the one whose memory it has
+    last: dict[Any, int] = {}  # the last operation that reads it
+    for i, operation in enumerate(operations):
+        for used in operation.inputs:
+            last[root[used.ref()]] = i
+        for output in operation.outputs:
+            own = output.ref()
+            root[own] = root[operation.inputs[0].ref()] if operation.type in SAME and operation.inputs else own
+            last.setdefault(root[own], i)
+    last.update({root[output.ref()]: len(operations) for output in graph.outputs})
+    dying: dict[int, list[Any]] = {}
+    for tensor, i in last.items():
+        dying.setdefault(i, []).append(tensor)
+
+    live: dict[Any, int] = {}
+    now = most = 0
+    for i, operation in enumerate(operations):
+        free = [tensor for tensor in dying.get(i, ()) if tensor in live]
+        for output in operation.outputs:
+            if root[output.ref()] != output.ref() or operation.type in ("Placeholder", "Const"):
+                continue
+            size = _bytes(output.shape, output.dtype)
+            taken = next((t for t in free if live[t] == size), None) if operation.type in IN_PLACE else None
+            if taken is not None:
+                free.remove(taken)
+                now -= live.pop(taken)
+            live[output.ref()] = size
+            now += size
+        most = max(most, now + sum(map(peak, _called(operation))))
+        for tensor in dying.get(i, ()):
+            now -= live.pop(tensor, 0)
+    return most
+
+
+def _called(operation: Any) -> list[Any]:
+    """The graphs of the functions that an operation calls, such as a nested tf.function or a loop's body."""
+    names = [attr.func.name for attr in operation.node_def.attr.values() if attr.HasField("func")]
+    # Nothing public leads from a call to what it calls. tests/tensorflow/test_memory.py fails when this moves.
+    return [operation.graph._get_function(name).graph for name in names]
+
+
+def _bytes(shape: Any, dtype: tf.DType) -> int:
+    """Of a dense tensor; a dimension that only the run will tell counts as 1, and a handle as nothing."""
+    if dtype in (tf.resource, tf.variant) or tf.TensorShape(shape).rank is None:
+        return 0
+    return math.prod(n or 1 for n in tf.TensorShape(shape).as_list()) * dtype.size
+
+
+def _memory(memory: Any) -> host.Memory:
+    """Of the first GPU where there is one, else the machine's."""
+    if not tf.config.list_logical_devices("GPU"):
+        return host.memory()
+    if not isinstance(memory, str | int):
+        raise NotImplementedError(
+            "TensorFlow does not say how much memory a GPU has left. "
+            "Pass memory as a size to plan, such as '8GiB', and micro_batch as a number."
+        )
+    return host.Memory(tf.config.experimental.get_memory_info("GPU:0")["current"], 1 << 62, "the GPU")
+
+
+def fitting(window: Callable[[int], Any], loss_fn: Any, batch: Any, variables: list[Any], dtype: Any) -> Any:
+    """`window(micro_batch)` with the micro-batch that fits, planned once for a loss function and a shape of batch.
+
+    In a `tf.function` that is when it is traced. Outside it also survives an out-of-memory: what `loss_fn` assigned is
+    given back, and the window is done again with micro-batches of half the size, which it goes on with.
+    """
+    choice = _choice(loss_fn, batch, variables, dtype)
+    if not tf.executing_eagerly():
+        return window(choice.micro_batch)
+    while True:
+        kept = [(v, tf.identity(v)) for v in choice.assigned]
+        try:
+            return window(choice.micro_batch)
+        except tf.errors.ResourceExhaustedError as error:
+            if choice.micro_batch == 1:
+                error.add_note(f'micro_batch="auto": not even one example at a time fits. Planned was: {choice.plan}')
+                raise
+        # Here, outside the except, the failed frames are gone and with them the tensors that they held.
+        for variable, before in kept:
+            variable.assign(before)
+        failed, length = choice.micro_batch, choice.plan.batch
+        choice.micro_batch = -(-length // (2 * -(-length // failed)))
+        logger.warning(
+            'micro_batch="auto": out of memory at %s; the window is done again with %s.',
+            f"{failed:,}",
+            f"{choice.micro_batch:,}",
+        )
+
+
+@dataclass
+class _Choice:
+    """What is remembered for one loss function and one shape of batch."""
+
+    plan: Plan
+    micro_batch: int
+    assigned: list[Any]
+
+
+# Plans, for as long as their loss function lives. A cache: without it every call outside a tf.function would trace.
+_remembered: weakref.WeakKeyDictionary[Any, dict[Any, _Choice]] = weakref.WeakKeyDictionary()
+
+
+def _choice(loss_fn: Any, batch: Any, variables: list[Any], dtype: Any) -> _Choice:
+    leaves = [leaf for leaf in tf.nest.flatten(batch) if leaf is not None]
+    # A bound method is made anew each time it is named.
+    function, owner = getattr(loss_fn, "__func__", loss_fn), id(getattr(loss_fn, "__self__", None))
+    key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), dtype, owner, tuple(id(v) for v in variables)
+    # Inside a tf.function it is planned when that is traced, and the variables it assigns are its graph's.
+    choices = _remembered.setdefault(function, {}) if tf.executing_eagerly() else {}
+    if key not in choices:
+        started = clock.perf_counter()
+        traces = _Traces(loss_fn, batch, variables, dtype)
+        found = _plan(traces, None, False)
+        choices[key] = _Choice(found, found.micro_batch, traces.assigned)
+        logger.warning('micro_batch="auto": %s in %.1f s.', found, clock.perf_counter() - started)
+    return choices[key]

@@ -1,0 +1,67 @@
+"""Plain `fit` on one device beside both doors on two: MirroredStrategy on TensorFlow, DataParallel on JAX.
+
+Run by test_devices.py in a process of its own, since devices are made before anything runs on them.
+"""
+
+import contextlib
+import os
+import sys
+
+if os.environ["KERAS_BACKEND"] == "tensorflow":
+    import tensorflow as tf
+
+    [cpu] = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+else:
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import keras
+from keras import optimizers
+
+import bigbatch.keras as bb
+from conformance.keras_parity import close, data, float64, mlp
+
+float64()
+x, y = data(24)
+FIT = {"x": x, "y": y, "epochs": 2, "shuffle": False, "verbose": 0}
+# An Adam forgives a wrong scale, an SGD nothing. Both clip what the first batch is sure to be larger than.
+OPTIMIZERS = {
+    "momentum": lambda: optimizers.SGD(0.5, momentum=0.9),
+    "clipnorm": lambda: optimizers.SGD(0.5, clipnorm=0.05),
+    "global_clipnorm": lambda: optimizers.Adam(0.01, global_clipnorm=0.05),
+    "clipvalue": lambda: optimizers.SGD(0.5, clipvalue=0.01),
+    "several": lambda: several(optimizers.SGD(0.5, global_clipnorm=0.05), optimizers.Adam(0.01)),
+}
+
+
+def several(kernels, biases):
+    return optimizers.MultiOptimizer(lambda variable: kernels if "kernel" in variable.path else biases)
+
+
+def fitted(make, door, size, scope):
+    with scope():
+        model = mlp(optimizer=make())
+        model.optimizer.build(model.trainable_variables)
+        if door:
+            bb.accumulate(model, **door)
+    model.fit(**FIT, batch_size=size)
+    return model
+
+
+plain = {name: fitted(make, None, 10, contextlib.nullcontext) for name, make in OPTIMIZERS.items()}
+if os.environ["KERAS_BACKEND"] == "tensorflow":
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    if strategy.num_replicas_in_sync != 2:
+        sys.exit("there are not two replicas")
+    scope = strategy.scope
+else:
+    import jax
+
+    if len(jax.devices()) != 2:
+        sys.exit("there are not two devices")
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    scope = contextlib.nullcontext
+for name, make in OPTIMIZERS.items():
+    for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
+        close(fitted(make, door, size, scope), plain[name])
+        print(f"{name} {door}: exact on two devices")

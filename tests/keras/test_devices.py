@@ -1,0 +1,19 @@
+"""Two devices, on the backends where Keras spreads a batch over them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conformance.keras_parity import BACKEND
+
+HERE = Path(__file__).parent
+
+if BACKEND != "torch":
+
+    def test_two_devices():
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+        command = [sys.executable, str(HERE / "on_two_devices.py")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("exact on two devices") == 10

@@ -1,0 +1,251 @@
+"""The search and the budget: whatever memory does, what comes out was itself predicted to fit."""
+
+import math
+import resource
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigbatch import host
+from bigbatch.host import Memory
+from bigbatch.plan import Budget, Candidate, budget, choose, sizes, timed
+
+DEVICE = Memory(held=2 << 30, free=6 << 30, limit="the machine")
+
+
+def search(needs, batch, room, **options):
+    asked = []
+
+    def counted(size):
+        asked.append(size)
+        return needs(size)
+
+    plan = choose(counted, batch, Budget(0, room, "a test"), lambda: "by a formula", **options)
+    return plan, asked
+
+
+@st.composite
+def problems(draw):
+    """A batch, and any memory function at all: steps, saws, noise, with a trend or without."""
+    batch = draw(st.integers(1, 5000))
+    seed, trend = draw(st.integers(0, 2**32)), draw(st.sampled_from([0, 1, 7, -3]))
+    noise = draw(st.sampled_from([0, 10, 1000, 100000]))
+    step = draw(st.sampled_from([1, 3, 64]))
+
+    def needs(size):
+        return 1 + abs(trend * (size // step * step) + hash((seed, size)) % (noise + 1))
+
+    return batch, needs, draw(st.integers(0, 40000))
+
+
+@given(problems())
+@settings(max_examples=400, deadline=None)
+def test_what_is_chosen_was_predicted_to_fit(problem):
+    batch, needs, room = problem
+    try:
+        plan, asked = search(needs, batch, room)
+    except (MemoryError, ValueError):
+        tried = [size for size in (2**k for k in range(11)) if size < batch] + [batch]
+        assert all(needs(max(s for s in sizes(batch) if s <= size)) > room for size in tried)
+        return
+    assert needs(plan.micro_batch) <= room
+    assert plan.micro_batch == plan.largest
+    assert plan.micro_batch in asked
+    assert len(asked) == len(set(asked)), "a prediction is dear"
+    assert len(asked) <= 12 + 12 + 1
+
+
+@given(st.integers(1, 5000), st.integers(1, 50), st.integers(0, 2000), st.floats(0.5, 2), st.integers(0, 100000))
+@settings(max_examples=400, deadline=None)
+def test_where_memory_only_grows_it_is_the_largest(batch, slope, constant, power, room):
+    def needs(size):
+        return constant + int(slope * size**power)
+
+    best = max((size for size in sizes(batch) if needs(size) <= room), default=None)
+    try:
+        plan, _ = search(needs, batch, room, tries=1000)
+    except MemoryError:
+        assert best is None
+    else:
+        assert plan.micro_batch == best
+
+
+@pytest.mark.parametrize("batch", [64, 1000, 4096, 100000])
+def test_a_straight_line_takes_five_predictions(batch):
+    for room in range(100, 3 * batch, max(1, batch // 50)):
+        _, asked = search(lambda size: 50 + 3 * size, batch, room)
+        assert len(asked) <= 5, (room, asked)
+
+
+def test_a_dear_prediction_need_not_be_the_last():
+    plan, asked = search(lambda size: 50 + 3 * size, 4096, 3200, enough=0.9)
+    assert asked == [4096, 512, 1024]
+    assert plan.needs >= 0.9 * 3200
+
+
+def test_one_example_may_need_more_than_two():
+    plan, _ = search(lambda size: 900 if size == 1 else 100 * size, 64, 450)
+    assert plan.micro_batch == 4
+
+
+@given(st.integers(1, 3000))
+def test_sizes_are_the_least_for_each_number_of_micro_batches(batch):
+    assert sizes(batch) == sorted({-(-batch // count) for count in range(1, batch + 1)})
+
+
+def test_no_size_fits():
+    with pytest.raises(MemoryError, match=r"No micro-batch fits in memory\. A micro-batch of 1 needs 100 bytes beside"):
+        search(lambda size: 100 * size, 8, 99)
+    with pytest.raises(ValueError, match=r"memory is too small for the model\. Received: memory='1KiB' \(str\)\."):
+        search(lambda size: 4096 * size, 8, 1024, given="1KiB")
+
+
+def test_the_fastest_of_those_that_fit():
+    def needs(size):
+        return 10**9 if size == 16 else 100 * size
+
+    plan, _ = search(needs, 64, 3200)
+    asked = []
+
+    def seconds(size):
+        asked.append(size)
+        return size * (1.0 if size > 8 else 0.5)
+
+    quick = timed(plan, needs, seconds)
+    assert plan.micro_batch == 32
+    assert asked == [32, 8, 4, 2], "16 would not fit, and is not run"
+    assert quick.micro_batch == 8
+    assert quick.largest == 32
+    assert Candidate(8, 800, 4.0) in quick.candidates
+
+
+@pytest.mark.parametrize(
+    ("memory", "room"),
+    [
+        (None, int((6 << 30) * 0.9)), ("8GiB", 6 << 30), ("3 GB", 3 * 10**9 - (2 << 30)), ("2.5GiB", 1 << 29),
+        (3 << 30, 1 << 30), (0.5, 3 << 30), (1.0, 6 << 30), ("1GiB", 0),
+    ],
+)  # fmt: skip
+def test_budget(memory, room):
+    allowed = budget(memory, DEVICE)
+    assert allowed.room == room
+    assert allowed.held == DEVICE.held
+
+
+def test_budget_says_its_reserve_and_what_it_keeps():
+    assert budget(None, DEVICE).says == "6 GiB free by the machine, less a reserve of 10%"
+    kept = budget(None, DEVICE, keep=1 << 30, reserve=0.5)
+    assert kept.room == 2 << 30
+    assert kept.says == "6 GiB free by the machine, less a reserve of 50%, 1 GiB kept for the optimizer's state"
+
+
+@pytest.mark.parametrize("memory", ["lots", "8 gib", "8GiB free", "", "-8GiB", "0GiB", -1, 0, 0.0, -0.5, 1.5, "9GiB",
+                                    9 << 30, math.nan, math.inf])  # fmt: skip
+def test_a_budget_without_sense_is_refused(memory):
+    with pytest.raises(ValueError, match=r"^memory must .* Received: memory="):
+        budget(memory, DEVICE)
+
+
+@pytest.mark.parametrize("memory", [True, [8], b"8GiB"])
+def test_a_budget_of_another_type_is_refused(memory):
+    with pytest.raises(TypeError, match=r"^memory must be a size or a fraction\. Received: memory="):
+        budget(memory, DEVICE)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with 8 GiB available, whose process holds 100 MiB; add files to limit it."""
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    def write(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    write("proc/meminfo", "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n")
+    write("proc/self/status", "Name: python\nVmSize: 1048576 kB\nVmRSS: 102400 kB\nVmData: 524288 kB\n")
+    return tmp_path, write
+
+
+def test_what_the_machine_leaves(machine):
+    root, _ = machine
+    assert host.memory(root) == Memory(100 << 20, 8 << 30, "the machine")
+
+
+def test_what_a_cgroup_leaves(machine):
+    root, write = machine
+    write("proc/self/cgroup", "0::/user/job\n")
+    write("sys/fs/cgroup/user/job/memory.max", "max\n")
+    write("sys/fs/cgroup/user/job/memory.current", "5\n")
+    assert host.memory(root).limit == "the machine"
+    write("sys/fs/cgroup/user/memory.max", f"{4 << 30}\n")
+    write("sys/fs/cgroup/user/memory.current", f"{3 << 30}\n")
+    write("sys/fs/cgroup/user/memory.stat", f"anon 7\ninactive_file {1 << 30}\n")
+    assert host.memory(root) == Memory(100 << 20, 2 << 30, "its cgroup"), "a parent's limit, less what would give way"
+
+
+def test_what_an_old_cgroup_leaves_to_a_container(machine):
+    root, write = machine
+    write("proc/self/cgroup", "4:cpu,memory:/docker/abc\n1:cpuset:/\n")
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", f"{1 << 30}\n")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", f"{900 << 20}\n")
+    write("sys/fs/cgroup/memory/memory.stat", f"total_inactive_file {100 << 20}\n")
+    assert host.memory(root) == Memory(100 << 20, 224 << 20, "its cgroup")
+
+
+def test_what_ulimit_leaves(machine, monkeypatch):
+    root, _ = machine
+    limits = {resource.RLIMIT_AS: 4 << 30, resource.RLIMIT_DATA: 2 << 30}
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (limits[limit], resource.RLIM_INFINITY))
+    assert host.memory(root) == Memory(100 << 20, (2 << 30) - (512 << 20), "ulimit -d")
+    limits[resource.RLIMIT_AS] = 1 << 30
+    assert host.memory(root) == Memory(100 << 20, 0, "ulimit -v")
+
+
+def test_this_machine():
+    held, free, limit = host.memory()
+    assert held > 1 << 20
+    assert free > 1 << 20
+    assert limit
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (1 << 20, "1 MiB"), (310.4 * 2**20, "310 MiB"),
+                       (1.5 * 2**30, "1.5 GiB"), (3 << 40, "3 TiB")],
+)  # fmt: skip
+def test_bytes_in_words(size, text):
+    assert host.written(size) == text
+
+
+@pytest.fixture
+def made():
+    plan, _ = search(lambda size: size << 20, 64, 40 << 20, notes=("Workspaces are in.",))
+    return plan
+
+
+def test_the_table(made, capsys):
+    made.show()
+    printed = capsys.readouterr().out
+    shown = " ".join(printed.split())
+    assert "For a batch of 64 a micro-batch may take 40 MiB beside the 0 bytes in use (a test)." in shown
+    assert "too large" in shown
+    assert "80% largest" in shown
+    assert "Needs: by a formula. Workspaces are in." in shown
+    assert shown.endswith("micro_batch=32")
+    assert max(map(len, printed.splitlines())) <= 80
+    timed(made, lambda size: size << 20, lambda size: size * 1e-3 if size > 8 else size * 1e-4).show()
+    assert "0.1 ms fastest" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_plan_in_a_line(made):
+    assert str(made) == (
+        "micro_batch 32 of a batch of 64 (2 micro-batches) needs 32 MiB of 40 MiB (a test), by a formula"
+    )
+
+
+def test_the_figure(made, tmp_path):
+    made.save(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+    timed(made, lambda size: size << 20, lambda size: 1.0).save(str(tmp_path / "timed.svg"))
+    assert "ms an example" not in (tmp_path / "plan.png").read_text(errors="ignore")
+    assert (tmp_path / "timed.svg").stat().st_size > 5000
