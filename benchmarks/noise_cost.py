@@ -3,7 +3,7 @@
     python benchmarks/noise_cost.py [--repetitions 12] [--write]
 
 A measured window takes the norm of every micro-batch's gradient, and none of its weight gradients is fused. With
-`noise=True` one window in ten is measured, so a window costs a tenth of the difference more.
+`noise=True` one window in twenty is measured, so a window costs a twentieth of the difference more.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main():
     fused = ratio(timings, "measured, in a fused loop", "not measured, fused") - 1
     verdict = (
         f"A measured window takes {plain:+.1%}, and {fused:+.1%} where the others are fused. With `noise=True`, one in "
-        f"ten: {plain / 10:+.1%} and {fused / 10:+.1%} a window (wanted: at most +3 %)."
+        f"twenty: {plain / 20:+.1%} and {fused / 20:+.1%} a window (wanted: at most +3 %)."
     )
     print(shown, verdict, sep="\n\n")
     if options.write:

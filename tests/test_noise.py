@@ -265,7 +265,7 @@ def test_until_noise_is_checked(options, kind, words):
 def test_noise_is_checked(value):
     with pytest.raises(ValueError, match="noise must be True, False or an integer of at least 1"):
         noise.one_in(value)
-    assert [noise.one_in(v) for v in (False, True, 1, 7)] == [0, 10, 1, 7]
+    assert [noise.one_in(v) for v in (False, True, 1, 7)] == [0, 20, 1, 7]
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.5])

@@ -335,14 +335,14 @@ def until_noise(*, eta: float = 1.0, at_most: int) -> UntilNoise:
 
 
 def one_in(noise: Any) -> int:
-    """Accepts what `noise=` may be, as one window in so many: True is 10, and 0 stands for none."""
+    """Accepts what `noise=` may be, as one window in so many: True is 20, and 0 stands for none."""
     if isinstance(noise, bool):
-        return 10 if noise else 0
+        return 20 if noise else 0
     if isinstance(noise, int) and noise >= 1:
         return noise
     raise ValueError(
         f"noise must be True, False or an integer of at least 1. {errors.received('noise', noise)} "
-        "Pass True to measure one window in ten, or n to measure one in n."
+        "Pass True to measure one window in twenty, or n to measure one in n."
     )
 
 

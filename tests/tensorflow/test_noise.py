@@ -58,10 +58,10 @@ def test_rows_named_twice():
     close(update.noise, by_hand([tf.reshape(g, [-1]) for g in dense], [2, 2]))
 
 
-def test_one_window_in_ten_and_none_by_default():
+def test_one_window_in_twenty_and_none_by_default():
     w, acc = make(every=2, noise=True)
-    updates = [acc.apply_gradients([(g, w)], items=n) for g, n in zip(GRADS * 6, ITEMS * 6, strict=True)]
-    assert [k for k, u in enumerate(u for u in updates if u.closed) if not math.isnan(float(u.noise.trace))] == [0, 10]
+    updates = [acc.apply_gradients([(g, w)], items=n) for g, n in zip(GRADS * 11, ITEMS * 11, strict=True)]
+    assert [k for k, u in enumerate(u for u in updates if u.closed) if not math.isnan(float(u.noise.trace))] == [0, 20]
     w, acc = make(noise=False)
     with pytest.raises(ValueError, match="The Accumulator measures no noise"):
         print(acc.noise_scale)

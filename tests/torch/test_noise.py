@@ -163,14 +163,14 @@ def hooks(model):
     return [len(p._backward_hooks or ()) for p in model.parameters()]
 
 
-def test_one_window_in_ten_and_no_hooks_in_the_others():
+def test_one_window_in_twenty_and_no_hooks_in_the_others():
     model = network()
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.0), every=2, noise=True)
     updates = []
-    for _ in range(11):
+    for _ in range(21):
         updates += [u for u in feed(acc, model, parts([2, 3])) if u]
-        assert hooks(model) == ([1] * 4 if len(updates) % 10 == 0 else [0] * 4)
-    assert [u.index for u in updates if u.noise] == [0, 10]
+        assert hooks(model) == ([1] * 4 if len(updates) % 20 == 0 else [0] * 4)
+    assert [u.index for u in updates if u.noise] == [0, 20]
     assert acc.noise_scale.windows == 2
 
 

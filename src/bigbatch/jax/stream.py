@@ -95,7 +95,7 @@ def accumulate(
         partial: what `flush` does with a window that is not full: "apply" makes the update from what is there,
             "carry" keeps it open, "drop" forgets it.
         noise: measures the gradient noise scale, for `bb.noise_scale(state)` and the `noise` of an Update. True
-            measures one window in ten, an integer n one in n; `until_noise` measures every window.
+            measures one window in twenty, an integer n one in n; `until_noise` measures every window.
 
     Returns:
         A transformation whose state is an `AccumulateState`.

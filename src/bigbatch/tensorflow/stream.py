@@ -57,7 +57,7 @@ class Accumulator(tf.Module):
         nonfinite: what becomes of a window whose gradient is inf or NaN: "skip" makes no update, "apply" applies it.
             A `LossScaleOptimizer` is always shown it, for it lowers its scale and skips the update itself.
         noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
-            window in ten, an integer n one in n; `until_noise` measures every window. Not under a strategy.
+            window in twenty, an integer n one in n; `until_noise` measures every window. Not under a strategy.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

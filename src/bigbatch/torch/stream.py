@@ -78,7 +78,7 @@ class Accumulator:
         sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes), or every "micro_batch"
             (least memory).
         noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
-            window in ten, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
+            window in twenty, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was touched.
