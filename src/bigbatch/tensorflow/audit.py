@@ -148,8 +148,8 @@ class Bench:
         def reset() -> None:
             for variable, value in self.state:
                 # Keras draws from seeds in variables of this kind, which no seed of TensorFlow's reaches.
-                moved = seed and value.dtype == np.uint32 and value.shape == (2,)
-                variable.assign(value + np.asarray([seed, 0], np.uint32) if moved else value)
+                moved = seed and value.dtype in (np.uint32, np.int64) and value.shape == (2,)
+                variable.assign(value + np.asarray([seed, 0], value.dtype) if moved else value)
 
         tf.random.set_seed(seed)
         random.seed(seed)

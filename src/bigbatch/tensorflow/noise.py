@@ -50,7 +50,7 @@ class Meter(tf.Module):
             return items * tf.add_n([_square(g) for g in gradients]) if gradients else tf.zeros((), COUNT)
 
         square = more() if self.one_in == 1 else tf.cond(self.measures(index), more, lambda: tf.zeros((), COUNT))
-        self.squares.assign(tf.where(first, 0, self.squares) + square)
+        self.squares.assign(tf.where(first, tf.zeros((), COUNT), self.squares) + square)
 
     def window(self, micro_batches: tf.Tensor, items: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor) -> WindowNoise:
         """What the window says so far; the gradients and the norm of their mean were scaled by `scale`."""
