@@ -66,8 +66,8 @@ it is measured). Measured is the highest resident memory during the window over 
 `MALLOC_MMAP_THRESHOLD_={EXACT["MALLOC_MMAP_THRESHOLD_"]}` in the environment: glibc then gives back what is freed.
 
 PyTorch's is predicted on fake tensors. The default heap of glibc keeps holes between tensors of less than 32 MiB, more
-or fewer from run to run, and no prediction of tensors sees them ("with glibc's default"); the plan's reserve on a CPU is
-for that. JAX's is the compiler's account: outputs and temporaries, less what is aliased.
+or fewer from run to run, and no prediction of tensors sees them ("with glibc's default"); the plan's reserve on a CPU
+is for that. JAX's is the compiler's account: outputs and temporaries, less what is aliased.
 """
 
 
