@@ -1,7 +1,8 @@
-"""Several ranks: each reads its own part of the data, and the ranks' micro-batches make one exact update together.
+r"""Several ranks: each reads its own part of the data, and the ranks' micro-batches make one exact update together.
 
 torchrun --nproc-per-node 2 examples/torch_ddp.py
-torchrun --nproc-per-node 2 --max-restarts 3 examples/torch_ddp.py --checkpoint /tmp/digits.pt
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 examples/torch_ddp.py \
+    --checkpoint /tmp/digits.pt
 
 With a checkpoint a run that is killed goes on from the last update, and ends with the same weights. On GPUs: "nccl",
 torch.cuda.set_device(local_rank), and model and data on that device.
@@ -9,6 +10,7 @@ torch.cuda.set_device(local_rank), and model and data on that device.
 
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--checkpoint", type=Path)
 args = parser.parse_args()
 
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # how long ranks wait for one that hangs
 rank, ranks = dist.get_rank(), dist.get_world_size()
 
 torch.manual_seed(0)

@@ -59,9 +59,9 @@ def _demo(options: argparse.Namespace) -> int:
 
     from bigbatch.demo import Job, report
 
-    train = importlib.import_module(f"bigbatch.demo.{framework}").train
+    demo = importlib.import_module(f"bigbatch.demo.{framework}")
     job = Job(dtype="float64" if options.float64 else "float32", epochs=options.epochs)
-    report.run(train, job, framework, options.output, Console())
+    report.run(demo.train, job, framework, options.output, Console(), getattr(demo, "audit", None))
     return 0
 
 

@@ -112,6 +112,14 @@ def check_lengths(lengths: Sequence[tuple[str, int]]) -> int:
     return first
 
 
+def one_micro_batch(micro_batch: int, length: int) -> Exception:
+    """For an audit of a batch that one micro-batch holds."""
+    return ValueError(
+        f"An audit needs more than one micro-batch. Received: micro_batch={micro_batch} for a batch of {length}. "
+        "Pass a smaller micro_batch."
+    )
+
+
 def leaf_without_length(where: str, value: Any) -> Exception:
     """For a leaf of a batch that cannot be cut: a scalar, a number, a string."""
     fix = "Bind what is the same for every micro-batch in loss_fn instead, with a closure or functools.partial."

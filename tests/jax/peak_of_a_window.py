@@ -63,7 +63,7 @@ def job(name, length):
         layers = [{n: weight(*shape) for n, shape in shapes.items()} for _ in range(3)]
         tokens = jax.random.randint(next(keys), (length, 64), 0, 1000)
         return transformer, {"embedding": weight(1000, 128), "layers": layers}, (tokens, tokens)
-    params = [weight(3, 3, 3, 8), weight(3, 3, 8, 16), weight(16, 10)]
+    params = [weight(3, 3, 3, 16), weight(1, 1, 16, 16), weight(16, 10)]
     return convnet, params, (weight(length, 32, 32, 3), jnp.zeros(length, int))
 
 

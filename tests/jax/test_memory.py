@@ -30,13 +30,13 @@ def arguments():
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(16, 128), (128, 128), (128, 1)]
     params = [jax.random.normal(k, s) / 10 for k, s in zip(keys, shapes, strict=False)]
-    return params, (jax.random.normal(keys[3], (4096, 16)), jnp.ones((4096, 1)))
+    return params, (jax.random.normal(keys[3], (1024, 16)), jnp.ones((1024, 1)))
 
 
 @pytest.fixture
 def room(monkeypatch):
     """As much memory as one says, beside twice the parameters."""
-    keep = 2 * 4 * (16 * 128 + 128 * 128 + 128)
+    keep = 2 * 8 * (16 * 128 + 128 * 128 + 128)
 
     def room(size):
         monkeypatch.setattr(memory, "_memory", lambda: Memory(0, (size + keep) * 10 // 9 + 2, "the test"))
@@ -49,10 +49,10 @@ def same(a, b):
 
 
 def test_what_fits_is_chosen_by_a_few_compilations(arguments, room):
-    room(4 << 20)
+    room(1 << 20)
     plan = bb.plan(loss_fn)(*arguments)
-    assert 2 << 20 < plan.needs <= 4 << 20
-    assert plan.micro_batch < 4096
+    assert 1 << 19 < plan.needs <= 1 << 20
+    assert plan.micro_batch < 1024
     assert len(plan.candidates) <= 6
     assert plan.how == f"by the compiler's account of {len(plan.candidates)} programs"
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
@@ -60,7 +60,7 @@ def test_what_fits_is_chosen_by_a_few_compilations(arguments, room):
 
 
 def test_the_fastest(arguments, room):
-    room(4 << 20)
+    room(1 << 20)
     plan = bb.plan(loss_fn, time=True)(*arguments)
     timed = [c for c in plan.candidates if c.seconds is not None]
     assert len(timed) >= 3
@@ -68,17 +68,17 @@ def test_the_fastest(arguments, room):
 
 
 def test_auto_under_jit_is_that_micro_batch(arguments, room, caplog):
-    room(4 << 20)
+    room(1 << 20)
     size = bb.plan(loss_fn)(*arguments).micro_batch
     step = jax.jit(bb.value_and_grad(loss_fn, micro_batch="auto"))
     found = step(*arguments)
     step(*arguments)
     (record,) = caplog.records
     assert record.name == "bigbatch.jax"
-    assert record.getMessage().startswith(f'micro_batch="auto": micro_batch {size:,} of a batch of 4,096 (')
+    assert record.getMessage().startswith(f'micro_batch="auto": micro_batch {size:,} of a batch of 1,024 (')
     assert same(found, jax.jit(bb.value_and_grad(loss_fn, micro_batch=size))(*arguments))
     params, (x, y) = arguments
-    step(params, (x[:1024], y[:1024]))
+    step(params, (x[:512], y[:512]))
     assert len(caplog.records) == 2
 
 
@@ -92,7 +92,7 @@ def test_auto_takes_the_options_of_the_door(arguments):
     params, batch = arguments
     given = batch, params, jax.random.key(1), 2.0
     found = bb.value_and_grad(noisy, **options, micro_batch="auto")(*given)
-    assert same(found, bb.value_and_grad(noisy, **options, micro_batch=4096)(*given))
+    assert same(found, bb.value_and_grad(noisy, **options, micro_batch=1024)(*given))
     with pytest.raises(ValueError, match="Holomorphic"):
         bb.value_and_grad(loss_fn, holomorphic=True, micro_batch="auto")
 

@@ -1,5 +1,6 @@
 """What the tests run in a rank, and the one process that they compare it with."""
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +10,28 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbatch.torch as bb
-from bigbatch.torch import ranks as ranks_module
+from bigbatch.torch import fused, replicas
+from bigbatch.torch.shards import whole
 
 WORDS, WIDTH, LENGTH = 11, 6, 9
 PAD = -100
+
+
+@contextmanager
+def setting(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def language_model(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -64,7 +80,25 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def parameters(model: nn.Module) -> list[torch.Tensor]:
     """Whole tensors, whatever way they are kept."""
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in (q.detach() for q in model.parameters())]
+    return [whole(p.detach()) for p in model.parameters()]
+
+
+def wrapped(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as "ddp", or sharded and synchronized as in "fsdp window" or "hsdp micro_batch"; and what to pass."""
+    model = language_model(dtype)
+    if kind == "ddp":
+        return DistributedDataParallel(model), {}
+    way, sync = kind.split()
+    size = dist.get_world_size()
+    if way == "hsdp":
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+    narrow = dtype == torch.bfloat16
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if narrow else MixedPrecisionPolicy()
+    for layer in (model[1], model[4], model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return model, {"sync": sync}
 
 
 def one_process(
@@ -88,28 +122,37 @@ def stream(
     dealt: list[list[Any]], optimizer: Callable[..., Any], every: Any, options: dict[str, Any] | None = None
 ) -> tuple[list[torch.Tensor], list[bb.Update]]:
     """Trains on this rank's own micro-batches, and flushes where they end. None stands for a broken one."""
-    model = DistributedDataParallel(language_model())
-    acc = bb.Accumulator(optimizer(model), every=every, model=model, **(options or {}))
+    options = dict(options or {})
+    model, given = wrapped(options.pop("kind", "ddp"))
+    smallest = options.pop("fused_from", fused.SMALLEST)
+    acc = bb.Accumulator(optimizer(model), every=every, model=model, **given, **options)
     updates = []
     for tokens in dealt[dist.get_rank()]:
         try:
             if tokens is None:
                 raise OSError("a broken record")
-            updates.append(acc.backward(loss_of(model, tokens), items=tokens_in(tokens)))
+            with setting(fused, "SMALLEST", smallest):
+                with acc.micro_batch():
+                    loss = loss_of(model, tokens)
+                updates.append(acc.backward(loss, items=tokens_in(tokens)))
         except OSError:
             continue
     updates.append(acc.flush())
     return parameters(model), [u for u in updates if u is not None]
 
 
-def split(dealt: list[list[torch.Tensor]], optimizer: Callable[..., Any], micro_batch: int) -> list[torch.Tensor]:
+def split(
+    dealt: list[list[torch.Tensor]], optimizer: Callable[..., Any], micro_batch: int, kind: str = "ddp"
+) -> list[torch.Tensor]:
     """One update a window; of each, this rank holds its own texts, or none."""
-    model = DistributedDataParallel(language_model())
+    model, given = wrapped(kind)
     step, losses = optimizer(model), []
+
+    def loss_fn(t: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return loss_of(model, t), tokens_in(t)
+
     for tokens in dealt[dist.get_rank()]:
-        losses.append(
-            bb.backward(lambda t: (loss_of(model, t), tokens_in(t)), tokens, micro_batch=micro_batch, model=model)
-        )
+        losses.append(bb.backward(loss_fn, tokens, micro_batch=micro_batch, model=model, **given))
         step.step()
         step.zero_grad()
     return [*parameters(model), torch.stack(losses)]
@@ -127,10 +170,12 @@ def twice(tokens_of: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch
     return ours, [p.grad.clone() for p in model.parameters()]
 
 
-def poisoned(dealt: list[list[torch.Tensor]], where: int, nonfinite: str) -> tuple[list[Any], list[list[torch.Tensor]]]:
+def poisoned(
+    dealt: list[list[torch.Tensor]], where: int, nonfinite: str, kind: str = "ddp"
+) -> tuple[list[Any], list[list[torch.Tensor]]]:
     """One rank's third micro-batch has a NaN in its loss."""
-    model = DistributedDataParallel(language_model())
-    acc = bb.Accumulator(sgd(model), every=2, model=model, nonfinite=nonfinite)
+    model, given = wrapped(kind)
+    acc = bb.Accumulator(sgd(model), every=2, model=model, nonfinite=nonfinite, **given)
     updates, seen = [], [parameters(model)]
     for i, tokens in enumerate(dealt[dist.get_rank()]):
         loss = loss_of(model, tokens)
@@ -212,6 +257,8 @@ def refused(name: str) -> None:
     if name == "static":
         ddp = DistributedDataParallel(model, static_graph=True)
         bb.Accumulator(sgd(model), every=1, model=ddp)
+    if name == "noise":
+        bb.Accumulator(sgd(model), every=1, model=DistributedDataParallel(model), noise=True)
     if name == "not a module":
         bb.Accumulator(sgd(model), every=1, model="ddp")
     if name == "strange":
@@ -245,15 +292,15 @@ def overflowing(where: int) -> tuple[list[Any], float]:
     return [u.skipped for u in updates if u], scaler.get_scale()
 
 
-def half(every: int) -> list[torch.Tensor]:
+def half(every: int, kind: str = "ddp") -> list[torch.Tensor]:
     """bfloat16 parameters: the mean gradient that the optimizer is given, on each rank."""
-    model = DistributedDataParallel(language_model(torch.bfloat16))
-    optimizer, given = torch.optim.SGD(model.parameters(), lr=0.0), []
-    optimizer.register_step_pre_hook(lambda *_: given.extend(p.grad.clone() for p in model.parameters()))
-    acc = bb.Accumulator(optimizer, every=every, model=model)
+    model, given = wrapped(kind, torch.bfloat16)
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.0), []
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(whole(p.grad).clone() for p in model.parameters()))
+    acc = bb.Accumulator(optimizer, every=every, model=model, **given)
     for tokens in texts(every, seed=dist.get_rank()):
         acc.backward(loss_of(model, tokens), items=tokens_in(tokens))
-    return given
+    return seen
 
 
 class Wire(torch.utils._python_dispatch.TorchDispatchMode):
@@ -270,29 +317,117 @@ class Wire(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def buckets_of(size: int) -> Iterator[None]:
-    before = ranks_module.BUCKET
-    ranks_module.BUCKET = size
-    try:
-        yield
-    finally:
-        ranks_module.BUCKET = before
-
-
-def wire(every: int, bucket: int, plain: bool) -> list[tuple[str, int]]:
-    """What one window puts on the wire; `plain` is DistributedDataParallel's own loop."""
-    model = DistributedDataParallel(language_model(), bucket_cap_mb=bucket / 2**20)
-    optimizer = sgd(model)
-    with buckets_of(bucket):
-        acc = None if plain else bb.Accumulator(optimizer, every=every, model=model)
-        with Wire() as seen:
-            for tokens in texts(every, seed=dist.get_rank()):
-                if acc is None:
-                    (loss_of(model, tokens) / every).backward()
-                else:
+def wire(every: int, bucket: int, kind: str = "ddp", flush: bool = False) -> list[tuple[str, int]]:
+    """What one window puts on the wire, closed by its last micro-batch or early."""
+    model, given = wrapped(kind)
+    with setting(replicas, "BUCKET", bucket):
+        acc = bb.Accumulator(sgd(model), every=every + flush, model=model, **given)
+        for _ in range(2):  # FSDP is not itself before its first forward is over
+            with Wire() as seen:
+                for tokens in texts(every, seed=dist.get_rank()):
                     acc.backward(loss_of(model, tokens), items=tokens_in(tokens))
+                if flush:
+                    acc.flush()
     return seen.sent
+
+
+def resumed(dealt: list[list[torch.Tensor]], place: int, kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parameters of a run without a stop, and of one saved and loaded anew after `place` micro-batches; 3 a window."""
+    mine, ends = dealt[dist.get_rank()], []
+    for stops in ((), (place,)):
+        model, given = wrapped(kind)
+        optimizer = adamw(model)
+        acc = bb.Accumulator(optimizer, every=3, model=model, **given)
+        for i, tokens in enumerate(mine):
+            if i in stops:
+                file = io.BytesIO()
+                torch.save((model.state_dict(), optimizer.state_dict(), acc.state_dict()), file)
+                file.seek(0)
+                model, _ = wrapped(kind)
+                optimizer = adamw(model)
+                acc = bb.Accumulator(optimizer, every=3, model=model, **given)
+                for part, state in zip((model, optimizer, acc), torch.load(file, weights_only=False), strict=True):
+                    part.load_state_dict(state)
+            acc.backward(loss_of(model, tokens), items=tokens_in(tokens))
+        acc.flush()
+        ends.append(parameters(model))
+    return ends[0], ends[1]
+
+
+def flushed_at_once(dealt: list[list[torch.Tensor]], kind: str) -> list[torch.Tensor]:
+    """Loads a window of two micro-batches, and flushes before any forward."""
+    mine = dealt[dist.get_rank()]
+    model, given = wrapped(kind)
+    acc = bb.Accumulator(sgd(model), every=3, model=model, **given)
+    for tokens in mine:
+        acc.backward(loss_of(model, tokens), items=tokens_in(tokens))
+    state = acc.state_dict()
+    model, _ = wrapped(kind)
+    acc = bb.Accumulator(sgd(model), every=3, model=model, **given)
+    acc.load_state_dict(state)
+    acc.flush()
+    return parameters(model)
+
+
+def distributed_checkpoint(
+    folder: str, kind: str, dealt: list[list[torch.Tensor]], first: int, last: int
+) -> list[torch.Tensor]:
+    """Trains on micro-batches first … last - 1 of a run with 2 a window, from and to torch.distributed.checkpoint."""
+    model, given = wrapped(kind)
+    optimizer = adamw(model)
+    acc = bb.Accumulator(optimizer, every=2, model=model, **given)
+    inside, mine = f"window of rank {dist.get_rank()}", dealt[dist.get_rank()]
+
+    def state(name: str) -> dict[str, Any]:
+        held, optimizers = states.get_state_dict(model, optimizer)
+        return {"model": held, "optimizer": optimizers, name: b""}
+
+    if first:
+        # Where no window is open, what rank 0 saved is everybody's.
+        name = inside if first % 2 else "window of rank 0"
+        loaded = state(name)
+        dcp.load(loaded, checkpoint_id=folder)
+        states.set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        acc.load_state_dict(torch.load(io.BytesIO(loaded[name]), weights_only=True))
+    for tokens in mine[first:last]:
+        acc.backward(loss_of(model, tokens), items=tokens_in(tokens))
+    torch.save(acc.state_dict(), file := io.BytesIO())
+    dcp.save({**state(inside), inside: file.getvalue()}, checkpoint_id=folder)
+    if last == len(mine):
+        acc.flush()
+    return parameters(model)
+
+
+def error_everywhere(dealt: list[list[torch.Tensor]], kind: str) -> list[torch.Tensor]:
+    """Every rank's second backward raises; the window is dropped, and the next ones are clean."""
+    model, given = wrapped(kind)
+    acc = bb.Accumulator(sgd(model), every=2, model=model, **given)
+
+    def explode(_: torch.Tensor) -> None:
+        raise OSError("inside autograd")
+
+    for i, tokens in enumerate(dealt[dist.get_rank()]):
+        scores = model(tokens[:, :-1].clamp(min=0))
+        if i == 1:
+            scores.register_hook(explode)
+        loss = F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
+        try:
+            acc.backward(loss, items=tokens_in(tokens))
+        except OSError:
+            assert acc.pending == 0
+    return parameters(model)
+
+
+def refused_shards(name: str) -> None:
+    model = language_model(torch.bfloat16 if name == "narrow" else torch.float32)
+    if name == "partly":
+        fully_shard(model[1])
+        fully_shard(model[4])
+    else:
+        fully_shard(model)
+    scaler = torch.amp.GradScaler("cpu") if name == "scaler" else None
+    sync = "never" if name == "sync" else "window"
+    bb.Accumulator(sgd(model), every=1, model=model, scaler=scaler, sync=sync)
 
 
 def saved_inside(place: int) -> tuple[Any, int]:

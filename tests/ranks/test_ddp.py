@@ -53,6 +53,14 @@ def test_stream_equals_one_process(size, clip_norm):
             assert (update.loss, update.grad_norm) == pytest.approx((loss, norm), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp window", "fsdp micro_batch"])
+def test_fused_weight_gradients_are_reduced_too(kind):
+    dealt = deal((4, 4))
+    wanted, _ = in_rank.one_process(windows_of(dealt, 2), in_rank.sgd)
+    results = pool(2).run(in_rank.stream, dealt, in_rank.sgd, 2, {"kind": kind, "fused_from": 1})
+    close(alike([parameters for parameters, _ in results]), wanted)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_items_are_counted_over_all_ranks_which_close_together(size):
     dealt, plan = deal(UNEVEN[size], seed=1), 40
@@ -157,7 +165,7 @@ def test_rank_0s_buffers_are_everybodys_as_without_us():
 def test_one_reduction_a_bucket_and_one_of_numbers(bucket):
     model = in_rank.language_model()
     every, numbers = 8, 6 + 2 * len(list(model.parameters()))
-    ours = pool(2).run(in_rank.wire, every, bucket, False)
+    ours = pool(2).run(in_rank.wire, every, bucket)
     assert ours[0] == ours[1]
     kinds = {kind for kind, _ in ours[0]}
     assert kinds == {"allreduce_"}
@@ -194,8 +202,12 @@ def test_ranks_that_disagree_at_the_split_door_get_one_error():
 
 
 REFUSED = {
-    "plain": (ValueError, "model must be wrapped in DistributedDataParallel where there are several ranks"),
+    "plain": (
+        ValueError,
+        "model must be wrapped in DistributedDataParallel or by fully_shard where there are several ranks",
+    ),
     "static": (ValueError, "static_graph=True"),
+    "noise": (ValueError, "The noise scale is measured in one process. Received: noise=True, every=1, 2 ranks."),
     "not a module": (TypeError, "model must be a torch.nn.Module. Received: model='ddp' (str)."),
     "strange": (ValueError, "The loss reaches a parameter that is not the model's."),
 }

@@ -165,12 +165,54 @@ def test_a_loss_scale_sees_an_inf_on_any_replica(strategy, data):
     np.testing.assert_array_equal(run.w, [1, 2, 3])
 
 
-def test_what_a_strategy_cannot_do(strategy, data):
-    run = Training(strategy, lambda: tf.keras.optimizers.SGD(0.1, global_clipnorm=1.0), every=2)
-    with pytest.raises(
-        ValueError, match=r"SGD clips each replica's gradient before it adds them up\. Received: global"
-    ):
-        run.feed(list(data[0]))
+CLIPPING = [{"global_clipnorm": 0.02}, {"clipnorm": 0.02}, {"clipvalue": 0.01}]
+
+
+@pytest.mark.parametrize("clipping", CLIPPING, ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("loss_scale", [False, True])
+def test_clipping_is_of_the_mean_over_all_replicas(clipping, loss_scale, strategy, data):
+    def make():
+        return tf.keras.optimizers.SGD(1.0, momentum=0.9, **clipping)
+
+    def made():
+        return tf.keras.mixed_precision.LossScaleOptimizer(make(), initial_scale=1.0) if loss_scale else make()
+
+    run = Training(strategy, made, every=4)
+    if loss_scale:
+        with strategy.scope():
+            run.optimizer.build([run.w])
+    for parts in data + data:
+        update = run.feed(list(parts))
+    w, _ = by_hand(make, [data, data])
+    free, _ = by_hand(lambda: tf.keras.optimizers.SGD(1.0, momentum=0.9), [data, data])
+    np.testing.assert_allclose(run.w, w, rtol=1e-12)
+    assert np.linalg.norm(w - free) > 0.01, "it was clipped"
+    for replica in strategy.experimental_local_results(run.w):
+        np.testing.assert_array_equal(replica, run.w)
+    assert bool(update.made)
+
+
+def test_the_norm_of_what_is_clipped_is_told(strategy, data):
+    run = Training(strategy, lambda: tf.keras.optimizers.SGD(1.0, global_clipnorm=0.1), every=4)
+    for parts in data:
+        update = run.feed(list(parts))
+    w = tf.Variable(tf.constant([1.0, 2.0, 3.0], tf.float64))
+    with tf.GradientTape() as tape:
+        loss = loss_of(w, tf.concat([part for parts in data for part in parts], 0))
+    np.testing.assert_allclose(update.grad_norm, tf.norm(tape.gradient(loss, w)), rtol=1e-12)
+    run = Training(strategy, OPTIMIZERS["momentum"], every=1)
+    assert np.isnan(run.feed(list(data[0])).grad_norm), "the optimizer adds the gradient up, and nobody else sees it"
+
+
+def test_an_inf_on_one_replica_skips_a_window_that_would_be_clipped(strategy, data):
+    run = Training(strategy, lambda: tf.keras.optimizers.SGD(1.0, global_clipnorm=0.1), every=1)
+    update = run.feed([data[0][0], tf.fill([1, 3], tf.constant(np.inf, tf.float64))])
+    assert update.skipped.startswith("the window is not finite")
+    np.testing.assert_array_equal(run.w, [1, 2, 3])
+    assert bool(run.feed(list(data[1])).made)
+
+
+def test_an_accumulator_of_another_scope(strategy, data):
     run = Training(strategy, OPTIMIZERS["momentum"], every=2)
     run.acc = bb.Accumulator(run.optimizer, every=2)
     with pytest.raises(ValueError, match=r"Received: MirroredStrategy\. Make it inside strategy\.scope\(\)\."):
@@ -180,9 +222,10 @@ def test_what_a_strategy_cannot_do(strategy, data):
 def test_a_strategy_of_one_replica(data):
     run = Training(tf.distribute.OneDeviceStrategy(CPUS[1]), OPTIMIZERS["momentum"], every=4)
     for parts in data:
-        run.feed(list(parts))
+        update = run.feed(list(parts))
     first = [(x,) for x, _ in data]
     np.testing.assert_allclose(run.w, by_hand(OPTIMIZERS["momentum"], [first])[0], rtol=1e-12)
+    assert np.isfinite(update.grad_norm)
 
 
 def test_outside_a_function(strategy, data):

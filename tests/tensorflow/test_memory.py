@@ -111,6 +111,17 @@ def test_auto_is_that_micro_batch(variables, batch, room, graph, caplog):
     assert len(caplog.records) == 2
 
 
+def test_a_method_is_remembered(variables, batch, caplog):
+    class Trainer:
+        def loss(self, part):
+            return loss_of(variables)(part)
+
+    trainer = Trainer()
+    for _ in range(2):
+        bb.value_and_grad(trainer.loss, batch, variables, micro_batch="auto")
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("part", ["forward", "backward"])
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_out_of_memory_costs_only_time(variables, batch, caplog, part, at):

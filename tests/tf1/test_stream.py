@@ -67,35 +67,6 @@ def test_the_op_is_fetched_with_whatever_else():
     assert line.run(line.acc.last) == (1, 4, 8.0, pytest.approx(-1.5 * 5.5 - 1), pytest.approx(np.hypot(5.5, 1)), b"")
 
 
-@pytest.mark.parametrize("other", ["accumulate", "apply", "flush", "zero"])
-def test_two_changes_in_one_run_are_refused_and_nothing_is_lost_or_doubled(other):
-    line = Line(partial="drop")
-    for _ in range(5):
-        line.run(line.acc.zero)
-        line.run(line.op, [[1, 2]])
-        w, step, _, _ = line.state
-        with pytest.raises(REFUSED, match=r"One session\.run may change a window once") as refused:
-            line.run([line.op, getattr(line.acc, other)], [[3, 4]])
-        assert "Run them one after the other; apply, flush and zero need no feed." in str(refused.value)
-        # Either was refused; the other is done, once and whole.
-        outcomes = {
-            "accumulate": [(w, step, 2, 2.0)],
-            "apply": [(w, step, 2, 2.0), (w - [1, 2], step + 1, 0, 0.0)],
-            "flush": [(w, step, 2, 2.0), (w, step, 0, 0.0)],
-            "zero": [(w, step, 2, 2.0), (w, step, 0, 0.0)],
-        }[other]
-        state = line.state
-        assert any(np.array_equal(state[0], o[0]) and state[1:] == list(o[1:]) for o in outcomes), state
-
-
-def test_feedless_ops_together_are_refused_too():
-    line = Line()
-    line.run(line.op, [[1, 2]])
-    with pytest.raises(REFUSED, match="may change a window once"):
-        line.run([line.acc.apply, line.acc.zero])
-    line.run([line.acc.flush, line.acc.apply])  # the same op
-
-
 def test_the_parts_by_name():
     line = Line(every=2)
     for i in range(3):
@@ -237,9 +208,20 @@ def test_losses_and_gradients_that_cannot_be(graph):
     assert len(graph.get_operations()) == operations
     with pytest.raises(ValueError, match="has its op already"):
         line.acc.minimize(line.loss, items=1)
-    reference = v1.get_variable("old", initializer=tf.zeros([2]), use_resource=False)
-    with pytest.raises(ValueError, match="reference variable, which a conditional of control flow v2 cannot update"):
-        acc.apply_gradients([(tf.ones([2]), reference)], items=1)
+
+
+def test_reference_variables_beside_control_flow_v2():
+    w = v1.get_variable("old", initializer=tf.zeros([2]), use_resource=False)
+    assert w.op.type == "VariableV2"
+    acc = bb.Accumulator(v1.train.MomentumOptimizer(1.0, 0.9), every=2)
+    op = acc.apply_gradients([(tf.ones([2]), w)], items=1)
+    with v1.Session() as session:
+        session.run(v1.global_variables_initializer())
+        for _ in range(3):
+            session.run(op)
+        assert session.run(w).tolist() == [-1, -1]
+        session.run(acc.flush)
+        np.testing.assert_allclose(session.run(w), -2.9, rtol=1e-6)
 
 
 def test_an_uninitialized_accumulator_says_which_initializer_to_run():

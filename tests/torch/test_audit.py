@@ -1,6 +1,7 @@
 """`audit` on a zoo whose truth is known, and what it leaves as it was."""
 
 import random
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,28 @@ def test_a_model_that_cannot_compute_in_float64():
     found = bb.audit(classified(model.eval()), model, examples(), micro_batch=4)
     assert (found.dtype, found.exact) == ("float32", True)
     assert found.error > 1e-9
+
+
+def test_a_float64_model_with_parts_in_float32():
+    """As language models normalize: what is rounding is seen, and is not taken for a fault."""
+
+    class Norm(nn.Module):
+        def forward(self, x):
+            wide = x.float()
+            return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Norm(), nn.Tanh(), nn.Linear(8, 4))
+    found = bb.audit(classified(model), model, examples(), micro_batch=4)
+    assert (found.dtype, found.exact) == ("float64", True)
+    assert 1e-9 < found.error < found.tolerance < 1e-4
+    assert "with parts narrower" in str(found)
+    model[1] = nn.Sequential(Norm(), nn.BatchNorm1d(8))
+    found = bb.audit(classified(model), model, examples(), micro_batch=4)
+    assert [(c.kind, c.where) for c in found.causes] == [("module", ("1.1",))]
+    model[1] = Norm()
+    found = bb.audit(lambda b: F.cross_entropy(model(b[0]), b[1], reduction="sum"), model, examples(), micro_batch=4)
+    assert [c.kind for c in found.causes] == ["sum"]
 
 
 def test_a_bfloat16_model_is_audited_in_float64():
@@ -296,3 +319,12 @@ def test_bad_input(change, kind, words):
 
 def test_the_page_runs():
     assert run_blocks(ROOT / "docs/audit.md") == 2
+
+
+def test_the_example(capsys):
+    runpy.run_path(str(ROOT / "examples/torch_honest.py"))
+    said = capsys.readouterr().out
+    assert "not exact: " in said
+    assert "\nexact to " in said
+    assert "noise scale: " in said
+    assert "windows of [" in said

@@ -1,5 +1,6 @@
 """micro_batch="auto": what it chooses and remembers, and that an out-of-memory costs time and nothing else."""
 
+import functools
 import logging
 import resource
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,6 +138,17 @@ def test_it_plans_once_for_each_shape(caplog):
         batch = x[:length], y[:length]
         bb.backward(lambda part: F.mse_loss(model(part[0]), part[1]), batch, micro_batch="auto")  # anew each time
     assert len(caplog.records) == 2
+
+
+def test_whatever_a_loss_names_it_is_remembered(caplog):
+    model, x, scale, table = nn.Linear(6, 1), torch.randn(LENGTH, 6), torch.ones(2, 2), np.ones(3)
+    for _ in range(3):
+
+        def loss_fn(part, numbers=[1, 2]):  # noqa: B006
+            return model(part).square().mean() * scale.sum() * float(table[0]) * len(numbers)
+
+        bb.backward(functools.partial(loss_fn, numbers=[3]), x, micro_batch="auto")
+    assert len(caplog.records) == 1
 
 
 def test_it_plans_again_for_another_model_and_for_thawed_parameters(caplog):

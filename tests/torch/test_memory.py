@@ -92,17 +92,19 @@ def test_planning_leaves_no_trace():
 
 def test_what_a_loss_writes_to_is_known():
     model = network()
-    queue = torch.zeros(16, 10)
+    queue, norms, steps = torch.zeros(16, 10), torch.zeros(8), [torch.zeros(3), torch.zeros(3)]
 
     def loss_fn(batch):
         logits = model(batch[0])
         queue[2:4] = logits[:2].detach()
+        torch.norm(logits.detach(), dim=1, out=norms[: len(logits)])
+        torch._foreach_add_(steps, 1.0)
         return F.cross_entropy(logits, batch[1])
 
     rehearsals = _Rehearsals(loss_fn, images(8), 8, torch.float32)
     rehearsals.needs(4)
     written = {id(ref()) for ref in rehearsals.written}
-    assert written == {id(b) for b in model.buffers()} | {id(queue)}
+    assert written == {id(t) for t in (*model.buffers(), queue, norms, *steps)}
     assert not queue.any()
 
 

@@ -93,6 +93,7 @@ class Result:
         peak_bytes: the most memory held at once over what stood before, during one full update, the third; None
             where the framework cannot tell.
         seconds: of training, without the measurement of memory.
+        advice: whether the batch was worth it, in words, where the training measured that.
     """
 
     losses: list[tuple[int, float]]
@@ -100,6 +101,7 @@ class Result:
     layers: list[tuple[np.ndarray, np.ndarray]]
     peak_bytes: int | None
     seconds: float
+    advice: str | None = None
 
     @property
     def updates(self) -> int:

@@ -1,6 +1,6 @@
 """What the demo shows: a bar while it works, then a table for the terminal and a figure for the eye."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,11 +9,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bigbatch.audit import Audit
 from bigbatch.demo import WAYS, Job, Result, Train, Way
 
 
-def run(train: Train, job: Job, framework: str, output: Path, console: Console) -> dict[Way, Result]:
-    """Trains all four ways, prints the table and saves the figure to `output`."""
+def run(
+    train: Train,
+    job: Job,
+    framework: str,
+    output: Path,
+    console: Console,
+    audit: Callable[[Job], Audit] | None = None,
+) -> dict[Way, Result]:
+    """Trains all four ways, prints the table and saves the figure to `output`; then audits a model, given how."""
     examples = job.epochs * len(job.data[0])
     console.print(
         f"[bold]bigbatch demo[/bold] in {framework}, {job.dtype}: {len(job.data[0]):,} handwritten digits, "
@@ -27,6 +35,14 @@ def run(train: Train, job: Job, framework: str, output: Path, console: Console) 
             results[way] = train(way, job, lambda n, task=task: progress.advance(task, n))
     console.print(table(results))
     console.print(words(results))
+    if advice := next((result.advice for result in results.values() if result.advice), None):
+        console.print(f"\n[bold]Was the batch worth it?[/bold] {advice}")
+    if audit is not None:
+        found = audit(job)
+        console.print("\n[bold]Would it be exact with a BatchNorm?[/bold]")
+        console.print(found.table(most=4))
+        for cause in found.causes:
+            console.print(f"{cause}\n")
     figure(results, framework, output)
     console.print(f"The curves are in [bold]{output}[/bold].")
     return results

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigbatch.torch as bb
+from bigbatch.audit import Audit
 from bigbatch.demo import Job, Result, Way
 from bigbatch.torch.memory import PeakMemory
 
@@ -22,7 +23,8 @@ def train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.rate, weight_decay=job.weight_decay)
     updates = job.updates(job.micro_batch if way == "micro" else job.batch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: job.rate_at(k, updates) / job.rate)
-    acc = bb.Accumulator(optimizer, every=job.batch // job.micro_batch, clip_norm=job.clip_norm, scheduler=scheduler)
+    every = job.batch // job.micro_batch
+    acc = bb.Accumulator(optimizer, every, clip_norm=job.clip_norm, scheduler=scheduler, noise=1)
 
     def loss_fn(batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, labels = batch
@@ -69,7 +71,18 @@ def train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
         advance(len(rows))
     with torch.no_grad():
         accuracy = (model(x_test).argmax(1) == y_test).double().mean().item()
-    return Result(losses, accuracy, layers(model), peak_bytes, seconds)
+    advice = None
+    if way == "stream":
+        advice = str(bb.advice(acc.noise_scale, batch=job.batch, micro_batch=job.micro_batch, beta2=0.999))
+    return Result(losses, accuracy, layers(model), peak_bytes, seconds, advice)
+
+
+def audit(job: Job) -> Audit:
+    """Of the job's network with a BatchNorm put in, on 64 examples: what accumulation cannot make exact."""
+    x, y = (torch.from_numpy(part[:64]) for part in job.data[:2])
+    model = network(job)
+    model.insert(1, nn.BatchNorm1d(job.layers[0][1].size, dtype=x.dtype))
+    return bb.audit(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), model, (x, y), micro_batch=16)
 
 
 def network(job: Job) -> nn.Sequential:

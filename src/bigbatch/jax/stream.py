@@ -9,7 +9,9 @@ from jax import lax
 
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every
+from bigbatch.jax import noise as noisy
 from bigbatch.jax.window import as_items, widened
+from bigbatch.noise import UntilNoise, one_in
 
 # What `Update.skipped` stands for. A pytree holds numbers; `Update.reason` puts the words to them.
 APPLIED, EMPTY, NO_ITEMS, NOT_FINITE, CARRIED, DROPPED = range(6)
@@ -23,6 +25,7 @@ class Update(NamedTuple):
     loss: jax.Array  # the window's mean of `value` over items; NaN where none was given
     grad_norm: jax.Array  # the 2-norm of the window's mean gradient, before the inner transformation
     skipped: jax.Array  # 0 where the update was made, int32
+    noise: Any = None  # what the window says of the gradient's noise, a WindowNoise, where `noise` is measured
 
     @property
     def reason(self) -> str | None:
@@ -48,14 +51,16 @@ class AccumulateState(NamedTuple):
     grads: Any  # Σ nᵢ·gᵢ / unit, at least float32; left over from the window before where micro_batches is 0
     inner: Any
     last: Update
+    noise: Any = None  # a NoiseState, where noise is measured
 
 
 def accumulate(
     tx: optax.GradientTransformation,
-    every: Every,
+    every: Every | UntilNoise,
     *,
     dtype: Any = jnp.float32,
     partial: Literal["apply", "carry", "drop"] = "apply",
+    noise: bool | int = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes one update of `tx` from the gradients of many micro-batches.
 
@@ -84,11 +89,13 @@ def accumulate(
     Args:
         tx: any optax gradient transformation, usually the whole optimizer.
         every: when a window closes. A number of micro-batches; a traceable callable that takes the update's index
-            and returns one (batch-size warm-up); or `bb.items(4096)`.
+            and returns one (batch-size warm-up); `bb.items(4096)`; or `bb.until_noise(at_most=256)`.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, for `tx`. None adds up in the parameters' own dtype.
         partial: what `flush` does with a window that is not full: "apply" makes the update from what is there,
             "carry" keeps it open, "drop" forgets it.
+        noise: measures the gradient noise scale, for `bb.noise_scale(state)` and the `noise` of an Update. True
+            measures one window in ten, an integer n one in n; `until_noise` measures every window.
 
     Returns:
         A transformation whose state is an `AccumulateState`.
@@ -102,12 +109,17 @@ def accumulate(
             "Pass the transformation itself, such as optax.adamw(1e-3)."
         )
     tx = optax.with_extra_args_support(tx)
-    every = as_every(every)
+    every = every if isinstance(every, UntilNoise) else as_every(every)
+    measured = 1 if isinstance(every, UntilNoise) else one_in(noise)
     errors.check_choice("partial", partial, ("apply", "carry", "drop"))
 
     def init(params: optax.Params) -> AccumulateState:
         sums = jax.tree.map(lambda p: jnp.zeros_like(p, widened(p.dtype, dtype)), params)
-        return _emptied(sums, jnp.zeros((), jnp.int32), tx.init(params), _update(EMPTY))
+        empty = _emptied(sums, jnp.zeros((), jnp.int32), tx.init(params), _update(EMPTY))
+        return _with_noise(empty, noisy.start()) if measured else empty
+
+    def measures(state: AccumulateState) -> Any:
+        return True if measured == 1 else state.updates % measured == 0
 
     def update(
         updates: optax.Updates,
@@ -124,7 +136,12 @@ def accumulate(
             extra["value"] = state.loss * state.unit / state.items
             full = (state.micro_batches > 0) & (partial == "apply")
         else:
-            state = _add(state, grads, as_items(items), value)
+            items = as_items(items)
+            if state.noise is not None:
+                first = state.micro_batches == 0
+                taken = noisy.taken(state.noise, grads, items, first, measures(state))
+                state = state._replace(noise=taken)
+            state = _add(state, grads, items, value)
             if value is not None:
                 extra["value"] = state.loss * state.unit / state.items
             full = _is_full(every, state)
@@ -145,16 +162,20 @@ def accumulate(
             finite, some = jnp.isfinite(norm), state.items > 0
             skipped = jnp.where(some, jnp.where(finite, APPLIED, NOT_FINITE), NO_ITEMS)
             applied, inner, made = lax.cond(finite & some, apply, skip, state)
-            return applied, _emptied(state.grads, made, inner, _update(skipped, state, norm))
+            empty = _emptied(state.grads, made, inner, _update(skipped, state, norm))
+            if state.noise is None:
+                return applied, empty
+            noise, window = noisy.closed(state.noise, state.items, norm, measures(state), finite & some)
+            return applied, _with_noise(empty, noise, window)
 
         def stay(state: AccumulateState) -> tuple[Any, AccumulateState]:
             if not flush:
                 return zeros(), state
             if partial == "carry":
                 held = state._replace(last=_update(_if_any(state, CARRIED), state))
-                return zeros(), held
+                return zeros(), _with_noise(held, state.noise)
             last = _update(_if_any(state, DROPPED), state)
-            return zeros(), _emptied(state.grads, state.updates, state.inner, last)
+            return zeros(), _with_noise(_emptied(state.grads, state.updates, state.inner, last), state.noise)
 
         def zeros() -> Any:
             # tx may give its updates another dtype than the gradients have.
@@ -188,7 +209,8 @@ def flush(
 
 def reset(state: AccumulateState) -> AccumulateState:
     """The same state with an empty window."""
-    return _emptied(optax.tree.zeros_like(state.grads), state.updates, state.inner, state.last)
+    empty = _emptied(optax.tree.zeros_like(state.grads), state.updates, state.inner, state.last)
+    return empty._replace(noise=state.noise)
 
 
 def has_updated(state: AccumulateState) -> jax.Array:
@@ -219,7 +241,19 @@ def _add(state: AccumulateState, grads: Any, items: jax.Array, value: Any) -> Ac
     )
 
 
-def _is_full(every: Every, state: AccumulateState) -> Any:
+def _with_noise(
+    state: AccumulateState, noise: noisy.NoiseState | None, last: noisy.WindowNoise | None = None
+) -> AccumulateState:
+    """The state with what is measured in it; nothing where nothing is. `last` is the window's own part."""
+    if noise is None:
+        return state
+    return state._replace(noise=noise, last=state.last._replace(noise=last or noisy.nothing()))
+
+
+def _is_full(every: Every | UntilNoise, state: AccumulateState) -> Any:
+    if isinstance(every, UntilNoise):
+        factor = state.unit / state.items
+        return noisy.is_enough(every, state.noise, state.micro_batches, state.items, state.grads, factor)
     if isinstance(every, Items):
         return state.items >= every.count
     if not callable(every):

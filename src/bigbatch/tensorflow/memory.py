@@ -236,9 +236,11 @@ _remembered: weakref.WeakKeyDictionary[Any, dict[Any, _Choice]] = weakref.WeakKe
 
 def _choice(loss_fn: Any, batch: Any, variables: list[Any], dtype: Any) -> _Choice:
     leaves = [leaf for leaf in tf.nest.flatten(batch) if leaf is not None]
-    key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), dtype, tuple(id(v) for v in variables)
+    # A bound method is made anew each time it is named.
+    function, owner = getattr(loss_fn, "__func__", loss_fn), id(getattr(loss_fn, "__self__", None))
+    key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), dtype, owner, tuple(id(v) for v in variables)
     # Inside a tf.function it is planned when that is traced, and the variables it assigns are its graph's.
-    choices = _remembered.setdefault(loss_fn, {}) if tf.executing_eagerly() else {}
+    choices = _remembered.setdefault(function, {}) if tf.executing_eagerly() else {}
     if key not in choices:
         started = clock.perf_counter()
         traces = _Traces(loss_fn, batch, variables, dtype)

@@ -1,16 +1,14 @@
 """The split door: you hold the batch, and bigbatch stands where TensorFlow takes a gradient."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tensorflow as tf
 
 from bigbatch import errors
-from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
-from bigbatch.tensorflow.sums import Gradient, cast, merged, scaled, widened
-
-# A gradient in a loop: None, a tensor, or the (rows, values) of a sparse one.
-Part = Any
+from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, words
+from bigbatch.tensorflow.parts import Kept, Product, Rows, Window, add, finished, joined, part_of, room_for
+from bigbatch.tensorflow.sums import Gradient, scaled, widened
 
 
 @tf.autograph.experimental.do_not_convert  # loss_fn is converted where `_graph` traces it
@@ -54,6 +52,9 @@ def value_and_grad(
         TypeError, ValueError: `micro_batch`, the batch, a loss or its items are not as described.
         tf.errors.InvalidArgumentError: the same, found when the graph runs. XLA makes no such checks.
 
+    The gradients take less than two copies of themselves at any time. Where a dense layer's inputs and the gradients of
+    its outputs are much smaller than its weights, they are kept, and multiplied out for many micro-batches at once.
+
     A loss that is inf or NaN is returned as it is, for a `LossScaleOptimizer` to see. Nothing waits for the device.
     """
     variables = list(variables)
@@ -81,21 +82,8 @@ def value_and_grad(
     if variables and all(gradient is None for gradient in window.gradients):
         raise errors.loss_without_gradient(window.loss)
     factor = window.unit / window.items
-    means = [_finished(g, factor, v) for g, v in zip(window.gradients, variables, strict=True)]
+    means = [finished(g, factor, v) for g, v in zip(window.gradients, variables, strict=True)]
     return scaled(window.loss, factor), means
-
-
-class Window(NamedTuple):
-    """The sums of the micro-batches so far, each weighted with its items / unit (see `bigbatch.law`).
-
-    The unit is the first micro-batch's items: weights are then near 1, so that a half-precision backward pass sees
-    gradients of the size that it would see without a window, and a window of one is left as it is.
-    """
-
-    loss: tf.Tensor  # shape=()
-    items: tf.Tensor  # shape=(), COUNT
-    unit: tf.Tensor  # shape=(), COUNT; 0 before the first micro-batch
-    gradients: list[Part]
 
 
 def _part(
@@ -108,7 +96,10 @@ def _part(
     loss = check_loss(loss)
     leaf = next(leaf for leaf in tf.nest.flatten(cut) if leaf is not None)
     whole = items is None and leaf.shape[0] == micro_batch
-    items = checked(as_items(tf.shape(leaf)[0] if items is None else items))
+    if items is None and leaf.shape[0] is not None:
+        items = tf.constant(leaf.shape[0], COUNT)
+    else:
+        items = checked(as_items(tf.shape(leaf)[0] if items is None else items))
     unit = tf.where(tf.equal(unit, 0), items, unit)
     weight = items / unit
     # A loss in half precision would round the weight; then the gradients take it, once they are wide.
@@ -116,41 +107,13 @@ def _part(
     seed = [tf.cast(weight, loss.dtype)] if early and not whole else None
     late = weight if not early and not whole else None
     gradients = tape.gradient(loss, variables, output_gradients=seed)
-    narrow = [widened(v.dtype, dtype) for v in variables]
+    mean = tf.cast(loss, widened(loss.dtype, tf.float32))
     return Window(
-        loss=_weighted(tf.cast(loss, widened(loss.dtype, tf.float32)), None if whole else weight),
+        loss=mean if whole else scaled(mean, weight),
         items=items,
         unit=unit,
-        gradients=[_wide(g, late, to) for g, to in zip(gradients, narrow, strict=True)],
+        gradients=[part_of(g, late, widened(v.dtype, dtype)) for g, v in zip(gradients, variables, strict=True)],
     )
-
-
-def _weighted(value: Gradient, weight: tf.Tensor | None) -> Any:
-    return value if weight is None else scaled(value, weight)
-
-
-def _wide(gradient: Gradient | None, weight: tf.Tensor | None, dtype: tf.DType) -> Part:
-    if gradient is None:
-        return None
-    if isinstance(gradient, tf.IndexedSlices) and under_xla():
-        gradient = tf.convert_to_tensor(gradient)
-    gradient = _weighted(cast(gradient, dtype), weight)
-    return (gradient.indices, gradient.values) if isinstance(gradient, tf.IndexedSlices) else gradient
-
-
-def _add(a: Part, b: Part) -> Part:
-    """The sum of two gradients, either of which may be missing."""
-    if a is None or b is None:
-        return b if a is None else a
-    if isinstance(a, tuple):
-        return merged(tf.concat([a[0], b[0]], 0), tf.concat([a[1], b[1]], 0))
-    return a + b
-
-
-def _joined(a: Window, b: Window) -> Window:
-    """Two windows in one; the unit is the first one's, which the second was weighted with."""
-    gradients = [_add(g, h) for g, h in zip(a.gradients, b.gradients, strict=True)]
-    return Window(a.loss + b.loss, a.items + b.items, b.unit, gradients)
 
 
 def _eager(part: Callable[..., Window], batch: Any, length: int, micro_batch: int) -> Window:
@@ -158,7 +121,7 @@ def _eager(part: Callable[..., Window], batch: Any, length: int, micro_batch: in
     window = part(_cut(batch, 0, micro_batch), tf.zeros((), COUNT))
     for start in range(micro_batch, length, micro_batch):
         cut = _cut(batch, start, min(micro_batch, length - start))
-        window = _joined(window, part(cut, window.unit))
+        window = joined(window, part(cut, window.unit))
     return window
 
 
@@ -166,29 +129,18 @@ def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: in
     """In a tf.function: a loop over the micro-batches of full size, then what is left."""
     full, rest = length // micro_batch, length % micro_batch
     step = tf.function(part)
-    # Traced before the loop, to learn which gradients are missing or sparse: a loop has to know beforehand.
+    # Traced before the loop, to learn which gradients are missing, sparse or products: a loop has to know beforehand.
     spec = tf.nest.map_structure(lambda leaf: None if leaf is None else _spec(leaf, micro_batch), batch)
     like = step.get_concrete_function(spec, tf.TensorSpec((), COUNT)).structured_outputs
     present = [g is not None for g in like.gradients]
 
-    def body(i: tf.Tensor, window: Window) -> tuple[tf.Tensor, Window]:
-        more = _packed(step(_cut(batch, i * micro_batch, micro_batch), window.unit), present)
-        return i + 1, _joined(window, more)
+    def one(start: Any, size: Any, unit: tf.Tensor) -> Window:
+        return _packed(step(_cut(batch, start, size), unit), present)
 
-    window = _zeros(like, variables)
-    # More iterations in parallel would hold more than one micro-batch's activations at once.
-    loop = tf.while_loop(
-        lambda i, _: i < full,
-        body,
-        (tf.constant(0), window),
-        shape_invariants=(tf.TensorShape(()), tf.nest.map_structure(_invariant, window)),
-        parallel_iterations=1,
-    )
-    window = loop[1]
+    window = _loop(lambda i, unit: one(i * micro_batch, micro_batch, unit), _packed(like, present), full)
 
     def tail() -> Window:
-        more = step(_cut(batch, full * micro_batch, rest), window.unit)
-        return _joined(window, _packed(more, present))
+        return joined(window, one(full * micro_batch, rest, window.unit))
 
     if not isinstance(rest, int):
         window = tf.cond(rest > 0, tail, lambda: window)
@@ -196,6 +148,52 @@ def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: in
         window = tail()
     gradients = iter(window.gradients)
     return window._replace(gradients=[next(gradients) if there else None for there in present])
+
+
+def _loop(one: Callable[[tf.Tensor, tf.Tensor], Window], like: Window, full: Any) -> Window:
+    """The micro-batches of full size in turn; `one` takes a number and the unit, and returns one `like` that."""
+    room = room_for(like.gradients)
+    if room is None or (isinstance(full, int) and full <= room.alone):
+        return _group(one, like, _zeros(like, sums=False), tf.constant(0), full, full)
+
+    def body(start: tf.Tensor, window: Window) -> tuple[tf.Tensor, Window]:
+        stop = tf.minimum(start + room.beside_sums, full)
+        return stop, _group(one, like, window, start, stop, room.beside_sums)
+
+    return _while(body, full, tf.constant(0), _zeros(like, sums=True))
+
+
+def _group(
+    one: Callable[[tf.Tensor, tf.Tensor], Window], like: Window, window: Window, start: tf.Tensor, stop: Any, room: int
+) -> Window:
+    """Those from `start` to `stop`, added to a window: products as such where it has no sum to add them to."""
+
+    def body(i: tf.Tensor, window: Window) -> tuple[tf.Tensor, Window]:
+        more = one(i, window.unit)
+        gradients = [
+            g.with_one_more(i - start, h) if isinstance(g, Kept) else add(g, h)
+            for g, h in zip(window.gradients, more.gradients, strict=True)
+        ]
+        return i + 1, joined(window._replace(gradients=[]), more._replace(gradients=[]))._replace(gradients=gradients)
+
+    sums = window.gradients
+    parts = [Kept.room_for(room, p) if isinstance(p, Product) else g for g, p in zip(sums, like.gradients, strict=True)]
+    window = _while(body, stop, start, window._replace(gradients=parts))
+    gradients = [
+        add(g, h.put_together()) if isinstance(h, Kept) else h for g, h in zip(sums, window.gradients, strict=True)
+    ]
+    return window._replace(gradients=gradients)
+
+
+def _while(body: Callable[..., Any], stop: Any, start: tf.Tensor, window: Window) -> Window:
+    # More iterations in parallel would hold more than one micro-batch's activations at once.
+    return tf.while_loop(
+        lambda i, _: i < stop,
+        body,
+        (start, window),
+        shape_invariants=(tf.TensorShape(()), tf.nest.map_structure(_invariant, window)),
+        parallel_iterations=1,
+    )[1]
 
 
 def _packed(window: Window, present: list[bool]) -> Window:
@@ -209,29 +207,26 @@ def _packed(window: Window, present: list[bool]) -> Window:
     return window._replace(gradients=[g for g in window.gradients if g is not None])
 
 
-def _zeros(like: Window, variables: list[Any]) -> Window:
-    gradients = []
-    for g, v in zip(like.gradients, variables, strict=True):
-        if isinstance(g, tuple):
-            gradients.append((tf.zeros([0], g[0].dtype), tf.zeros([0, *g[1].shape[1:]], g[1].dtype)))
-        elif g is not None:
-            gradients.append(tf.zeros(v.shape, g.dtype))
-    return Window(tf.zeros((), like.loss.dtype), tf.zeros((), COUNT), tf.zeros((), COUNT), gradients)
+def _zeros(like: Window, sums: bool) -> Window:
+    """An open window; with or without sums for products."""
+
+    def zero(part: Any) -> Any:
+        if isinstance(part, Rows):
+            empty = [0, *part.values.shape[1:]]
+            return Rows(tf.zeros([0], part.indices.dtype), tf.zeros(empty, part.values.dtype))
+        if isinstance(part, Product):
+            return tf.zeros(part.shape, part.left.dtype) if sums else None
+        return tf.zeros(part.shape, part.dtype)
+
+    none = tf.zeros((), COUNT)
+    return Window(tf.zeros((), like.loss.dtype), none, none, [zero(part) for part in like.gradients])
 
 
-def _invariant(tensor: tf.Tensor) -> tf.TensorShape:
+def _invariant(tensor: Any) -> Any:
     """The rows of a sparse gradient grow from none."""
-    return tf.TensorShape([None, *tensor.shape[1:]]) if tensor.shape.rank and tensor.shape[0] == 0 else tensor.shape
-
-
-def _finished(gradient: Part, factor: tf.Tensor, variable: Any) -> Gradient | None:
-    """The mean, as GradientTape would have returned it; a sparse one names each row once."""
-    if gradient is None:
+    if isinstance(tensor, tf.TensorArray):
         return None
-    if isinstance(gradient, tuple):
-        rows, values = merged(*gradient)
-        gradient = tf.IndexedSlices(values, rows, tf.constant(tuple(variable.shape), rows.dtype))
-    return cast(scaled(gradient, factor), tf.as_dtype(variable.dtype))
+    return tf.TensorShape([None, *tensor.shape[1:]]) if tensor.shape.rank and tensor.shape[0] == 0 else tensor.shape
 
 
 def _length(batch: Any) -> Any:

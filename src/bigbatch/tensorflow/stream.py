@@ -1,60 +1,22 @@
 """The stream door: your loader yields micro-batches, and bigbatch stands where TensorFlow applies a gradient."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tensorflow as tf
 
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every
+from bigbatch.noise import NoiseScale, UntilNoise, one_in
+from bigbatch.tensorflow import replicas
 from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
+from bigbatch.tensorflow.noise import Meter, WindowNoise, looked_at, nothing
 from bigbatch.tensorflow.sums import LOCAL, DenseSum, Gradient, SparseSum, cast, widened
-
-OPEN, MADE, NOT_FINITE, EMPTY, CARRIED, DROPPED = range(6)
-
-
-class Update(NamedTuple):
-    """What one call came to. Scalar tensors, so that a `tf.function` can return it, with `jit_compile` too.
-
-    Attributes:
-        index: the update's index, from 0; a skipped window leaves it for the next.
-        micro_batches: how many micro-batches the window holds.
-        items: the examples or tokens that they count for.
-        loss: the window's mean loss over items; NaN unless every micro-batch gave its `loss`.
-        grad_norm: the 2-norm of the window's mean gradient, NaN inside a window. Also NaN under a `tf.distribute`
-            strategy, where only the optimizer sees the gradient of all replicas.
-        outcome: 0 where the window is still open, 1 where the update was made; above that none was, see `skipped`.
-    """
-
-    index: tf.Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int64
-    micro_batches: tf.Tensor  # int64
-    items: tf.Tensor  # float64
-    loss: tf.Tensor  # float64
-    grad_norm: tf.Tensor  # float64
-    outcome: tf.Tensor  # int32
-
-    @property
-    def closed(self) -> tf.Tensor:
-        """Whether this call ended a window."""
-        return tf.not_equal(self.outcome, OPEN)
-
-    @property
-    def made(self) -> tf.Tensor:
-        """Whether this call made an update."""
-        return tf.equal(self.outcome, MADE)
-
-    @property
-    def skipped(self) -> str | None:
-        """Why no update was made; None where it was, or the window is open. Reading it waits for the device."""
-        held = f"{int(self.micro_batches)} micro-batches of a partial window"
-        return {
-            NOT_FINITE: f"the window is not finite: loss {float(self.loss)}, gradient norm {float(self.grad_norm)}",
-            EMPTY: "no variable got a gradient",
-            CARRIED: f"carried: {held} wait for more",
-            DROPPED: f"dropped: {held}",
-        }.get(int(self.outcome))
+from bigbatch.tensorflow.update import CARRIED, DROPPED, EMPTY, MADE, NOT_FINITE, OPEN
+from bigbatch.tensorflow.update import Update as Update
 
 
 class Accumulator(tf.Module):
@@ -80,20 +42,22 @@ class Accumulator(tf.Module):
     and SavedModel keep it, inside a window too.
 
     Under a `tf.distribute` strategy, make it inside `strategy.scope()` and call `apply_gradients` in `strategy.run`.
-    The mean is over the items of all replicas, which may be unequal. The optimizer must sum gradients over replicas,
-    as Keras's do; it does so once a window.
+    The mean is over the items of all replicas, which may be unequal, and clipping is of the mean. The optimizer must
+    sum gradients over replicas, as Keras's do; it does so once a window.
 
     Args:
         optimizer: a Keras optimizer, or anything with `apply_gradients`.
         every: when a window closes. A number of micro-batches; a callable that takes the update's index, an int64
-            scalar tensor, and returns one (batch-size warm-up); or `bb.items(4096)`. Replicas run side by side: each
-            call of `strategy.run` is one micro-batch.
+            scalar tensor, and returns one (batch-size warm-up); `bb.items(4096)`; or `bb.until_noise(at_most=256)`.
+            Replicas run side by side: each call of `strategy.run` is one micro-batch.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 variables add up in float32
             and are rounded once, for the optimizer. None adds up in the variables' own dtype.
         partial: what `flush` does with a window that is not full: "apply" makes the update from what is there,
             "carry" keeps it open, "drop" forgets it.
         nonfinite: what becomes of a window whose gradient is inf or NaN: "skip" makes no update, "apply" applies it.
             A `LossScaleOptimizer` is always shown it, for it lowers its scale and skips the update itself.
+        noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
+            window in ten, an integer n one in n; `until_noise` measures every window. Not under a strategy.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -102,11 +66,12 @@ class Accumulator(tf.Module):
     def __init__(
         self,
         optimizer: Any,
-        every: Every,
+        every: Every | UntilNoise,
         *,
         dtype: Any = tf.float32,
         partial: Literal["apply", "carry", "drop"] = "apply",
         nonfinite: Literal["skip", "apply"] = "skip",
+        noise: bool | int = False,
         name: str | None = None,
     ):
         super().__init__(name=name)
@@ -116,7 +81,7 @@ class Accumulator(tf.Module):
                 "Pass the optimizer itself, such as tf.keras.optimizers.AdamW(1e-3)."
             )
         self.optimizer = optimizer
-        self.every = as_every(every)
+        self.every = every if isinstance(every, UntilNoise) else as_every(every)
         self.dtype = dtype
         self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
         self.nonfinite = errors.check_choice("nonfinite", nonfinite, ("skip", "apply"))
@@ -129,6 +94,12 @@ class Accumulator(tf.Module):
         self._items = tf.Variable(tf.zeros((), COUNT), **LOCAL)
         self._loss = tf.Variable(tf.zeros((), COUNT), **LOCAL)
         self._sums = []
+        self._meter = Meter(every, noise) if isinstance(every, UntilNoise) or one_in(noise) else None
+        if self._meter is not None and self._distributed:
+            raise ValueError(
+                "The noise scale is not measured under a tf.distribute strategy: only the optimizer sees the gradient "
+                "of all replicas. Leave noise and until_noise out, or measure on one device."
+            )
         self._host = _Host()
         self._trace_again()
 
@@ -141,6 +112,17 @@ class Accumulator(tf.Module):
     def index(self) -> tf.Tensor:
         """How many updates have been made, and so the index of the next, an int64 scalar."""
         return tf.convert_to_tensor(self._index)
+
+    @property
+    def noise_scale(self) -> NoiseScale:
+        """The running gradient noise scale, of the windows that were measured. The host waits for the device.
+
+        Raises:
+            ValueError: the Accumulator measures none.
+        """
+        if self._meter is None:
+            raise ValueError("The Accumulator measures no noise. Pass noise=True when it is made.")
+        return self._meter.scale()
 
     def build(self, variables: Iterable[Any], sparse: Iterable[Any] = ()) -> None:
         """Makes the sums for these variables, and the optimizer's own state, before the first call makes them.
@@ -213,14 +195,6 @@ class Accumulator(tf.Module):
         self._micro_batches.assign(0)
 
     def _check_strategy(self) -> None:
-        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        clips = [n for n in ("clipnorm", "global_clipnorm", "clipvalue") if getattr(inner, n, None) is not None]
-        if clips and self._strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                f"{type(inner).__name__} clips each replica's gradient before it adds them up. "
-                f"Received: {clips[0]}={getattr(inner, clips[0])} on {self._strategy.num_replicas_in_sync} replicas. "
-                "Train on one replica, or without clipping."
-            )
         if tf.distribute.has_strategy() and not self._distributed:
             raise ValueError(
                 "The Accumulator was made outside the strategy it is used under. "
@@ -283,6 +257,8 @@ class Accumulator(tf.Module):
         for gradient, place in zip(gradients, places, strict=True):
             self._sums[place].add(gradient, weight)
         self._items.assign_add(items)
+        if self._meter is not None:
+            self._meter.take(gradients, items, first, self._index)
         self._loss.assign_add(weight * (math.nan if loss is None else tf.cast(tf.reshape(loss, ()), COUNT)))
         if self._distributed:
             return tf.distribute.get_replica_context().merge_call(self._advance_all, args=(items,))
@@ -305,6 +281,11 @@ class Accumulator(tf.Module):
         self._loss.assign(0)
 
     def _full(self) -> tf.Tensor:
+        if isinstance(self.every, UntilNoise):
+            full = self._micro_batches >= self.every.at_most
+            look = tf.logical_and(looked_at(self.every, self._micro_batches), tf.logical_not(full))
+            every = self.every
+            return tf.logical_or(full, tf.cond(look, lambda: self._is_enough(every), lambda: tf.constant(False)))
         if isinstance(self.every, Items):
             return tf.convert_to_tensor(self._items) >= tf.constant(self.every.count, COUNT)
         if not callable(self.every):
@@ -319,15 +300,30 @@ class Accumulator(tf.Module):
         with tf.control_dependencies([enough]):
             return self._micro_batches >= tf.cast(planned, tf.int64)
 
+    def _is_enough(self, every: UntilNoise) -> tf.Tensor:
+        means = [one.mean(self._unit / self._items) for one in self._sums]
+        now = self._noise(tf.convert_to_tensor(self._items), tf.cast(tf.linalg.global_norm(means), COUNT))
+        return every.is_enough(now.items, now.trace, now.squared_norm)
+
+    def _noise(self, items: tf.Tensor, norm: tf.Tensor) -> WindowNoise:
+        """What the window says so far, from the norm of its mean gradient."""
+        if self._meter is None:
+            return nothing()
+        scale = self.optimizer.dynamic_scale if _scales_losses(self.optimizer) else 1.0
+        return self._meter.window(self.pending, items, norm, tf.cast(scale, COUNT))
+
     def _close(self) -> Update:
         """One update from the window's sums; then, whatever happened, an empty window."""
         if self._distributed:
-            items, loss, factor, norm, finite, apply = self._across_replicas()
+            whole = replicas.clips(self.optimizer)
+            items, loss, factor, norm, finite, share = replicas.reduced(self._sums, self._items, self._loss, whole)
+            apply = functools.partial(share, self._apply_means)
         else:
             items, loss, factor = tf.identity(self._items), tf.identity(self._loss), self._unit / self._items
             means = [one.mean(factor) for one in self._sums]
             norm = tf.cast(tf.linalg.global_norm(means), COUNT) if means else tf.zeros((), COUNT)
-            finite, apply = tf.math.is_finite(norm), lambda: self._apply_means(means)
+            finite, apply = tf.math.is_finite(norm), functools.partial(self._apply_means, means)
+        noise = self._noise(items, norm)
         if not self._sums:
             outcome = tf.constant(EMPTY)
         elif self.nonfinite == "apply" or _scales_losses(self.optimizer):
@@ -336,36 +332,19 @@ class Accumulator(tf.Module):
         else:
             tf.cond(finite, apply, lambda: None)
             outcome = tf.where(finite, MADE, NOT_FINITE)
-        update = Update(self.index, self.pending, items, loss * factor, norm, outcome)
+        if self._meter is not None:
+            noise = self._meter.close(noise, self.index, tf.equal(outcome, MADE))
+        update = Update(self.index, self.pending, items, loss * factor, norm, outcome, noise)
         with tf.control_dependencies([update.index, update.micro_batches]):
             self._index.assign_add(tf.cast(update.made, tf.int64))
             self._micro_batches.assign(0)
         return update
-
-    def _across_replicas(self) -> Any:
-        """The same of a strategy's replicas: three numbers are reduced here, the gradient by the optimizer."""
-        strategy = tf.distribute.get_strategy()
-        items, loss, squares = tf.unstack(strategy.reduce("SUM", strategy.run(self._stats), axis=None))
-        # An inf on one replica is made every replica's, for a LossScaleOptimizer that looks at its own.
-        finite = tf.math.is_finite(squares)
-        factor = tf.where(finite, 1 / items, math.nan)
-
-        def apply_here() -> None:
-            self._apply_means([one.mean(factor) for one in self._sums])
-
-        norm = tf.constant(math.nan, COUNT)
-        return items, loss, factor, norm, finite, lambda: strategy.run(apply_here)
 
     def _apply_means(self, means: list[Gradient]) -> None:
         variables = self._host.variables
         self.optimizer.apply_gradients(
             [(cast(g, tf.as_dtype(v.dtype)), v) for g, v in zip(means, variables, strict=True)]
         )
-
-    def _stats(self) -> tf.Tensor:
-        """One replica's [items, loss, Σ|sum|²]: the last one only to see whether all is finite."""
-        squares = [tf.cast(tf.nn.l2_loss(one.total), COUNT) for one in self._sums]
-        return tf.stack([self._items, self._loss, tf.add_n(squares) if squares else tf.zeros((), COUNT)])
 
     def _flush(self) -> Update:
         if self._distributed and not tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
@@ -391,7 +370,7 @@ class Accumulator(tf.Module):
         else:
             items = tf.where(self._micro_batches > 0, self._items, 0)
             loss = self._loss * self._unit / self._items
-        return Update(self.index, self.pending, items, loss, nan, tf.constant(outcome))
+        return Update(self.index, self.pending, items, loss, nan, tf.constant(outcome), nothing())
 
     def _trace_again(self) -> None:
         """The graphs of calls from outside a tf.function: they know the sums that there were when they were traced."""

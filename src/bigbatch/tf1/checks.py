@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from bigbatch import errors
+from bigbatch.tf1.order import only_if
 
 v1 = tf.compat.v1
 
@@ -46,17 +47,18 @@ def positive(items: Any) -> tf.Tensor:
     items = tf.reshape(items, ())
     wide = tf.cast(items, tf.float64)
     not_finite, not_positive = (_around(errors.check_items, refused) for refused in (float("nan"), 0))
-    holds, wrong = wide > 0, not_positive[0]
+    holds, finite = wide > 0, None
     if items.dtype.is_floating:
         finite = tf.math.is_finite(wide)
-        holds, wrong = tf.logical_and(holds, finite), tf.where(finite, wrong, not_finite[0])
+        holds = tf.logical_and(holds, finite)
 
-    def refuse() -> tf.Tensor:
-        with tf.control_dependencies([require(holds, tf.strings.join([wrong, *_shown(items), not_positive[1]]))]):
-            return tf.identity(wide)
+    def refuse() -> tf.Operation:
+        wrong = not_positive[0] if finite is None else tf.where(finite, not_positive[0], not_finite[0])
+        return require(tf.constant(False), tf.strings.join([wrong, *_shown(items), not_positive[1]]))
 
-    # Writing the number down takes longer than the conditional that avoids it.
-    return tf.cond(holds, lambda: tf.identity(wide), refuse)
+    # Writing the number down takes longer than the condition that avoids it.
+    with tf.control_dependencies([only_if(tf.logical_not(holds), refuse)]):
+        return tf.identity(wide)
 
 
 def check_plan(every: Any) -> Any:
@@ -100,11 +102,6 @@ def check_gradients(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any
     for grad, variable in pairs:
         if grad is None:
             continue
-        if variable.op.type != "VarHandleOp" and v1.control_flow_v2_enabled():
-            raise ValueError(
-                f"Variable {variable.name} is a reference variable, which a conditional of control flow v2 cannot "
-                "update. Make it with use_resource=True, or call tf.compat.v1.disable_control_flow_v2() first."
-            )
         if not variable.shape.is_fully_defined():
             raise ValueError(f"Variable {variable.name} has no static shape. Received: shape={variable.shape}.")
     return pairs

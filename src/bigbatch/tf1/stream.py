@@ -1,7 +1,7 @@
 """The stream door: a `session.run` a micro-batch, and bigbatch stands where a v1 optimizer applies a gradient."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -9,8 +9,9 @@ import tensorflow as tf
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every
 from bigbatch.tf1 import checks
+from bigbatch.tf1.order import only_if
 from bigbatch.tf1.sums import make_sum
-from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Scalars, Window, not_finite, packed
+from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Lock, Scalars, Window, not_finite
 from bigbatch.tf1.window import Update as Update
 
 v1 = tf.compat.v1
@@ -34,9 +35,9 @@ class Accumulator(v1.train.Optimizer):
     updates, so a learning rate that depends on it decays at the right speed. The graph may be any, with TensorFlow 2
     behavior on or off.
 
-    Fetch the op with whatever else, such as the loss, summaries, `pending` and `last`. Each run of it is one
-    micro-batch, counted once. Of the ops that change a window (it, `accumulate`, `apply`, `flush`, `zero`), a run
-    may hold one; a second raises InvalidArgumentError.
+    Fetch the op with whatever else, such as the loss, summaries, `pending` and `last`, which tell what the run found.
+    A run is one micro-batch, counted once. The parts by name are `accumulate`, `apply`, `flush` and `zero`; any of
+    them may be in one run, and are done in that order. What is not fetched does not run.
 
     Args:
         optimizer: any optimizer of `tf.compat.v1.train`, or a subclass of `tf.compat.v1.train.Optimizer`.
@@ -164,31 +165,25 @@ class Accumulator(v1.train.Optimizer):
                 self.pending, self.pending_items = window.pending, window.pending_items
                 self.updates, self.last = window.updates, window.last
 
-            # Once the loss is known, the input pipeline has had its end and the forward pass its errors; the sums
-            # take each gradient as the backward pass comes to it. Without a loss, all of them have to be there.
-            known = [items, *([s.grad for s, _ in self._sums] if loss is None else [loss])]
-
-            def accumulate(before: Scalars) -> tf.Tensor:
-                after, added = self._accumulate(before, items, loss)
-                with tf.control_dependencies([added]):
-                    return tf.identity(packed(after))
-
-            def train(before: Scalars) -> tf.Tensor:
-                after, added = self._accumulate(before, items, loss)
-                full, kept = self._is_full(after), packed(after)
-                with tf.control_dependencies([added]):
-                    return tf.cond(full, lambda: self._close(after, global_step), lambda: tf.identity(kept))
-
-            train_op = window.exclusively(train, scope, known)
-            self.accumulate = window.exclusively(accumulate, "accumulate", known)
+            # The lock is taken, and the window read, while the forward pass goes on. Once the loss is known, the input
+            # pipeline has had its end and the forward pass its errors, and the window may be changed: the sums take
+            # each gradient as the backward pass comes to it. Without a loss, all gradients have to be there.
+            known = [s.grad for s, _ in self._sums] if loss is None else [loss]
+            lock = window.lock([items])
+            plan = self._planned(lock)
+            held, added = self._accumulate(window.read(lock), items, loss, plan, known)
+            full = self._is_full(held, plan)
+            self.accumulate = window.release(lock, [added], "accumulate")
+            # A run that fetches both has one micro-batch and one lock, which is held until the update is made.
+            closed = only_if(full, lambda: self._close(held, global_step), after=[added])
+            train_op = window.release(lock, [added, closed], scope)
             with tf.control_dependencies(None):
-                self.apply = self._unless_empty(lambda held: self._close(held, global_step), "apply")
-                self.zero = window.exclusively(lambda _: window.empty(), "zero")
-                self.flush = {
-                    "apply": lambda: self.apply,
-                    "carry": lambda: self._unless_empty(self._carry, "flush"),
-                    "drop": lambda: self._unless_empty(self._drop, "flush"),
-                }[self.partial]()
+                self.apply = self.flush = window.exclusively(lambda held: self._close(held, global_step), "apply", 1)
+                if self.partial == "carry":
+                    self.flush = window.exclusively(lambda held: self._report(held, CARRIED), "flush", 2)
+                if self.partial == "drop":
+                    self.flush = window.exclusively(self._drop, "flush", 2)
+                self.zero = window.exclusively(lambda _: window.empty(), "zero", 3)
             train_ops.append(train_op)
         return train_op
 
@@ -205,32 +200,35 @@ class Accumulator(v1.train.Optimizer):
         window = [*self._window.variables, *(v for s, _ in self._sums for v in s.variables)] if self._built else []
         return [*self.optimizer.variables(), *window]
 
-    def _accumulate(self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None) -> tuple[Scalars, tf.Tensor]:
-        """Adds one micro-batch to the open window. Returns its scalars, and a tensor that comes after the sums."""
+    def _accumulate(
+        self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None, plan: tf.Tensor, known: list[Any]
+    ) -> tuple[Scalars, tf.Operation]:
+        """Adds one micro-batch to the open window. Returns its scalars, and an op that comes after all of it."""
         first = tf.equal(before.micro_batches, 0)
         unit = weight = tf.ones_like(items)
         if self.reduction == "mean":
-            unit = v1.where(first, items * self._planned(), before.unit)
+            unit = v1.where(first, items * plan, before.unit)
             weight = items / unit
         part = 0 if loss is None else weight * tf.cast(loss, tf.float64)
-        after = Scalars(before.run, before.micro_batches + 1, before.items + items, unit, before.loss + part)
+        after = Scalars(before.micro_batches + 1, before.items + items, unit, before.loss + part)
         sums = [s for s, _ in self._sums]
-        added = tf.cond(
-            first, lambda: _after(*(s.start(weight) for s in sums)), lambda: _after(*(s.add(weight) for s in sums))
-        )
-        return after, added
+        with tf.control_dependencies([before.micro_batches, *known]):
+            emptied = self._window.empty()  # if some of the sums fail, the next micro-batch starts anew
+        with tf.control_dependencies([emptied]):
+            added = tf.cond(
+                first, lambda: _after(*(s.start(weight) for s in sums)), lambda: _after(*(s.add(weight) for s in sums))
+            )
+        return after, self._window.write(after, [added])
 
-    def _planned(self) -> tf.Tensor:
+    def _planned(self, lock: Lock) -> tf.Tensor:
         """How many micro-batches the open window is planned to hold, as far as that is known: 1 for `items(n)`."""
         if isinstance(self.every, Items):
             return tf.constant(1, tf.float64)
-        plan = checks.check_plan(self.every(self._window.updates)) if callable(self.every) else self.every
+        plan = checks.check_plan(self.every(self._window.count(lock))) if callable(self.every) else self.every
         return tf.cast(plan, tf.float64)
 
-    def _is_full(self, window: Scalars) -> tf.Tensor:
-        if isinstance(self.every, Items):
-            return window.items >= self.every.count
-        return window.micro_batches >= self._planned()
+    def _is_full(self, window: Scalars, plan: tf.Tensor) -> tf.Tensor:
+        return window.items >= self.every.count if isinstance(self.every, Items) else window.micro_batches >= plan
 
     def _factor(self, window: Scalars) -> tf.Tensor:
         """What turns the sums into means: exactly 1 where the plan came true."""
@@ -244,10 +242,11 @@ class Accumulator(v1.train.Optimizer):
         sums = [s for s, _ in self._sums]
         return tf.cond(tf.equal(factor, 1), lambda: [s.read() for s in sums], lambda: [s.read(factor) for s in sums])
 
-    def _close(self, window: Scalars, global_step: Any) -> tf.Tensor:
-        """One update from the window's sums."""
-        factor, loss = self._factor(window), self._mean_loss(window)
-        gradients = self._gradients(factor)
+    def _close(self, window: Scalars, global_step: Any) -> tf.Operation:
+        """One update from the window's sums; whatever becomes of it, the window is no more."""
+        with tf.control_dependencies([self._window.empty()]):
+            factor, loss = self._factor(window), self._mean_loss(window)
+            gradients = self._gradients(factor)
         widest = max((s.dtype for s, _ in self._sums), key=lambda dtype: dtype.size)
         norm = tf.linalg.global_norm([tf.cast(g, widest) for g in gradients])
         if self.clip_norm is not None:
@@ -257,29 +256,22 @@ class Accumulator(v1.train.Optimizer):
         if self._has_loss:
             finite = tf.logical_and(finite, tf.math.is_finite(loss))
         if self.nonfinite == "apply":
-            finite = tf.constant(True)
+            finite = tf.ones_like(finite)
         if self.nonfinite == "raise":
             words = tf.strings.join([not_finite(loss, norm), ". The variables and the optimizer are as they were."])
             with tf.control_dependencies([checks.require(finite, words)]):
                 finite = tf.identity(finite)
         # A loss-scaling optimizer has to see the inf: it lowers the scale, and makes no update either.
-        stepped = tf.cond(
-            tf.logical_or(finite, isinstance(self.optimizer, LossScaling)),
-            lambda: _after(self._step(pairs, global_step)),
-            lambda: tf.constant(False),
-        )
-        with tf.control_dependencies([stepped]):
-            report = self._window.report(window, loss, norm, tf.where(finite, APPLIED, NOT_FINITE))
-        with tf.control_dependencies([report]):
+        step = tf.ones_like(finite) if isinstance(self.optimizer, LossScaling) else finite
+        with tf.control_dependencies([only_if(step, lambda: self._step(pairs, global_step))]):
+            return self._report(window, tf.where(finite, APPLIED, NOT_FINITE), norm)
+
+    def _drop(self, window: Scalars) -> tf.Operation:
+        with tf.control_dependencies([self._report(window, DROPPED)]):
             return self._window.empty()
 
-    def _carry(self, window: Scalars) -> tf.Tensor:
-        with tf.control_dependencies([self._window.report(window, self._mean_loss(window), float("nan"), CARRIED)]):
-            return packed(window)
-
-    def _drop(self, window: Scalars) -> tf.Tensor:
-        with tf.control_dependencies([self._window.report(window, self._mean_loss(window), float("nan"), DROPPED)]):
-            return self._window.empty()
+    def _report(self, window: Scalars, code: tf.Tensor | int, norm: tf.Tensor | float = float("nan")) -> tf.Operation:
+        return self._window.report(window, self._mean_loss(window), norm, code)
 
     def _step(self, pairs: list[tuple[Any, Any]], global_step: Any) -> tf.Operation:
         # Built for the micro-batch's op and again for `apply`. Optimizers that call get_variable, as BERT's does, find
@@ -289,12 +281,6 @@ class Accumulator(v1.train.Optimizer):
         scope = v1.get_variable_scope()
         with v1.variable_scope(scope, reuse=reuse, auxiliary_name_scope=False):
             return self.optimizer.apply_gradients(pairs, global_step)
-
-    def _unless_empty(self, work: Callable[[Scalars], tf.Tensor], name: str) -> tf.Operation:
-        def held(window: Scalars) -> tf.Tensor:
-            return tf.cond(window.micro_batches > 0, lambda: work(window), self._window.empty)
-
-        return self._window.exclusively(held, name)
 
 
 def _after(*operations: tf.Operation) -> tf.Tensor:

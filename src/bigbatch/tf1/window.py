@@ -1,8 +1,9 @@
 """The open window's scalars, what the last one came to, and the lock that all who change them take.
 
 What a graph can and cannot order shapes this file. Ops that are fetched together run in no order but that of their
-inputs, and an op that needs no feed cannot wait for one that does. So readings are taken before anything changes, and
-of two ops that change a window in one run the second is refused, whichever it is.
+inputs, and an op that needs no feed cannot have one that does for an input. So readings are taken before anything
+changes, and those who change a window have turns (`order`): the micro-batch, apply, flush, zero. The lock is for
+sessions that several threads run.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from bigbatch.tf1.checks import require
+from bigbatch.tf1.order import Turn, only_if
 
 v1 = tf.compat.v1
 
@@ -40,11 +42,17 @@ class Update(NamedTuple):
 class Scalars(NamedTuple):
     """An open window's, all float64, which counts exactly to 2⁵³: one variable, so one read and one write."""
 
-    run: Any  # the stamp of the session.run that changed it last
     micro_batches: Any
     items: Any
     unit: Any  # the items planned for the window; the sums are kept divided by it
     loss: Any  # Σ nᵢ·lossᵢ / unit
+
+
+class Lock(NamedTuple):
+    """The window is changed by one at a time. `taken` has to live until all is done, and `turn` to be run."""
+
+    taken: tf.Tensor
+    turn: tf.Operation
 
 
 class Window:
@@ -60,62 +68,73 @@ class Window:
             self._open = _variable(tf.float64, len(Scalars._fields), "window")
             self._report = _variable(tf.float64, 1 + len(Update._fields), "last")
             self.variables = [self._open, self._report]
-            self._stamp = tf.timestamp()  # once a run, for all that is fetched in it
             name = tf.raw_ops.NoOp(name="lock").name  # unique in the graph, and the same in the next process
             self._mutex = tf.raw_ops.MutexV2(shared_name=name)
-            initialized = require(
-                v1.is_variable_initialized(self._open),
+            initialized = v1.is_variable_initialized(self._open)
+            said = require(
+                initialized,
                 "The accumulator is not initialized. In this session, run the initializer that was made after "
                 "minimize or apply_gradients: tf.compat.v1.global_variables_initializer().",
             )
-            with tf.control_dependencies([initialized]):
-                self._found = [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in self.variables]
+            with tf.control_dependencies([said]):
+                self._found = [_read(v) for v in self.variables]
             found = Scalars(*tf.unstack(self._found[0]))
             self.pending, self.pending_items = tf.cast(found.micro_batches, tf.int64), found.items
             self.updates, self.last = _reported(self._found[1])
+            self._turns = [Turn(f"{name}/{turn}", initialized) for turn in range(4)]
 
-    def exclusively(self, work: Callable[[Scalars], tf.Tensor], name: str, after: Sequence[Any] = ()) -> tf.Operation:
-        """An op that runs `work` on the open window while nobody else changes it.
+    def lock(self, after: Sequence[Any], turn: int = 0) -> Lock:
+        """The lock, taken after the readings, `after` and the turns before this one; 0 is the micro-batch's.
 
-        `work` takes the window's scalars and returns what they are to be, as a tensor (`packed`, `empty`) that comes
-        after all that it does. In between the window is empty: if some of `work` fails, the next one starts anew.
-
-        The lock is taken after the readings and `after`. tf.CriticalSection would wait for every input of every op of
-        `work`, so for the whole backward pass; the sums had better take each gradient as it comes.
+        tf.CriticalSection would wait for every input of every op that works under it, so for the whole backward pass;
+        the sums had better take each gradient as it comes.
         """
-        with tf.control_dependencies([*self._found, *after]):
-            lock = tf.raw_ops.MutexLock(mutex=self._mutex)
-        with tf.control_dependencies([lock]):
-            window = Scalars(*tf.unstack(self._open.read_value()))
-            once = require(
-                tf.not_equal(window.run, self._stamp),
-                "One session.run may change a window once. Received: two of the op of minimize or apply_gradients, "
-                "accumulate, apply, flush and zero. Run them one after the other; apply, flush and zero need no feed.",
-            )
-        with tf.control_dependencies([once]):
-            taken = self._open.assign(self.empty(), read_value=False)
-        with tf.control_dependencies([taken]):
-            done = self._open.assign(work(window._replace(run=self._stamp)), read_value=False)
-        with tf.control_dependencies([done]):
-            # Until here the lock's tensor lives, and with it the lock; after an error too it goes with the run.
-            return tf.group(tf.raw_ops.ConsumeMutexLock(mutex_lock=lock), name=name)
+        with tf.device("/cpu:0"):
+            before = [earlier.after() for earlier in self._turns[:turn]]
+            with tf.control_dependencies([*self._found, *after, *before]):
+                taken = tf.raw_ops.MutexLock(mutex=self._mutex)
+            with tf.control_dependencies([taken]):  # from here on, who comes after waits for the lock
+                return Lock(taken, self._turns[turn].come())
 
-    def empty(self) -> tf.Tensor:
-        """No window. What the sums hold is then nobody's: the next micro-batch assigns them."""
-        return packed(Scalars(self._stamp, *[tf.constant(0, tf.float64)] * 4))
+    def read(self, lock: Lock) -> Scalars:
+        """The open window, under the lock."""
+        with tf.control_dependencies([lock.taken]):
+            return Scalars(*tf.unstack(_read(self._open)))
+
+    def count(self, lock: Lock) -> tf.Tensor:
+        """How many updates were made, under the lock."""
+        with tf.control_dependencies([lock.taken]):
+            return tf.cast(_read(self._report)[0], tf.int64)
+
+    def write(self, scalars: Scalars, after: Sequence[Any]) -> tf.Operation:
+        """Leaves the window so."""
+        packed = tf.stack(list(scalars))
+        with tf.control_dependencies(after):
+            return self._open.assign(packed, read_value=False)
+
+    def empty(self) -> tf.Operation:
+        """Leaves no window. What the sums hold is then nobody's: the next micro-batch assigns them."""
+        return self._open.assign(tf.zeros([len(Scalars._fields)], tf.float64), read_value=False)
+
+    def release(self, lock: Lock, after: Sequence[tf.Operation], name: str) -> tf.Operation:
+        """An op that comes after `after` and gives the lock back, once all of these that the run holds have come."""
+        with tf.control_dependencies(after), tf.device("/cpu:0"):
+            # Until here the lock's tensor lives, and with it the lock; after an error too it goes with the run.
+            return tf.group(tf.raw_ops.ConsumeMutexLock(mutex_lock=lock.taken), lock.turn, name=name)
+
+    def exclusively(self, work: Callable[[Scalars], tf.Operation], name: str, turn: int) -> tf.Operation:
+        """An op that does `work` on the open window, if there is one."""
+        lock = self.lock([], turn)
+        window = self.read(lock)
+        return self.release(lock, [only_if(window.micro_batches > 0, lambda: work(window))], name)
 
     def report(self, window: Scalars, loss: tf.Tensor, norm: tf.Tensor | float, code: tf.Tensor | int) -> tf.Operation:
         """Writes `last`, and counts the update if it was applied."""
         code, norm = tf.cast(code, tf.float64), tf.cast(norm, tf.float64)
-        index = self._report.read_value()[0]
+        index = _read(self._report)[0]
         updates = index + tf.cast(tf.equal(code, APPLIED), tf.float64)
         last = [updates, index, window.micro_batches, window.items, loss, norm, code]
         return self._report.assign(tf.stack(last), read_value=False)
-
-
-def packed(scalars: Scalars) -> tf.Tensor:
-    """As the variable holds them."""
-    return tf.stack(list(scalars))
 
 
 def not_finite(loss: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
@@ -143,3 +162,7 @@ def _reported(report: tf.Tensor) -> tuple[tf.Tensor, Update]:
 
 def _variable(dtype: tf.DType, size: int, name: str) -> Any:
     return v1.Variable(lambda: tf.zeros([size], dtype), trainable=False, use_resource=True, name=name)
+
+
+def _read(variable: Any) -> tf.Tensor:
+    return tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)

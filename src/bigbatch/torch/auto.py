@@ -359,6 +359,8 @@ def _identity(value: Any) -> Any:
     if isinstance(value, types.ModuleType | type | types.BuiltinFunctionType):
         return None
     try:
-        return weakref.ref(value)
-    except TypeError:
+        reference = weakref.ref(value)
+        hash(reference)
+    except TypeError:  # a number, a string, an array of NumPy's: no model
         return None
+    return reference

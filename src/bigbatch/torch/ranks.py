@@ -2,11 +2,9 @@
 
     g = Σᵣ Σᵢ nᵣᵢ·gᵣᵢ / Σᵣ Σᵢ nᵣᵢ
 
-DistributedDataParallel reduces in a backward that it is told of beforehand, and divides by the number of ranks. Both
-are wrong here: a window may close early, and ranks hold different numbers of items. So its own reduction is put off
-for good, every rank adds up what it sees, and when the window closes the ranks meet: once for a few numbers (what each
-of them holds, and which parameters have a gradient anywhere), then once for each bucket of gradients. A rank that
-holds nothing brings zeros. After that all ranks hold the same mean, and do the same with it.
+Every rank adds up what it sees. When the window closes the ranks meet: once for a few numbers (what each of them holds,
+and which parameters have a gradient anywhere), then for the gradients, as the model keeps them: see `replicas` for
+DistributedDataParallel and `shards` for fully_shard. After that all ranks hold the same mean, and do the same with it.
 
 A rank at the end of its data says so in `flush`, and takes part in the others' windows until all have said so.
 """
@@ -14,7 +12,7 @@ A rank at the end of its data says so in `flush`, and takes part in the others' 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch import errors
 from bigbatch.every import Items
-from bigbatch.torch.window import Sums, Window, widened
+from bigbatch.torch.replicas import Replicas, at_least_float32, or_lost
+from bigbatch.torch.shards import Shards, power_of_two, shards_in
+from bigbatch.torch.window import Sums, Window
 
-BUCKET = 25 * 2**20
-"""Bytes in a reduction, as in DistributedDataParallel: large enough for the network, small enough to lie twice."""
+Sync = Literal["window", "micro_batch"]
 
 
 class Met(NamedTuple):
@@ -45,26 +44,27 @@ class Met(NamedTuple):
 
 
 class Ranks:
-    """The ranks that share a DistributedDataParallel, seen from one of them. Every method is collective but `hold`.
+    """The ranks that train one model, seen from one of them. Every method that adds up is collective.
+
+    A `plan` is the number of micro-batches that a rank's window closes at, or `Items` over all ranks.
 
     Args:
-        models: the replicas; their own reductions are put off by `hold`.
+        model: how the model is spread over them.
     """
 
-    def __init__(self, models: list[DistributedDataParallel]):
-        self.models = models
-        self.parameters: list[Tensor] = [p for model in models for p in model.parameters()]
-        self.group = models[0].process_group
+    def __init__(self, model: Replicas | Shards):
+        self.model = model
+        self.parameters = model.parameters
+        self.group = model.group
         self.size = dist.get_world_size(self.group)
         # Numbers meet on the host where the group can do that; a GPU then need not be waited for while counting items.
         on_host = "cpu:" in dist.get_backend_config(self.group)
         self.device = torch.device("cpu") if on_host else self.parameters[0].device
 
-    def hold(self, reduce: bool = False) -> None:
-        """Puts off the models' own reductions, and their broadcasts of buffers, until called with `reduce=True`."""
-        for model in self.models:
-            model.require_backward_grad_sync = reduce  # what no_sync() sets for the length of a context
-            model.require_forward_param_sync = reduce
+    @property
+    def shards(self) -> Shards | None:
+        """The model, where its parameters are spread over the ranks."""
+        return self.model if isinstance(self.model, Shards) else None
 
     def agree(self, settings: dict[str, Any]) -> None:
         """Refuses, on every rank, what the ranks were not given alike.
@@ -73,12 +73,37 @@ class Ranks:
             ValueError: two ranks have different settings; it names the first of them.
         """
         every_rank: list[Any] = [None] * self.size
-        _or_lost(dist.all_gather_object, every_rank, settings, group=self.group)
+        or_lost(dist.all_gather_object, every_rank, settings, group=self.group)
         names = [name for rank in every_rank for name in rank]
         for name in dict.fromkeys(names):
             values = [rank.get(name, "none") for rank in every_rank]
             if len(set(values)) > 1:
                 raise errors.ranks_disagree(name, values)
+
+    def before(self, window: Window, items: float | Tensor, plan: Any) -> None:
+        """Before a micro-batch's backward: sharded gradients have to know now whether it is the window's last."""
+        shards = self.shards
+        if shards is None:
+            return
+        if window.unit is None:
+            if shards.unit is None:
+                # The ranks' gradients are added up before they can be weighted, so the weights have one unit. A power
+                # of two, so that another one, after a restart, gives the same bits.
+                (total,) = self._add_up([float(items) * window.planned])
+                shards.unit = power_of_two(total)
+            window.unit = shards.unit
+        if isinstance(plan, Items):
+            total, _ = self.count(window.items + items)
+            last = total >= plan.count
+        else:
+            last = window.micro_batches + 1 >= plan
+        shards.before(window, last)
+
+    def full(self, window: Window, plan: Any) -> bool:
+        """After a micro-batch's backward: whether the window closes now, on all ranks where items are counted."""
+        if self.shards is not None:
+            return self.shards.after()
+        return self.count(window.items)[0] >= plan.count if isinstance(plan, Items) else window.micro_batches >= plan
 
     def count(self, items: float | Tensor, ending: bool = False) -> tuple[float, bool]:
         """The items in the open windows of all ranks, and whether every rank is at the end of its data."""
@@ -96,7 +121,7 @@ class Ranks:
         held = [window.sums.get(p, p.grad) for p in parameters]
         dense = [grad is not None and not grad.is_sparse for grad in held]
         sparse = [grad is not None and grad.is_sparse for grad in held]
-        width = _at_least_float32(window.dtype)
+        width = at_least_float32(window.dtype)
         numbers = [loss * unit, items, window.micro_batches, ending, False, width.itemsize, *dense, *sparse]
         loss, items, micro_batches, ended, failed, widths, *counts = self._add_up(numbers)
         if failed:
@@ -107,17 +132,43 @@ class Ranks:
         sums = Sums(items, mean, factor, int(micro_batches))
         return Met(sums, ended == self.size, counts[: len(held)], counts[len(held) :])
 
+    def wait(self, window: Window, parameters: list[Tensor], plan: Any) -> tuple[Met, bool]:
+        """At the end of this rank's data: what the next window holds, and whether it is everybody's last."""
+        full = ended = False
+        while isinstance(plan, Items) and not (full or ended):
+            items, ended = self.count(window.items, ending=True)
+            full = items >= plan.count
+        met = self.meet(window, parameters, ending=True)
+        return met, met.ended and not full
+
+    def reduce(self, window: Window, parameters: list[Tensor], met: Met) -> Sums:
+        """Replaces the rank's sums by those of all ranks; the factor is what they still need."""
+        return met.sums._replace(factor=self.model.reduce(window, parameters, met))
+
+    def cuts(self, window: Window, length: int, micro_batch: int) -> list[tuple[int, int]]:
+        """Where the split door cuts this rank's part of the batch."""
+        shards = self.shards
+        if shards is None:
+            return [(start, min(start + micro_batch, length)) for start in range(0, length, micro_batch)]
+        rank = dist.get_rank(self.group)
+        cuts = shards.cut(self._add_up([length if r == rank else 0 for r in range(self.size)]), rank, micro_batch)
+        window.unit = shards.unit
+        return cuts
+
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Holds the models' own reductions inside, and tells the others of an error here, who would wait for ever."""
-        self.hold()
+        """Holds the model's own reductions inside, and tells the others of an error here, who would wait for ever."""
+        self.model.hold()
         try:
             yield
         except Exception:
-            self._add_up([0, 0, 0, False, True, 0, *[0] * (2 * len(self.parameters))])
+            if self.shards is None:
+                self._add_up([0, 0, 0, False, True, 0, *[0] * (2 * len(self.parameters))])
+            else:
+                self.shards.forget()  # the others are inside a forward or a backward, and cannot be told
             raise
         finally:
-            self.hold(reduce=True)
+            self.model.hold(reduce=True)
 
     def mean(self, window: Window, before: dict[Tensor, Tensor | None]) -> Sums:
         """For the split door: replaces the rank's sums by the mean, and sets aside what other `.grad`s hold."""
@@ -133,75 +184,18 @@ class Ranks:
                 before[p], p.grad = p.grad, None
         if window.micro_batches == 0:
             p = self.parameters[0]
-            window.loss = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
+            window.loss = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        if self.shards is not None:
+            self.shards.after()
         return self.reduce(window, self.parameters, self.meet(window, self.parameters))
-
-    def wait(self, window: Window, parameters: list[Tensor], plan: object) -> tuple[Met, bool]:
-        """At the end of this rank's data: what the next window holds, and whether it is everybody's last."""
-        full = ended = False
-        while isinstance(plan, Items) and not (full or ended):
-            items, ended = self.count(window.items, ending=True)
-            full = items >= plan.count
-        met = self.meet(window, parameters, ending=True)
-        return met, met.ended and not full
-
-    @torch.no_grad()
-    def reduce(self, window: Window, parameters: list[Tensor], met: Met) -> Sums:
-        """Replaces the rank's sums by the mean over all ranks: one reduction a bucket, in float32 at least."""
-        dtype = _at_least_float32(window.dtype)
-        dense = [p for p, ranks in zip(parameters, met.dense, strict=True) if ranks]
-        sparse = [p for p, ranks in zip(parameters, met.sparse, strict=True) if ranks]
-        buckets = [self._launch(window, bucket, met.sums.factor, dtype) for bucket in _buckets(dense, dtype)]
-        for p in sparse:
-            rows = _take(window, p)
-            if rows is None:
-                # As an embedding has them: rows of the table, and here none.
-                none = torch.empty(1, 0, dtype=torch.long, device=p.device), p.new_empty(0, *p.shape[1:])
-                rows = torch.sparse_coo_tensor(*none, p.shape, check_invariants=False)
-            rows = (rows.to(widened(p, dtype)) * met.sums.factor).coalesce()
-            _or_lost(dist.all_reduce, rows, group=self.group)
-            _put(window, p, rows)
-        for bucket, means, work in buckets:
-            _or_lost(work.wait)
-            for p, mean in zip(bucket, means, strict=True):
-                _put(window, p, mean)
-        self._share_buffers()
-        return met.sums._replace(factor=1.0)
-
-    def _launch(
-        self, window: Window, bucket: list[Tensor], factor: float, dtype: torch.dtype
-    ) -> tuple[list[Tensor], list[Tensor], Any]:
-        """Starts a bucket on its way. The gradients move into it, so that one bucket lies twice at a time, not all."""
-        flat = bucket[0].new_empty(sum(p.numel() for p in bucket), dtype=widened(bucket[0], dtype))
-        parts = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in bucket]), bucket, strict=True)]
-        for p, part in zip(bucket, parts, strict=True):
-            grad = _take(window, p)
-            if grad is None:
-                part.zero_()
-            else:
-                part.copy_(grad)
-        if factor != 1.0:
-            flat.mul_(factor)
-        return bucket, parts, _or_lost(dist.all_reduce, flat, group=self.group, async_op=True)
-
-    def _share_buffers(self) -> None:
-        """Rank 0's buffers for all, such as BatchNorm's averages; the model itself would do it in every forward."""
-        for model in self.models:
-            buffers = list(model.module.buffers()) if model.broadcast_buffers else []
-            for dtype in dict.fromkeys(b.dtype for b in buffers):
-                several = [b for b in buffers if b.dtype == dtype]
-                flat = torch.cat([b.reshape(-1) for b in several])
-                _or_lost(dist.broadcast, flat, group=self.group, group_src=0)
-                for b, part in zip(several, flat.split([b.numel() for b in several]), strict=True):
-                    b.copy_(part.view_as(b))
 
     def _add_up(self, numbers: list[Any]) -> list[float]:
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        _or_lost(dist.all_reduce, total, group=self.group)
+        or_lost(dist.all_reduce, total, group=self.group)
         return total.tolist()
 
 
-def ranks_of(model: Any) -> Ranks | None:
+def ranks_of(model: Any, sync: Sync = "window") -> Ranks | None:
     """The ranks that a model is trained on, or None where there is one process.
 
     Raises:
@@ -210,23 +204,20 @@ def ranks_of(model: Any) -> Ranks | None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module. {errors.received('model', model)} "
-            "Pass the DistributedDataParallel that the forward goes through."
+            "Pass the DistributedDataParallel or fully_shard model that the forward goes through."
         )
-    models = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    errors.check_choice("sync", sync, ("window", "micro_batch"))
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
-    if not models:
+    replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    if bool(replicas) == bool(shards_in(model)):
         raise ValueError(
-            "model must be wrapped in DistributedDataParallel where there are several ranks. "
+            "model must be wrapped in DistributedDataParallel or by fully_shard where there are several ranks. "
             f"Received: model of type {type(model).__name__}, {dist.get_world_size()} ranks. "
-            "Without it the ranks would not even start from the same parameters."
+            "Without either the ranks would not even start from the same parameters."
         )
-    if any(m.static_graph for m in models):
-        raise ValueError(
-            "DistributedDataParallel(static_graph=True) reduces in its first backward, whatever it is told. "
-            "Leave it out; here it has nothing to speed up."
-        )
-    return Ranks(models) if dist.get_world_size(models[0].process_group) > 1 else None
+    ranks = Ranks(Replicas(replicas) if replicas else Shards(model, sync))
+    return ranks if ranks.size > 1 else None
 
 
 def described(parameters: Iterable[Tensor]) -> dict[str, str]:
@@ -236,40 +227,3 @@ def described(parameters: Iterable[Tensor]) -> dict[str, str]:
         for i, p in enumerate(parameters)
     }
     return {"the number of parameters": str(len(shapes)), **shapes}
-
-
-def _buckets(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    """Parameters whose gradients travel together: of one dtype and device, and `BUCKET` bytes or a single one."""
-    open_: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in parameters:
-        kind = widened(p, dtype), p.device
-        bucket = open_.setdefault(kind, [])
-        if bucket and (sum(q.numel() for q in bucket) + p.numel()) * kind[0].itemsize > BUCKET:
-            yield open_.pop(kind)
-            bucket = open_.setdefault(kind, [])
-        bucket.append(p)
-    yield from open_.values()
-
-
-def _at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
-    return torch.promote_types(dtype or torch.float32, torch.float32)
-
-
-def _take(window: Window, p: Tensor) -> Tensor | None:
-    grad, p.grad = p.grad, None
-    return window.sums.pop(p, grad)
-
-
-def _put(window: Window, p: Tensor, mean: Tensor) -> None:
-    if window.dtype is None:
-        p.grad = mean.to(p.dtype)
-    else:
-        window.sums[p] = mean
-
-
-def _or_lost(collective: Any, *arguments: Any, **options: Any) -> Any:
-    """A collective, and what to tell a rank whose partner is gone."""
-    try:
-        return collective(*arguments, **options)
-    except RuntimeError as error:  # DistBackendError and DistNetworkError too
-        raise errors.rank_lost(error) from error

@@ -41,9 +41,12 @@ class Watch(PeakMemory):
         kwargs = kwargs or {}
         if self.fake is not None:
             args, kwargs = tree_map_only(Tensor, self._stand_in, (args, kwargs))
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, Tensor) and _is_written(func, argument):
-                self._remember(value)
+        for i, argument in enumerate(func._schema.arguments):
+            if _is_written(func, argument):
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                for tensor in value if isinstance(value, list | tuple) else [value]:
+                    if isinstance(tensor, Tensor):
+                        self._remember(tensor)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         workspace = _workspace(func, args, result)
         self.peak = max(self.peak, self.live + workspace)

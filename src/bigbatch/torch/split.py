@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
 from bigbatch.torch.fused import Fused
-from bigbatch.torch.ranks import Ranks, ranks_of
+from bigbatch.torch.ranks import Ranks, Sync, ranks_of
 from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
 
 Batch = TypeVar("Batch")
@@ -27,6 +27,7 @@ def backward(
     dtype: torch.dtype | None = torch.float32,
     fused: bool = True,
     model: torch.nn.Module | None = None,
+    sync: Sync = "window",
 ) -> Tensor:
     """Puts the whole batch's mean gradient into `.grad`, one micro-batch in memory at a time.
 
@@ -50,9 +51,10 @@ def backward(
             and are rounded once, at the end. None adds up in the parameters' own dtype.
         fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
             is safe (see `bigbatch.torch.fused`). False leaves all to autograd: slower, and the same numbers.
-        model: the DistributedDataParallel that `loss_fn` calls, where several ranks train one model. Each passes its
-            own part of the batch, of any length, 0 too; all get the mean gradient and loss of the whole. The call is
-            then collective.
+        model: the DistributedDataParallel or fully_shard model that `loss_fn` calls, where several ranks train one
+            model. Each passes its own part of the batch, of any length; all get the mean gradient and loss of the
+            whole. The call is then collective.
+        sync: when a fully_shard model adds up over the ranks: "window" or "micro_batch", as for `Accumulator`.
 
     Returns:
         The mean loss over all items, a detached scalar of at least float32.
@@ -63,7 +65,7 @@ def backward(
 
     The host waits for the device once, after the last micro-batch, to see that the loss is a number.
     """
-    ranks = None if model is None else ranks_of(model)
+    ranks = None if model is None else ranks_of(model, sync)
     if ranks is not None and micro_batch == "auto":
         raise ValueError('micro_batch="auto" is not planned across ranks yet. Pass a number with model=.')
     if micro_batch != "auto":
@@ -112,21 +114,29 @@ def _window(
         window.dtype = dtype
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
-    mode = Fused() if fused else None
+    sharded = ranks is not None and ranks.shards is not None
+    mode = Fused() if fused and not sharded else None
+    if ranks is None:
+        cuts = [(start, min(start + micro_batch, length)) for start in range(0, length, micro_batch)]
+    else:
+        cuts = ranks.cuts(window, length, micro_batch)
     try:
-        for start in range(0, length, micro_batch):
-            stop = min(start + micro_batch, length)
+        for start, stop in cuts:
             with mode or nullcontext():
-                result = loss_fn(_cut(batch, start, stop))
+                result = loss_fn(_cut(batch, start, max(stop, start + 1)))
             if isinstance(result, tuple) and len(result) != 2:
                 raise errors.not_a_loss(result)
             loss, items = result if isinstance(result, tuple) else (result, None)
             loss = check_loss(loss)
-            if items is None:
+            if start == stop:
+                items = loss.new_zeros(())  # a forward for the other ranks' sake, which counts for nothing
+            elif items is None:
                 items = stop - start
                 if window.unit is None:
                     window.unit = length
-            parameters = _parameters(loss)
+            if ranks is not None:
+                ranks.before(window, items, len(cuts))
+            parameters = ranks.parameters if ranks is not None and sharded else _parameters(loss)
             new = [p for p in parameters if p not in before]
             for p in new:
                 before[p], p.grad = p.grad, None
@@ -150,6 +160,9 @@ def _closed(opened: Opened, ranks: Ranks | None, lengths: list[tuple[str, int]])
         if math.isnan(sums.loss):
             raise errors.loss_not_finite(sums.loss, f"{sums.micro_batches} micro-batches")
         scale_(window.gradients(before), sums.factor)
+        for p in window.sums:
+            if before[p] is None:  # rounded here, where a lack of memory can still be taken back
+                window.sums[p] = window.sums[p].to(p.dtype)
         return window.loss.new_full((), sums.loss, dtype=torch.promote_types(loss_dtype, window.loss.dtype))
     except BaseException:
         _put_back(before)

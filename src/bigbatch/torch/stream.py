@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from bigbatch.every import Every, Items, as_every, planned
 from bigbatch.noise import Noise, NoiseScale, UntilNoise
 from bigbatch.torch.fused import Fused
 from bigbatch.torch.noise import Meter
-from bigbatch.torch.ranks import Met, Ranks, described, ranks_of
+from bigbatch.torch.ranks import Met, Ranks, Sync, described, ranks_of
+from bigbatch.torch.shards import local, spread_like, whole
 from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
 
 
@@ -70,12 +71,14 @@ class Accumulator:
             "carry" keeps it open, "drop" forgets it.
         nonfinite: what becomes of a window whose loss or gradient is inf or NaN: "skip" makes no update, "raise"
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
+        model: the DistributedDataParallel or fully_shard model that the losses come from, where several ranks train
+            one model; its own reduction is put off from here on. `every` then counts each rank's micro-batches, or
+            with `bb.items` the items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window and
+            `flush` are then collective.
+        sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes), or every "micro_batch"
+            (least memory).
         noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
             window in ten, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
-        model: the DistributedDataParallel that the losses come from, where several ranks train one model; its own
-            reduction is put off from here on. `every` then counts each rank's micro-batches, or with `bb.items` the
-            items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window and `flush` are then
-            collective.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was touched.
@@ -92,8 +95,9 @@ class Accumulator:
         dtype: torch.dtype | None = torch.float32,
         partial: Literal["apply", "carry", "drop"] = "apply",
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
-        noise: bool | int = False,
         model: torch.nn.Module | None = None,
+        sync: Sync = "window",
+        noise: bool | int = False,
     ):
         self.optimizer = _check_optimizer(optimizer)
         self.every = every if isinstance(every, UntilNoise) else as_every(every)
@@ -113,19 +117,20 @@ class Accumulator:
         self._window: Window | None = None
         self._plan: int | Items | UntilNoise = 0
         self._fused: Fused | None = None
-        self._ranks: Ranks | None = None if model is None else ranks_of(model)
+        self._ranks: Ranks | None = None if model is None else ranks_of(model, sync)
         if self._ranks is not None:
-            if noise or isinstance(self.every, UntilNoise):
+            if noise is not False or isinstance(every, UntilNoise):
                 raise ValueError(
-                    "The noise scale is not measured across ranks yet: each sees its own micro-batches only. "
-                    f"Received: noise={noise}, every={every}, {self._ranks.size} ranks. "
-                    "Leave noise out, and give a number."
+                    "The noise scale is measured in one process. "
+                    f"Received: noise={noise}, every={every}, {self._ranks.size} ranks."
                 )
+            if scaler is not None and self._ranks.shards is not None:
+                raise ValueError(f"scaler does not know shards. {errors.received('scaler', scaler)} Use bfloat16.")
             self._ranks.agree({
                 "every": getattr(every, "__name__", repr(every)), "dtype": str(dtype), "clip_norm": str(clip_norm),
-                "partial": partial, "nonfinite": nonfinite, **described(self._parameters()),
+                "partial": partial, "nonfinite": nonfinite, "sync": sync, **described(self._parameters()),
             })  # fmt: skip
-            self._ranks.hold()
+            self._ranks.model.hold()
         self._meter = Meter(every, noise)
         self._meter.arm(self._index, self._parameters())
 
@@ -186,12 +191,15 @@ class Accumulator:
         window = self._window or self._open()
         self._meter.norms.clear()  # of backwards in between that were not a micro-batch's
         try:
+            if self._ranks is not None:
+                self._ranks.before(window, items, self._plan)
             window.backward(
                 loss, items, self._parameters() if window.dtype is not None else (), self.scaler, self._fused
             )
             self._window = window
             self._meter.take(window, items)
-            return self._close(window) if self._is_full(window) else None
+            full = self._is_full(window) if self._ranks is None else self._ranks.full(window, self._plan)
+            return self._close(window) if full else None
         except BaseException:
             self.reset()
             raise
@@ -207,8 +215,10 @@ class Accumulator:
 
         The gradients are the same. Where it would not be safe, a weight is left to autograd, and the logger
         `bigbatch.torch.fused` says why at DEBUG: hooks on the parameter, `torch.compile`, tensor subclasses,
-        parametrizations, transforms of `torch.func`, a reduction of DistributedDataParallel's.
+        parametrizations, transforms of `torch.func`, a reduction of DistributedDataParallel's, fully_shard.
         """
+        if self._ranks is not None and self._ranks.shards is not None:
+            return nullcontext()  # a shard's sums are not where its weights are
         if self._fused is None:
             self._fused = Fused()
         return self._fused
@@ -258,6 +268,8 @@ class Accumulator:
         """Forgets the open window: its gradients go, and the next `backward` starts a new one."""
         self._window = None
         self.optimizer.zero_grad(set_to_none=True)
+        if self._ranks is not None and self._ranks.shards is not None:
+            self._ranks.shards.forget()
         self._meter.arm(self._index, self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
@@ -280,8 +292,9 @@ class Accumulator:
                 "items": window.items,
                 "unit": window.unit,
                 "loss": window.loss,
+                "shards": self._ranks.shards.held() if self._ranks and self._ranks.shards else {},
                 "gradients": {
-                    i: grad for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
+                    i: local(grad) for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
                 },
             }
         return state
@@ -320,9 +333,11 @@ class Accumulator:
         for i, grad in saved["gradients"].items():
             p = parameters[i]
             if window.dtype is None:
-                p.grad = grad.to(p.device, p.dtype, copy=True)
+                p.grad = spread_like(p, grad, p.dtype)
             else:
-                window.sums[p] = grad.to(p.device, copy=True)
+                window.sums[p] = spread_like(p, grad, grad.dtype)
+        if self._ranks is not None and self._ranks.shards is not None:
+            self._ranks.shards.restore(saved["shards"])
         self._window = window
 
     def _parameters(self) -> list[Tensor]:
@@ -342,8 +357,7 @@ class Accumulator:
         if isinstance(self._plan, UntilNoise):
             return self._meter.is_enough(self._plan, window, self._parameters(), self.scaler)
         if isinstance(self._plan, Items):
-            items = window.items if self._ranks is None else self._ranks.count(window.items)[0]
-            return bool(items >= self._plan.count)
+            return bool(window.items >= self._plan.count)
         return window.micro_batches >= self._plan
 
     def _close(self, window: Window, met: Met | None = None) -> Update:
@@ -358,7 +372,7 @@ class Accumulator:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         try:
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
             sums = sums or window.close()  # here the host waits
             noise = self._meter.noise(window, norm, scaler)
             norm = norm * sums.factor

@@ -59,6 +59,7 @@ class Window:
 
     Attributes:
         weight: what the open micro-batch's gradients still have to be multiplied by.
+        folded: whether the weights go into the losses where the accumulators are wide too.
     """
 
     def __init__(self, *, planned: int = 1, unit: float | Tensor | None = None, dtype: torch.dtype | None = None):
@@ -66,6 +67,7 @@ class Window:
         self.unit = unit
         self.dtype = dtype
         self.weight: float | Tensor = 1.0
+        self.folded = False
         self.micro_batches = 0
         self.items: float | Tensor = 0.0
         self.loss = torch.zeros(())
@@ -90,7 +92,7 @@ class Window:
             self.loss = mean.new_zeros((), dtype=torch.promote_types(mean.dtype, torch.float32))
         if scaler is not None:
             loss = scaler.scale(loss)
-        if self.dtype is not None:
+        if self.dtype is not None and not self.folded:
             self.weight, folded = weight, None
         elif isinstance(weight, Tensor):
             folded = weight.to(loss.device, loss.dtype)

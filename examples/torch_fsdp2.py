@@ -1,0 +1,79 @@
+r"""FSDP2: parameters, gradients and optimizer states spread over the ranks, and windows as with one process.
+
+torchrun --nproc-per-node 2 examples/torch_fsdp2.py
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 examples/torch_fsdp2.py \
+    --checkpoint /tmp/digits
+
+With a checkpoint every epoch ends with one, by torch.distributed.checkpoint; any number of ranks goes on from it. On
+GPUs: "cpu:gloo,cuda:nccl", torch.cuda.set_device(local_rank), and model and data on that device.
+"""
+
+import argparse
+import io
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+
+import bigbatch.torch as bb
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--epochs", type=int, default=10)
+parser.add_argument("--sync", choices=["window", "micro_batch"], default="window")
+parser.add_argument("--checkpoint", type=Path)
+args = parser.parse_args()
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # how long ranks wait for one that hangs
+rank, ranks = dist.get_rank(), dist.get_world_size()
+
+torch.manual_seed(0)
+pixels, labels = load_digits(return_X_y=True)
+x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
+
+model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
+for layer in (model[0], model[2], model):
+    fully_shard(layer)  # bfloat16: mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+loss_fn = nn.CrossEntropyLoss()
+acc = bb.Accumulator(optimizer, every=8, clip_norm=1.0, model=model, sync=args.sync)
+
+
+def state() -> dict:
+    held, optimizers = get_state_dict(model, optimizer)
+    return {"model": held, "optimizer": optimizers, "acc": b"", "epoch": 0}
+
+
+first_epoch, saved = 0, sorted(args.checkpoint.glob("*/.metadata")) if args.checkpoint else []
+if saved:
+    loaded = state()
+    dcp.load(loaded, checkpoint_id=saved[-1].parent)
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    acc.load_state_dict(torch.load(io.BytesIO(loaded["acc"]), weights_only=True))
+    first_epoch = loaded["epoch"]
+
+for epoch in range(first_epoch, args.epochs):
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
+    # Every forward needs all ranks: as many micro-batches on each, of lengths that may differ by one example.
+    count = math.ceil(len(x) / (16 * ranks)) * ranks
+    for rows in order.tensor_split(count)[rank::ranks]:
+        acc.backward(loss_fn(model(x[rows]), y[rows]), items=len(rows))
+    update = acc.flush()
+    if rank == 0 and update:
+        line = f"epoch {epoch:2d}  update {update.index:3d}  {update.items:.0f} examples  loss {update.loss:.4f}"
+        print(line, flush=True)
+    if args.checkpoint:
+        torch.save(acc.state_dict(), file := io.BytesIO())
+        done = {**state(), "acc": file.getvalue(), "epoch": epoch + 1}
+        dcp.save(done, checkpoint_id=args.checkpoint / f"{epoch + 1:04d}")  # .metadata is written last
+
+digest = sum(p.detach().double().sum().full_tensor() for p in model.parameters()).item()
+if rank == 0:
+    print(f"{acc}\nsum of the weights {digest!r}", flush=True)
+dist.destroy_process_group()

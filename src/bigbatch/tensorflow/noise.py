@@ -1,0 +1,91 @@
+"""The norm of every micro-batch's gradient, for the noise scale (see `bigbatch.noise`), in variables."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from bigbatch.noise import EMPTY, NoiseScale, UntilNoise, averaged, estimate, one_in
+from bigbatch.tensorflow.checks import COUNT, under_xla
+from bigbatch.tensorflow.sums import Gradient, merged
+
+DECAY = NoiseScale().decay
+
+
+class WindowNoise(NamedTuple):
+    """What one window says of the noise in its gradient; NaN where it was not measured. Scalar tensors."""
+
+    micro_batches: tf.Tensor  # that were measured, int64
+    items: tf.Tensor  # float64
+    trace: tf.Tensor  # the variance of one item's gradient, summed over all variables, float64
+    squared_norm: tf.Tensor  # the true gradient's; noise may make it negative, float64
+
+
+def nothing() -> WindowNoise:
+    """Of a window that was not measured, or is still open."""
+    nan = tf.constant(math.nan, COUNT)
+    return WindowNoise(tf.zeros((), tf.int64), tf.zeros((), COUNT), nan, nan)
+
+
+class Meter(tf.Module):
+    """Σ bᵢ‖gᵢ‖² of the open window, and the running moments."""
+
+    def __init__(self, every: Any, noise: bool | int):
+        super().__init__()
+        self.one_in = 1 if isinstance(every, UntilNoise) else one_in(noise)
+        self.squares = tf.Variable(tf.zeros((), COUNT), trainable=False)
+        self.windows = tf.Variable(tf.zeros((), tf.int64), trainable=False)
+        self.moments = tf.Variable(tf.constant(EMPTY, COUNT), trainable=False)
+
+    def measures(self, index: tf.Tensor) -> tf.Tensor:
+        """Whether the window of this update is measured."""
+        return tf.equal(tf.math.floormod(index, self.one_in), 0)
+
+    def take(self, gradients: Iterable[Gradient], items: tf.Tensor, first: tf.Tensor, index: tf.Tensor) -> None:
+        """Takes in one micro-batch's gradient."""
+        gradients = list(gradients)
+
+        def more() -> tf.Tensor:
+            return items * tf.add_n([_square(g) for g in gradients]) if gradients else tf.zeros((), COUNT)
+
+        square = more() if self.one_in == 1 else tf.cond(self.measures(index), more, lambda: tf.zeros((), COUNT))
+        self.squares.assign(tf.where(first, 0, self.squares) + square)
+
+    def window(self, micro_batches: tf.Tensor, items: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor) -> WindowNoise:
+        """What the window says so far; the gradients and the norm of their mean were scaled by `scale`."""
+        count = tf.cast(micro_batches, COUNT)
+        trace, squared_norm = estimate(count, items, self.squares / scale**2, (norm / scale) ** 2)
+        some = micro_batches > 1
+        return WindowNoise(
+            micro_batches, items, tf.where(some, trace, math.nan), tf.where(some, squared_norm, math.nan)
+        )
+
+    def close(self, now: WindowNoise, index: tf.Tensor, made: tf.Tensor) -> WindowNoise:
+        """After a window: a skipped one is left out of the running moments."""
+        measures = self.measures(index)
+        good = measures & made & tf.math.is_finite(now.trace) & tf.math.is_finite(now.squared_norm)
+        moments = averaged(tf.unstack(self.moments), now.trace, now.squared_norm, DECAY)
+        self.moments.assign(tf.where(good, tf.stack(moments), self.moments))
+        self.windows.assign_add(tf.cast(good, tf.int64))
+        return WindowNoise(*(tf.where(measures, new, old) for new, old in zip(now, nothing(), strict=True)))
+
+    def scale(self) -> NoiseScale:
+        """The running noise scale. The host waits for the device."""
+        running = NoiseScale(DECAY)
+        moments = [float(x) for x in self.moments.numpy()]
+        running.load_state_dict({"decay": DECAY, "windows": int(self.windows), "moments": moments})
+        return running
+
+
+def looked_at(every: UntilNoise, micro_batches: tf.Tensor) -> tf.Tensor:
+    """Whether an open window of so many micro-batches is looked at."""
+    return tf.reduce_any(tf.equal(micro_batches, tf.constant(every.looks[:-1], tf.int64)))
+
+
+def _square(gradient: Gradient) -> tf.Tensor:
+    if isinstance(gradient, tf.IndexedSlices):
+        # The same row may be named several times.
+        gradient = tf.convert_to_tensor(gradient) if under_xla() else merged(gradient.indices, gradient.values)[1]
+    wide = tf.cast(gradient, tf.float32) if gradient.dtype.size < tf.float32.size else gradient
+    return tf.cast(tf.reduce_sum(tf.square(wide)), COUNT)

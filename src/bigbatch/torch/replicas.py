@@ -1,0 +1,132 @@
+"""DistributedDataParallel in a window: whole gradients on every rank, added up in buckets when the window closes."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from bigbatch import errors
+from bigbatch.torch.window import Window, widened
+
+if TYPE_CHECKING:
+    from bigbatch.torch.ranks import Met
+
+BUCKET = 25 * 2**20
+"""Bytes in a reduction, as in DistributedDataParallel: large enough for the network, small enough to lie twice."""
+
+
+class Replicas:
+    """The replicas of this rank. Their own reductions are put off by `hold`.
+
+    A reduction of theirs would come with a backward that they are told of in its forward, and divide by the number of
+    ranks; a window may close at any time, and its mean is over items.
+    """
+
+    def __init__(self, models: list[DistributedDataParallel]):
+        if any(model.static_graph for model in models):
+            raise ValueError(
+                "DistributedDataParallel(static_graph=True) reduces in its first backward, whatever it is told. "
+                "Leave it out; here it has nothing to speed up."
+            )
+        self.models = models
+        self.parameters: list[Tensor] = [p for model in models for p in model.parameters()]
+        self.group = models[0].process_group
+
+    def hold(self, reduce: bool = False) -> None:
+        """Puts off the models' own reductions, and their broadcasts of buffers, until called with `reduce=True`."""
+        for model in self.models:
+            model.require_backward_grad_sync = reduce  # what no_sync() sets for the length of a context
+            model.require_forward_param_sync = reduce
+
+    @torch.no_grad()
+    def reduce(self, window: Window, parameters: list[Tensor], met: "Met") -> float:
+        """Replaces the rank's sums by the mean over all ranks: one reduction a bucket, in float32 at least."""
+        dtype = at_least_float32(window.dtype)
+        dense = [p for p, ranks in zip(parameters, met.dense, strict=True) if ranks]
+        sparse = [p for p, ranks in zip(parameters, met.sparse, strict=True) if ranks]
+        buckets = [self._launch(window, bucket, met.sums.factor, dtype) for bucket in _buckets(dense, dtype)]
+        for p in sparse:
+            rows = _take(window, p)
+            if rows is None:
+                # As an embedding has them: rows of the table, and here none.
+                none = torch.empty(1, 0, dtype=torch.long, device=p.device), p.new_empty(0, *p.shape[1:])
+                rows = torch.sparse_coo_tensor(*none, p.shape, check_invariants=False)
+            rows = (rows.to(widened(p, dtype)) * met.sums.factor).coalesce()
+            or_lost(dist.all_reduce, rows, group=self.group)
+            _put(window, p, rows)
+        for bucket, means, work in buckets:
+            or_lost(work.wait)
+            for p, mean in zip(bucket, means, strict=True):
+                _put(window, p, mean)
+        self._share_buffers()
+        return 1.0
+
+    def _launch(
+        self, window: Window, bucket: list[Tensor], factor: float, dtype: torch.dtype
+    ) -> tuple[list[Tensor], list[Tensor], Any]:
+        """Starts a bucket on its way. The gradients move into it, so that one bucket lies twice at a time, not all."""
+        flat = bucket[0].new_empty(sum(p.numel() for p in bucket), dtype=widened(bucket[0], dtype))
+        parts = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in bucket]), bucket, strict=True)]
+        for p, part in zip(bucket, parts, strict=True):
+            grad = _take(window, p)
+            if grad is None:
+                part.zero_()
+            else:
+                part.copy_(grad)
+        if factor != 1.0:
+            flat.mul_(factor)
+        return bucket, parts, or_lost(dist.all_reduce, flat, group=self.group, async_op=True)
+
+    def _share_buffers(self) -> None:
+        """Rank 0's buffers for all, such as BatchNorm's averages; the model itself would do it in every forward."""
+        for model in self.models:
+            buffers = list(model.module.buffers()) if model.broadcast_buffers else []
+            for dtype in dict.fromkeys(b.dtype for b in buffers):
+                several = [b for b in buffers if b.dtype == dtype]
+                flat = torch.cat([b.reshape(-1) for b in several])
+                or_lost(dist.broadcast, flat, group=self.group, group_src=0)
+                for b, part in zip(several, flat.split([b.numel() for b in several]), strict=True):
+                    b.copy_(part.view_as(b))
+
+
+def _buckets(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """Parameters whose gradients travel together: of one dtype and device, and `BUCKET` bytes or a single one."""
+    open_: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
+    for p in parameters:
+        kind = widened(p, dtype), p.device
+        size = p.numel() * kind[0].itemsize
+        bucket, held = open_.get(kind, ([], 0))
+        if bucket and held + size > BUCKET:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(p)
+        open_[kind] = bucket, held + size
+    yield from (bucket for bucket, _ in open_.values())
+
+
+def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
+    """What gradients are added up in on their way between ranks."""
+    return torch.promote_types(dtype or torch.float32, torch.float32)
+
+
+def _take(window: Window, p: Tensor) -> Tensor | None:
+    grad, p.grad = p.grad, None
+    return window.sums.pop(p, grad)
+
+
+def _put(window: Window, p: Tensor, mean: Tensor) -> None:
+    if window.dtype is None:
+        p.grad = mean.to(p.dtype)
+    else:
+        window.sums[p] = mean
+
+
+def or_lost(collective: Any, *arguments: Any, **options: Any) -> Any:
+    """A collective, and what to tell a rank whose partner is gone."""
+    try:
+        return collective(*arguments, **options)
+    except RuntimeError as error:  # DistBackendError and DistNetworkError too
+        raise errors.rank_lost(error) from error
