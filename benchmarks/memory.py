@@ -2,11 +2,12 @@
 
 python benchmarks/memory.py                the tables
 python benchmarks/memory.py --write        and the page
-python benchmarks/memory.py torch          one framework's
+python benchmarks/memory.py torch/mlp      one table
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ SIZES = {
     },
     "jax": {
         "mlp": (8192, 12000, 16384, 20000, 24000), "transformer": (32, 48, 64, 96, 128),
-        "convnet": (500, 700, 900, 1200, 1600),
+        "convnet": (300, 400, 500, 650, 800),
     },
 }  # fmt: skip
 
@@ -39,59 +40,49 @@ def measure(framework: str, model: str, micro_batch: int, environment: dict[str,
     return [float(word) for word in done.stdout.split()]
 
 
-def table(framework: str) -> str:
+def table(framework: str, model: str) -> str:
     several = framework == "torch"
-    head = ["model", "micro-batch", "predicted MiB", "measured MiB", "off by"]
+    head = ["micro-batch", "predicted MiB", "measured MiB", "off by"]
     head += ["with glibc's default", "off by", "seconds to predict", "grew by MiB"] * several
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for model, sizes in SIZES[framework].items():
-        for size in sizes:
-            needs, measured, *rest = measure(framework, model, size, EXACT)
-            row = [model, f"{size:,}", *(f"{x / 2**20:.0f}" for x in (needs, measured)), f"{needs / measured - 1:+.1%}"]
-            if several:
-                _, default, *_ = measure(framework, model, size, {})
-                seconds, growth = rest
-                row += [
-                    f"{default / 2**20:.0f}",
-                    f"{needs / default - 1:+.1%}",
-                    f"{seconds:.2f}",
-                    f"{growth / 2**20:.0f}",
-                ]
-            lines.append("| " + " | ".join(row) + " |")
-            print(lines[-1], flush=True)
+    lines = ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
+    for size in SIZES[framework][model]:
+        needs, measured, *rest = measure(framework, model, size, EXACT)
+        row = [f"{size:,}", *(f"{x / 2**20:.0f}" for x in (needs, measured)), f"{needs / measured - 1:+.1%}"]
+        if several:
+            _, default, *_ = measure(framework, model, size, {})
+            seconds, growth = rest
+            row += [f"{default / 2**20:.0f}", f"{needs / default - 1:+.1%}", f"{seconds:.2f}", f"{growth / 2**20:.0f}"]
+        lines.append("| " + " | ".join(row) + " |")
+        print(framework, model, lines[-1], flush=True)
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("frameworks", nargs="*", default=list(SIZES))
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
-    tables = {framework: table(framework) for framework in options.frameworks}
-    if not options.write:
-        return
-    text = f"""# Memory: predicted against measured
+HEAD = f"""# Memory: predicted against measured
 
-{circumstances("torch", "jax", "numpy")}. `python benchmarks/memory.py --write`, one thread.
+`python benchmarks/memory.py --write`; `torch/convnet` after it measures one table and leaves the others.
 
 A window of two micro-batches, each row in a process of its own (`tests/*/peak_of_a_window.py`: the three models and how
 it is measured). Measured is the highest resident memory during the window over what was resident before it, with
 `MALLOC_MMAP_THRESHOLD_={EXACT["MALLOC_MMAP_THRESHOLD_"]}` in the environment: glibc then gives back what is freed.
 
-## PyTorch
-
-Predicted on fake tensors. The default heap of glibc keeps holes between tensors of less than 32 MiB, more or fewer from
-run to run, and no prediction of tensors sees them; the plan's reserve on a CPU is for that ("with glibc's default").
-
-{tables.get("torch", "")}
-
-## JAX
-
-Predicted by the compiler: outputs and temporaries, less what is aliased.
-
-{tables.get("jax", "")}
+PyTorch's is predicted on fake tensors. The default heap of glibc keeps holes between tensors of less than 32 MiB, more
+or fewer from run to run, and no prediction of tensors sees them ("with glibc's default"); the plan's reserve on a CPU
+is for that. JAX's is the compiler's account: outputs and temporaries, less what is aliased.
 """
-    (Path(__file__).parent / "memory.md").write_text(text)
+
+
+def main() -> None:
+    every = [f"{framework}/{model}" for framework, models in SIZES.items() for model in models]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("tables", nargs="*", default=every, metavar="table", help=", ".join(every))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    page = Path(__file__).parent / "memory.md"
+    kept = dict(re.findall(r"^## (\S+)\n\n(.*?)\n(?=\n## |\Z)", page.read_text(), re.M | re.S)) if page.exists() else {}
+    for name in options.tables:
+        kept[name] = f"{table(*name.split('/'))}\n\n{circumstances('torch', 'jax')}, one thread."
+        if options.write:
+            page.write_text(HEAD + "".join(f"\n## {name}\n\n{kept[name]}\n" for name in every if name in kept))
 
 
 if __name__ == "__main__":

@@ -179,10 +179,10 @@ def torchrun(restarts, *arguments):
     return subprocess.Popen([*command, *arguments], env=environment, **pipes)
 
 
-def kills(times, epochs):
+def kills(times, epochs, seed):
     """Kills a rank of the example at random points; whether the weights at the end are the undisturbed run's."""
     undisturbed, _ = torchrun(0, "--epochs", str(epochs)).communicate()
-    draw, before, updates = random.Random(0), set(), []
+    draw, before, updates = random.Random(seed), set(), []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "digits.pt"
         process = torchrun(times + 2, "--epochs", str(epochs), "--checkpoint", str(checkpoint))
@@ -215,10 +215,11 @@ def main():
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the points at which ranks are killed")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     for part in args.parts:
-        title, body = times(args.repetitions) if part == "times" else killed(args.kills, args.epochs)
+        title, body = times(args.repetitions) if part == "times" else killed(args.kills, args.epochs, args.seed)
         body += f"\n\n{circumstances('torch')}.\n\n    python benchmarks/ranks.py {' '.join(sys.argv[1:])}"
         print(f"## {title}\n\n{body}\n", flush=True)
         if args.write:
@@ -244,8 +245,8 @@ def times(repetitions):
     return "A window of 16", "\n\n".join(body)
 
 
-def killed(times, epochs):
-    updates, same, weights = kills(times, epochs)
+def killed(times, epochs, seed):
+    updates, same, weights = kills(times, epochs, seed)
     body = (
         f"`examples/torch_ddp.py --epochs {epochs}` under `torchrun --max-restarts`, and `kill -9` of one of its two "
         f"ranks {len(updates)} times, each at a random point after that start had made an update. The checkpoint then "

@@ -109,14 +109,14 @@ class Model(keras.Model):
         type(self).calls += 1  # Python runs this once a trace, or on PyTorch once a micro-batch
         ops = keras.ops
         if self.job == "net":
-            return ops.tanh(x @ self.a + self.b) @ self.c
+            return ops.matmul(ops.tanh(ops.matmul(x, self.a) + self.b), self.c)
         if self.job == "missing":
             w = self.w + ops.take(self.table, x["ids"], axis=0)
             w = w + x["has"][:, None] * self.extra
             return ops.sum(w * x["x"], axis=1)
         if self.job == "dropout":
             x = self.dropout(x, training=training)
-        return x @ self.w
+        return ops.matmul(x, self.w)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "job": self.job, "shapes": self.shapes, "shrink": self.shrink}

@@ -1,10 +1,8 @@
 """Prints what a batch's gradient takes at its peak over what the model and the batch hold, in copies of the gradient.
 
-python tests/tensorflow/peak.py
+python tests/tensorflow/peak.py MICRO_BATCHES OF_HOW_MANY
 """
 
-import gc
-import os
 import sys
 from pathlib import Path
 
@@ -20,8 +18,9 @@ def memory(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def peak(micro_batches, micro_batch):
-    layers = [tf.Variable(tf.random.normal([WIDTH, WIDTH]) / WIDTH**0.5) for _ in range(LAYERS)]
+def ready(micro_batches, micro_batch, width):
+    """A step that nobody has called, of a model that is there."""
+    layers = [tf.Variable(tf.fill([width, width], 1 / width)) for _ in range(LAYERS)]
 
     def loss_fn(h):
         for w in layers:
@@ -32,18 +31,18 @@ def peak(micro_batches, micro_batch):
     def step(x):
         return bb.value_and_grad(loss_fn, x, layers, micro_batch=micro_batch)
 
-    x = tf.random.normal([micro_batches * micro_batch, WIDTH])
-    step(x)  # traced, and what TensorFlow keeps for itself is there
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = memory("VmRSS")
-    step(x)
-    return (memory("VmHWM") - before) / (4 * LAYERS * WIDTH**2)
+    x = tf.ones([micro_batches * micro_batch, width])
+    return lambda: step(x)
+
+
+def main(micro_batches, micro_batch):
+    ready(micro_batches, micro_batch, 64)()  # what TensorFlow keeps for itself is there
+    step = ready(micro_batches, micro_batch, WIDTH)
+    before = memory("VmRSS")  # TensorFlow keeps what is freed, so only the first run tells
+    step()
+    copies = (memory("VmHWM") - before) / (4 * LAYERS * WIDTH**2)
+    print(f"{micro_batches} micro-batches of {micro_batch}: {copies:.2f} copies")
 
 
 if __name__ == "__main__":
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        # Every tensor that counts is mapped alone, and unmapped when it is freed, so that memory is what is in use.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
-    for micro_batches, micro_batch in ((1, 4), (8, 4), (90, 4), (160, 4), (2, 128), (16, 128)):
-        print(f"{micro_batches} × {micro_batch}: {peak(micro_batches, micro_batch):.2f} copies", flush=True)
+    main(*map(int, sys.argv[1:]))

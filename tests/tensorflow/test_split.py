@@ -291,11 +291,11 @@ def test_small_factors_of_weight_gradients_are_kept_and_multiplied_out_once(exam
         assert sum(op.type == "MatMul" for op in ops) == 2, "the two, after the loop"
 
 
-def test_there_are_never_two_copies_of_the_gradients():
-    """Products alone, products beside sums, and gradients that are added up as they come."""
-    script = Path(__file__).with_name("peak.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    peaks = {line.split(":")[0]: float(line.split()[-2]) for line in done.stdout.splitlines()}
-    assert len(peaks) == 6
-    assert max(peaks.values()) < 2, peaks
-    assert min(peaks.values()) > 0.9, "measured nothing"
+@pytest.mark.parametrize(
+    "batch", [(8, 4), (160, 4), (16, 128)], ids=["products alone", "products beside sums", "added up as they come"]
+)
+def test_there_are_never_two_copies_of_the_gradients(batch):
+    command = [sys.executable, str(Path(__file__).with_name("peak.py")), *map(str, batch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    copies = float(done.stdout.split()[-2])
+    assert 0.9 < copies < 1.9, done.stdout  # and less than 0.1 for what tracing leaves behind

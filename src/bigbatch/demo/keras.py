@@ -48,10 +48,11 @@ def train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
 def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
     x, y, x_test, y_test = job.data
     sizes = [len(rows) for rows in job.batches(job.micro_batch if way == "micro" else job.batch)]
-    model = network(job)
+    model: Any = network(job)
+    schedule: Any = keras.optimizers.schedules.CosineDecay(job.rate, decay_steps=len(sizes))
     model.compile(
         keras.optimizers.AdamW(
-            keras.optimizers.schedules.CosineDecay(job.rate, decay_steps=len(sizes)),
+            schedule,
             weight_decay=job.weight_decay,
             epsilon=1e-8,
             global_clipnorm=job.clip_norm,

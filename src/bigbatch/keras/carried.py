@@ -9,6 +9,12 @@ import numpy as np
 from bigbatch.keras import batch
 
 
+def updates_of(model: Any) -> int:
+    """How many updates the model's optimizer has made."""
+    made: Any = keras.ops.convert_to_numpy(model.optimizer.iterations.value)
+    return int(made)
+
+
 class Carried(keras.callbacks.Callback):
     """Saves the carried micro-batches when `BackupAndRestore` saves the epoch, and hands them back when it restores.
 
@@ -26,7 +32,7 @@ class Carried(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Goes on where the checkpoint was, which is restored by now."""
-        self.windows.index = self._updates()
+        self.windows.index = updates_of(self.model)
         for path in self.paths:
             if path.exists() and not self.windows.held:
                 with np.load(path) as saved:
@@ -40,12 +46,9 @@ class Carried(keras.callbacks.Callback):
         """Saves, after the checkpoint."""
         for path in self.paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-            arrays = {
+            arrays: dict[str, Any] = {
                 f"{i}.{j}": keras.ops.convert_to_numpy(leaf)
                 for i, data in enumerate(self.windows.held)
                 for j, leaf in enumerate(batch.leaves(data))
             }
-            np.savez(path, updates=self._updates(), **arrays)
-
-    def _updates(self) -> int:
-        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations.value))
+            np.savez(path, updates=updates_of(self.model), **arrays)

@@ -20,7 +20,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from bigbatch.every import Every, Items, planned
 from bigbatch.keras import batch
-from bigbatch.keras.carried import Carried
+from bigbatch.keras.carried import Carried, updates_of
 from bigbatch.keras.split import backend
 
 logger = logging.getLogger("bigbatch.keras")
@@ -42,7 +42,7 @@ def open_door(model: Any, every: Every, partial: str) -> None:
         if not model.compiled:
             return plain_fit(*args, **kwargs)  # says so
         given = signature.bind(*args, **kwargs).arguments
-        windows.index = int(keras.ops.convert_to_numpy(model.optimizer.iterations.value))  # pyright: ignore[reportArgumentType]
+        windows.index = updates_of(model)
         with warnings.catch_warnings():
             if not isinstance(every, int):
                 # Keras counts on as many steps as there could be windows, and warns when there are fewer.

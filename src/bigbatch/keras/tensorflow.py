@@ -94,7 +94,8 @@ def _gather(window: list[Any], stacked: bool) -> list[Any]:
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
         join = tf.stack if stacked else lambda column: tf.concat(column, 0)
         leaves = [join(column) for column in zip(*rows[start:stop], strict=True)]
-        lengths = None if stacked else tf.constant([row[0].shape[0] for row in rows[start:stop]])
+        sizes: Any = [row[0].shape[0] for row in rows[start:stop]]
+        lengths = None if stacked else tf.constant(sizes)
         runs.append((batch.nest(window[0], leaves), lengths))
     return runs
 
@@ -202,7 +203,7 @@ def _check_values(values: Any, x: Any, compiled: Any, y: Any, y_pred: Any) -> No
     if all(tensor.shape.rank and tensor.shape[0] is None for tensor in tree.flatten((y, y_pred))):
         # What would the loss make of so many? A trace tells, which computes nothing.
         many = 1009
-        specs = tree.map_structure(lambda t: tf.TensorSpec([many, *t.shape[1:]], t.dtype), (y, y_pred))
+        specs: Any = tree.map_structure(lambda t: tf.TensorSpec([many, *t.shape[1:]], t.dtype), (y, y_pred))
         asked = tf.function(compiled.call, autograph=False).get_concrete_function(*specs).structured_outputs
         if asked.shape[0] is not None:
             if asked.shape[0] != many:
@@ -255,7 +256,7 @@ def _update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term])
 def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -> None:
     """`optimizer.apply`, unless the window is not finite. Loss scaling asks that itself, and takes note."""
     optimizer = model.optimizer
-    if model.distribute_strategy.num_replicas_in_sync > 1 and _clips(optimizer):
+    if model.distribute_strategy.num_replicas_in_sync > 1 and _wants_the_sum(optimizer):
         gradients = _on_the_first_replica(gradients)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer.apply(gradients, variables)
@@ -282,17 +283,17 @@ def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -
     tf.distribute.get_replica_context().merge_call(merged, args=(finite, gradients))
 
 
-def _clips(optimizer: Any) -> bool:
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of loss scaling
-    return any(
-        getattr(one, name, None) is not None
-        for one in (optimizer, *getattr(optimizer, "optimizers", ()))  # a MultiOptimizer's
-        for name in ("clipnorm", "global_clipnorm", "clipvalue")
+def _wants_the_sum(optimizer: Any) -> bool:
+    """Whether it looks at a gradient before Keras sums it over the replicas: to clip, or for loss scaling."""
+    clipping = ("clipnorm", "global_clipnorm", "clipvalue")
+    several = (optimizer, *getattr(optimizer, "optimizers", ()))  # a MultiOptimizer's
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or any(
+        getattr(one, name, None) is not None for one in several for name in clipping
     )
 
 
 def _on_the_first_replica(gradients: list[Any]) -> list[Any]:
-    """The batch's gradient on one replica and zeros elsewhere: Keras clips first, and then sums over the replicas."""
+    """The batch's gradient on one replica and zeros on the others, which Keras's sum over them then leaves as it is."""
     context: Any = tf.distribute.get_replica_context()
     present = [g for g in gradients if g is not None]
     reduced = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, present) if present else [])
