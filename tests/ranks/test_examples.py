@@ -23,7 +23,7 @@ def torchrun(name, *arguments, restarts=0):
     )
 
 
-def ends(process, seconds=120):
+def ends(process, seconds=300):
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == 0, err
     return out.splitlines()

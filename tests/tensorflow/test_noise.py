@@ -52,10 +52,8 @@ def test_rows_named_twice():
     table = tf.Variable(tf.zeros((4, 2), tf.float64))
     acc = bb.Accumulator(tf.keras.optimizers.SGD(0.1), every=2, noise=1)
     dense = [tf.constant(rng.normal(size=(4, 2))) for _ in range(2)]
-    sparse = [
-        tf.IndexedSlices(tf.concat([g / 2, g / 2], 0), tf.constant([0, 1, 2, 3] * 2), tf.constant([4, 2]))
-        for g in dense
-    ]
+    rows, shape = tf.constant([0, 1, 2, 3] * 2), tf.constant([4, 2])
+    sparse = [tf.IndexedSlices(tf.concat([g / 2, g / 2], 0), rows, shape) for g in dense]
     for g in sparse:
         update = acc.apply_gradients([(g, table)], items=2)
     close(update.noise, by_hand([tf.reshape(g, [-1]) for g in dense], [2, 2]))
