@@ -30,7 +30,7 @@ def arguments():
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(16, 128), (128, 128), (128, 1)]
     params = [jax.random.normal(k, s) / 10 for k, s in zip(keys, shapes, strict=False)]
-    return params, (jax.random.normal(keys[3], (256, 16)), jnp.ones((256, 1)))
+    return params, (jax.random.normal(keys[3], (1024, 16)), jnp.ones((1024, 1)))
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def same(a, b):
 
 
 def test_what_fits_is_chosen_by_a_few_compilations(arguments, room):
-    room(600_000)
+    room(1 << 20)
     plan = bb.plan(loss_fn)(*arguments)
-    assert 400_000 < plan.needs <= 600_000
-    assert plan.micro_batch < 256
+    assert 1 << 19 < plan.needs <= 1 << 20
+    assert plan.micro_batch < 1024
     assert len(plan.candidates) <= 6
     assert plan.how == f"by the compiler's account of {len(plan.candidates)} programs"
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
@@ -60,7 +60,7 @@ def test_what_fits_is_chosen_by_a_few_compilations(arguments, room):
 
 
 def test_the_fastest(arguments, room):
-    room(600_000)
+    room(1 << 20)
     plan = bb.plan(loss_fn, time=True)(*arguments)
     timed = [c for c in plan.candidates if c.seconds is not None]
     assert len(timed) >= 3
@@ -68,17 +68,17 @@ def test_the_fastest(arguments, room):
 
 
 def test_auto_under_jit_is_that_micro_batch(arguments, room, caplog):
-    room(600_000)
+    room(1 << 20)
     size = bb.plan(loss_fn)(*arguments).micro_batch
     step = jax.jit(bb.value_and_grad(loss_fn, micro_batch="auto"))
     found = step(*arguments)
     step(*arguments)
     (record,) = caplog.records
     assert record.name == "bigbatch.jax"
-    assert record.getMessage().startswith(f'micro_batch="auto": micro_batch {size:,} of a batch of 256 (')
+    assert record.getMessage().startswith(f'micro_batch="auto": micro_batch {size:,} of a batch of 1,024 (')
     assert same(found, jax.jit(bb.value_and_grad(loss_fn, micro_batch=size))(*arguments))
     params, (x, y) = arguments
-    step(params, (x[:64], y[:64]))
+    step(params, (x[:512], y[:512]))
     assert len(caplog.records) == 2
 
 
@@ -92,7 +92,7 @@ def test_auto_takes_the_options_of_the_door(arguments):
     params, batch = arguments
     given = batch, params, jax.random.key(1), 2.0
     found = bb.value_and_grad(noisy, **options, micro_batch="auto")(*given)
-    assert same(found, bb.value_and_grad(noisy, **options, micro_batch=256)(*given))
+    assert same(found, bb.value_and_grad(noisy, **options, micro_batch=1024)(*given))
     with pytest.raises(ValueError, match="Holomorphic"):
         bb.value_and_grad(loss_fn, holomorphic=True, micro_batch="auto")
 
@@ -173,9 +173,9 @@ def test_no_memory(arguments, room):
         bb.plan(loss_fn, memory="lots")(*arguments)
 
 
-@pytest.mark.parametrize(("model", "micro_batch"), [("mlp", 8192), ("transformer", 64), ("convnet", 400)])
+@pytest.mark.parametrize(("model", "micro_batch"), [("mlp", 8192), ("transformer", 64)])
 def test_predicted_against_the_process(model, micro_batch):
-    """Within 15 %, of more than 100 MiB; in a process of its own."""
+    """Within 15 %, of more than 100 MiB; in a process of its own. XLA's convolutions take a minute here."""
     command = [sys.executable, str(WORKER), model, str(micro_batch), "2"]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
     said = subprocess.run(command, capture_output=True, env=environment, text=True, check=True).stdout.split()

@@ -248,9 +248,9 @@ def _memory(device: torch.device) -> host.Memory:
 def _reserve(device: torch.device) -> float:
     """The part of the free memory that is left alone.
 
-    glibc's heap keeps holes between tensors of less than 32 MiB: up to three quarters more than the tensors themselves
-    were measured (benchmarks/memory.md). With a threshold of one's own for tensors that get pages of their own, or
-    with another allocator, there are none.
+    glibc's heap keeps holes between tensors of less than 32 MiB: two thirds more than the tensors themselves were
+    measured (benchmarks/memory.md), and more is possible. There are none with another allocator, or with a threshold of
+    one's own for tensors that get pages of their own.
     """
     tuned = "MALLOC_MMAP_THRESHOLD_" in os.environ or "LD_PRELOAD" in os.environ
     return 0.1 if device.type != "cpu" or tuned else 0.45
