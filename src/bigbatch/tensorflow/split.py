@@ -179,9 +179,11 @@ def _group(
     sums = window.gradients
     parts = [Kept.room_for(room, p) if isinstance(p, Product) else g for g, p in zip(sums, like.gradients, strict=True)]
     window = _while(body, stop, start, window._replace(gradients=parts))
-    gradients = [
-        add(g, h.put_together()) if isinstance(h, Kept) else h for g, h in zip(sums, window.gradients, strict=True)
-    ]
+    gradients: list[Any] = []
+    for g, h in zip(sums, window.gradients, strict=True):
+        # One after the other: TensorFlow would multiply all of them out before it adds the first.
+        with tf.control_dependencies(tf.nest.flatten(gradients[-1:])):
+            gradients.append(add(g, h.put_together()) if isinstance(h, Kept) else h)
     return window._replace(gradients=gradients)
 
 
