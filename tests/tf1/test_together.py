@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tf1 as bb
-from bigbatch.tf1.order import Turn
 
 v1 = tf.compat.v1
 PARTS = ("op", "accumulate", "apply", "flush", "zero")
@@ -118,14 +117,6 @@ def test_the_micro_batch_is_in_the_update_however_long_it_takes():
     for i in range(20):
         line.session.run([line.acc.apply, line.acc.accumulate], {line.x: [2.0]})
         assert line.state() == [-2.0 * (i + 1), i + 1, 0, 0, i + 1]
-
-
-def test_without_turns_it_would_not_be(monkeypatch):
-    monkeypatch.setattr(Turn, "after", lambda self: tf.no_op())
-    line = Line("apply", every=64, slow=1000)
-    for _ in range(20):
-        line.session.run([line.acc.apply, line.acc.accumulate], {line.x: [2.0]})
-    assert line.session.run(line.acc.pending) > 0
 
 
 def test_one_that_fails_takes_no_other_with_it_into_the_next_window():

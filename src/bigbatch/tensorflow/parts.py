@@ -76,9 +76,9 @@ class Kept(NamedTuple):
 
 
 class Room(NamedTuple):
-    """For how many micro-batches products are kept, such that there are never two copies of the gradients."""
+    """For how many micro-batches products are kept, in parts of the memory that the gradients take."""
 
-    alone: int  # where nothing else is there until they are multiplied out: in three quarters of a copy
+    alone: int  # where no sums are there until they are multiplied out: three quarters
     beside_sums: int  # a quarter
 
 

@@ -52,8 +52,8 @@ def value_and_grad(
         TypeError, ValueError: `micro_batch`, the batch, a loss or its items are not as described.
         tf.errors.InvalidArgumentError: the same, found when the graph runs. XLA makes no such checks.
 
-    The gradients take less than two copies of themselves at any time. Where a dense layer's inputs and the gradients of
-    its outputs are much smaller than its weights, they are kept, and multiplied out for many micro-batches at once.
+    Where a dense layer's inputs and the gradients of its outputs are much smaller than its weights, those two are kept,
+    and multiplied out for many micro-batches at once. They take three quarters of the gradients' memory at most.
 
     A loss that is inf or NaN is returned as it is, for a `LossScaleOptimizer` to see. Nothing waits for the device.
     """
