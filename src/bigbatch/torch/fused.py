@@ -148,11 +148,7 @@ class _Linear(torch.autograd.Function):
                 total, weight = place
                 total.addmm_(grad.t(), input, alpha=weight)
                 return to_input, None, to_bias, None, None
-            to_weight = grad.t().mm(input)
-            if window is None:
-                return to_input, to_weight.to(ctx.weight.dtype), to_bias, None, None
-            window.add(ctx.weight, to_weight)
-            return to_input, None, to_bias, None, None
+            return to_input, _added(ctx.weight, grad.t().mm(input), window), to_bias, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -179,12 +175,17 @@ class _Embedding(torch.autograd.Function):
                 total.index_add_(0, input.reshape(-1), grad.reshape(-1, grad.shape[-1]), alpha=weight)
                 return None, None, None, None
             table = torch.ops.aten.embedding_dense_backward(grad, input, len(ctx.weight), ctx.padding, False)
-            if window is None:
-                return None, table, None, None
-            window.add(ctx.weight, table)
-            return None, None, None, None
+            return None, _added(ctx.weight, table, window), None, None
 
 
 def _open(ctx: Any) -> "Window | None":
     """The window whose backward this is; None in a backward of the user's own, or where it will be differentiated."""
     return None if torch.is_grad_enabled() else ctx.fused.window
+
+
+def _added(weight: Tensor, gradient: Tensor, window: "Window | None") -> Tensor | None:
+    """Adds a whole gradient to the window's sum; without a window it is autograd's, and returned."""
+    if window is None:
+        return gradient.to(weight.dtype)
+    window.add(weight, gradient)
+    return None

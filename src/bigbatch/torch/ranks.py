@@ -145,11 +145,11 @@ class Ranks:
         """Replaces the rank's sums by those of all ranks; the factor is what they still need."""
         return met.sums._replace(factor=self.model.reduce(window, parameters, met))
 
-    def cuts(self, window: Window, length: int, micro_batch: int) -> list[tuple[int, int]]:
-        """Where the split door cuts this rank's part of the batch."""
+    def cuts(self, window: Window, length: int, micro_batch: int) -> list[tuple[int, int]] | None:
+        """Where the split door has to cut this rank's part of the batch; None where that is the rank's own business."""
         shards = self.shards
         if shards is None:
-            return [(start, min(start + micro_batch, length)) for start in range(0, length, micro_batch)]
+            return None
         rank = dist.get_rank(self.group)
         cuts = shards.cut(self._add_up([length if r == rank else 0 for r in range(self.size)]), rank, micro_batch)
         window.unit = shards.unit

@@ -116,10 +116,9 @@ def _window(
     loss_dtype = torch.float32
     sharded = ranks is not None and ranks.shards is not None
     mode = Fused() if fused and not sharded else None
-    if ranks is None:
+    cuts = None if ranks is None else ranks.cuts(window, length, micro_batch)
+    if cuts is None:
         cuts = [(start, min(start + micro_batch, length)) for start in range(0, length, micro_batch)]
-    else:
-        cuts = ranks.cuts(window, length, micro_batch)
     try:
         for start, stop in cuts:
             with mode or nullcontext():
