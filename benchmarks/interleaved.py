@@ -59,6 +59,12 @@ def measure(
     return {name: Timing(several) for name, several in seconds.items()}
 
 
+def rounds(contenders: Mapping[str, Callable[[], float | None]], seconds: float) -> int:
+    """How many rounds take about so long, from one of each; at least five."""
+    once = measure(contenders, 1, warm_up=2)
+    return max(5, int(seconds / sum(timing.median for timing in once.values())))
+
+
 def ratio(timings: Mapping[str, Timing], name: str, to: str) -> float:
     """The median over rounds of one contender's time over another's in the same round.
 

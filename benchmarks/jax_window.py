@@ -7,13 +7,12 @@ step: arguments + outputs − aliased + temporary.
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from interleaved import circumstances, figure, measure, ratio, section, table
+from interleaved import circumstances, figure, measure, ratio, rounds, section, table
 from jax_jobs import JOBS, Job
 
 import bigbatch.jax as bb
@@ -164,10 +163,8 @@ def main():
     for name in options.jobs or JOBS:
         job = JOBS[name]
         measured = contenders(job)
-        once = measure(measured, 1, warm_up=2)
-        rounds = max(5, int(40 / sum(statistics.median(t.seconds) for t in once.values())))
-        rounds = options.repetitions or rounds
-        timings = measure(measured, rounds)
+        repetitions = options.repetitions or rounds(measured, 40)
+        timings = measure(measured, repetitions)
         live = {name: c.mebibytes for name, c in measured.items()}
         against = ["optax.MultiSteps", "scan by hand", "stream by hand", "floor"]
         shown = table(timings, against, {"live MiB": {name: f"{mib:.1f}" for name, mib in live.items()}})
@@ -175,14 +172,14 @@ def main():
             ["| | measured | wanted on the MLP 8 × 32, at most |", "| --- | ---: | ---: |"]
             + [f"| {name} | {got:.3f} | {goal:.2f} |" for name, got, goal in goals(timings, live)]
         )
-        print(f"{job.title}, {job.micro_batches} micro-batches, {rounds} rounds\n{shown}\n{wanted}")
+        print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}\n{wanted}")
         if options.write:
             figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"jax_window-{name}.png"))
             body = (
                 f"{job.micro_batches} micro-batches a window, Adam, float32, on a {jax.default_backend().upper()}; "
-                f"{rounds} rounds.\n\n{shown}\n\n{wanted}\n\n![times](jax_window-{name}.png)\n\n"
+                f"{repetitions} rounds.\n\n{shown}\n\n{wanted}\n\n![times](jax_window-{name}.png)\n\n"
                 f"{circumstances('jax', 'optax')}.\n\n"
-                f"    python benchmarks/jax_window.py {name} --repetitions {rounds} --write\n"
+                f"    python benchmarks/jax_window.py {name} --repetitions {repetitions} --write\n"
             )
             section(PAGE, HEAD, job.title, body)
 

@@ -8,12 +8,11 @@ On a GPU, where there is one: each window ends in a synchronization.
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from interleaved import circumstances, figure, measure, ratio, section, table
+from interleaved import circumstances, figure, measure, ratio, rounds, section, table
 from torch_jobs import JOBS, Job
 
 import bigbatch.torch as bb
@@ -179,7 +178,7 @@ def main():
     for name in options.jobs or JOBS:
         job = JOBS[name]
         runs = contenders(job)
-        repetitions = options.repetitions or rounds(runs)
+        repetitions = options.repetitions or rounds(runs, 60)
         timings = measure(runs, repetitions)
         shown = table(timings, ["hand-written", "accelerate", "floor"], {"peak MiB": peaks(runs)})
         print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}")
@@ -195,12 +194,6 @@ def main():
                 f"    python benchmarks/pytorch.py {name} --repetitions {repetitions} --write\n"
             )
             section(PAGE, HEAD, job.title, body)
-
-
-def rounds(runs) -> int:
-    """How many rounds take about a minute, from one of each."""
-    once = measure(runs, 1, warm_up=2)
-    return max(5, int(60 / sum(statistics.median(timing.seconds) for timing in once.values())))
 
 
 if __name__ == "__main__":
