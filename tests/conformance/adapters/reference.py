@@ -13,6 +13,7 @@ import numpy as np
 from bigbatch import errors, law
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
+from conformance.mistakes import at_the_stream_door
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "half": np.float16}
 Gradient = dict[str, np.ndarray | None]
@@ -173,17 +174,7 @@ class Reference:
     plain = PlainRun
 
     def mistakes(self) -> dict[str, Callable[[], Any]]:
-        every, items = errors.check_every, errors.check_items
-        return {
-            "items=-1": lambda: items(-1),
-            "items=0": lambda: items(0),
-            "items=nan": lambda: items(float("nan")),
-            "items='4'": lambda: items("4"),
-            "every=0": lambda: every(0),
-            "every=-2": lambda: every(-2),
-            "every=2.5": lambda: every(2.5),
-            "every=True": lambda: every(True),
-        }
+        return at_the_stream_door(errors.check_items, errors.check_every)
 
     def untouched(self) -> Params:
         return {}

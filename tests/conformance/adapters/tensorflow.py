@@ -15,6 +15,7 @@ from tensorflow.python.framework.func_graph import FuncGraph
 import bigbatch.tensorflow as bb
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
+from conformance.mistakes import at_the_split_door, at_the_stream_door
 
 # Two CPUs for the tests of tf.distribute: it has to be said before TensorFlow runs anything.
 tf.config.set_logical_device_configuration(
@@ -260,22 +261,8 @@ class Adapter:
             return bb.Accumulator(self.optimizer, every=every)
 
         if self.door == "split":
-            return {
-                "micro_batch=0": lambda: split({"x": x}, 0),
-                "micro_batch=2.5": lambda: split({"x": x}, 2.5),
-                "lengths": lambda: split({"x": x, "y": y}),
-                "empty": lambda: split({"x": x[:0], "y": y[:0]}),
-            }
-        return {
-            "items=-1": lambda: stream(-1),
-            "items=0": lambda: stream(0),
-            "items=nan": lambda: stream(float("nan")),
-            "items='4'": lambda: stream("4"),
-            "every=0": lambda: window(0),
-            "every=-2": lambda: window(-2),
-            "every=2.5": lambda: window(2.5),
-            "every=True": lambda: window(True),
-        }
+            return at_the_split_door(split, x, y)
+        return at_the_stream_door(stream, window)
 
     def untouched(self) -> Params:
         return {"kernel": self.kernel.numpy().copy()}

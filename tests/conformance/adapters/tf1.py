@@ -12,6 +12,7 @@ import tensorflow as tf
 import bigbatch.tf1 as bb
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
+from conformance.mistakes import at_the_stream_door
 
 v1 = tf.compat.v1
 DTYPES = {"float64": tf.float64, "float32": tf.float32, "half": tf.bfloat16}
@@ -253,16 +254,7 @@ class Adapter:
         def window(every: Any) -> Any:
             return bb.Accumulator(self.optimizer, every=every)
 
-        return {
-            "items=-1": lambda: stream(-1),
-            "items=0": lambda: stream(0),
-            "items=nan": lambda: stream(float("nan")),
-            "items='4'": lambda: stream("4"),
-            "every=0": lambda: window(0),
-            "every=-2": lambda: window(-2),
-            "every=2.5": lambda: window(2.5),
-            "every=True": lambda: window(True),
-        }
+        return at_the_stream_door(stream, window)
 
     def untouched(self) -> Params:
         return {"w": self.session.run(self.w), "operations": np.array(len(self.graph.get_operations()))}

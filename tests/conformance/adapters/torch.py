@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bigbatch.torch as bb
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
+from conformance.mistakes import at_the_split_door, at_the_stream_door
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "half": torch.bfloat16}
 
@@ -289,22 +290,8 @@ class Adapter:
             return bb.Accumulator(self.optimizer, every=every, **self.options)
 
         if self.door == "split":
-            return {
-                "micro_batch=0": lambda: split({"x": x}, 0),
-                "micro_batch=2.5": lambda: split({"x": x}, 2.5),
-                "lengths": lambda: split({"x": x, "y": y}),
-                "empty": lambda: split({"x": x[:0], "y": y[:0]}),
-            }
-        return {
-            "items=-1": lambda: stream(-1),
-            "items=0": lambda: stream(0),
-            "items=nan": lambda: stream(float("nan")),
-            "items='4'": lambda: stream("4"),
-            "every=0": lambda: window(0),
-            "every=-2": lambda: window(-2),
-            "every=2.5": lambda: window(2.5),
-            "every=True": lambda: window(True),
-        }
+            return at_the_split_door(split, x, y)
+        return at_the_stream_door(stream, window)
 
     def untouched(self) -> Params:
         return {name: p.detach().numpy().copy() for name, p in self.model.named_parameters()}
