@@ -49,6 +49,13 @@ def test_no_room_imports_another(room):
         assert not others, f"{path} imports {others}"
 
 
+def test_an_engine_knows_its_framework_and_no_room():
+    for path in (SOURCE / "engines").glob("[!_]*.py"):
+        names, own = set(imports(path)), path.stem.split("_")[0]
+        assert {n.split(".")[0] for n in names} & FRAMEWORKS == {own}, path
+        assert not {n for n in names if n.startswith("bigbatch.") and n.split(".")[1] in ROOMS}, path
+
+
 @pytest.mark.parametrize("room", BUILT)
 def test_a_room_has_its_doors_and_its_papers(room):
     doors = {"tf1": {"stream.py"}, "keras": {"__init__.py"}}.get(room, {"split.py", "stream.py"})
