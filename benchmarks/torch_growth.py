@@ -17,7 +17,7 @@ from interleaved import circumstances
 from torch_jobs import digits, mlp
 
 import bigbatch.torch as bb
-from bigbatch.torch.memory import PeakMemory
+from bigbatch.engines.torch_memory import PeakMemory
 
 PAGE = Path(__file__).with_suffix(".md")
 SIZE = 16

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from bigbatch.torch.memory import PeakMemory
+from bigbatch.engines.torch_memory import PeakMemory
 
 BLOCK = 16
 """oneDNN lays out channels in blocks of this many on a CPU with AVX-512, and of fewer elsewhere."""
@@ -121,12 +121,12 @@ def rehearse(
 
         handles = [p.register_hook(add) for p in parameters] if several and in_place else []
         try:
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
         finally:
             for handle in handles:
                 handle.remove()
     # Wide sums are made one by one from the narrow gradients, which are all there by then.
-    ends = 0 if in_place else max(wide.values()) if several else sum(wide.values())
+    ends = 0 if in_place else max(wide.values(), default=0) if several else sum(wide.values())
     needs = standing + max(watch.peak, watch.live + ends)
     del gradients
     watch.live += added
