@@ -78,6 +78,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+def frozen(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
 def parameters(model: nn.Module) -> list[torch.Tensor]:
     """Whole tensors, whatever way they are kept."""
     return [whole(p.detach()) for p in model.parameters()]
@@ -124,10 +128,10 @@ def stream(
     """Trains on this rank's own micro-batches, and flushes where they end. None stands for a broken one."""
     options = dict(options or {})
     model, given = wrapped(options.pop("kind", "ddp"))
-    smallest = options.pop("fused_from", fused.SMALLEST)
+    smallest, join = options.pop("fused_from", fused.SMALLEST), options.pop("join", False)
     acc = bb.Accumulator(optimizer(model), every=every, model=model, **given, **options)
-    updates = []
-    for tokens in dealt[dist.get_rank()]:
+    updates, mine = [], dealt[dist.get_rank()]
+    for tokens in acc.join(mine) if join else mine:
         try:
             if tokens is None:
                 raise OSError("a broken record")
@@ -258,7 +262,7 @@ def refused(name: str) -> None:
         ddp = DistributedDataParallel(model, static_graph=True)
         bb.Accumulator(sgd(model), every=1, model=ddp)
     if name == "noise":
-        bb.Accumulator(sgd(model), every=1, model=DistributedDataParallel(model), noise=True)
+        bb.Accumulator(sgd(model), every=bb.until_noise(at_most=4), model=DistributedDataParallel(model))
     if name == "not a module":
         bb.Accumulator(sgd(model), every=1, model="ddp")
     if name == "strange":
@@ -427,7 +431,7 @@ def refused_shards(name: str) -> None:
         fully_shard(model)
     scaler = torch.amp.GradScaler("cpu") if name == "scaler" else None
     sync = "never" if name == "sync" else "window"
-    bb.Accumulator(sgd(model), every=1, model=model, scaler=scaler, sync=sync)
+    bb.Accumulator(sgd(model), every=1, model=model, scaler=scaler, sync=sync, noise=name == "noise")
 
 
 def saved_inside(place: int) -> tuple[Any, int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bigbatch.torch as bb
+from bigbatch.noise import Noise
 from conformance.ranks_pool import Pool, pool
 from ranks import in_rank
 
@@ -59,6 +60,25 @@ def test_fused_weight_gradients_are_reduced_too(kind):
     wanted, _ = in_rank.one_process(windows_of(dealt, 2), in_rank.sgd)
     results = pool(2).run(in_rank.stream, dealt, in_rank.sgd, 2, {"kind": kind, "fused_from": 1})
     close(alike([parameters for parameters, _ in results]), wanted)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_noise_scale_is_made_of_every_ranks_micro_batches(size):
+    dealt = deal(UNEVEN[size], seed=12)
+    results = pool(size).run(in_rank.stream, dealt, in_rank.frozen, 3, {"noise": 1})
+    model = in_rank.language_model()
+    for _, updates in results:
+        for update in updates:
+            window = windows_of(dealt, 3)[update.index]
+            counts = [in_rank.tokens_in(t) for t in window]
+            found = [torch.autograd.grad(in_rank.loss_of(model, t), list(model.parameters())) for t in window]
+            flat = [torch.cat([g.flatten() for g in several]) for several in found]
+            mean = sum(n * g for n, g in zip(counts, flat, strict=True)) / sum(counts)
+            squares = sum(n * float(g @ g) for n, g in zip(counts, flat, strict=True))
+            wanted = Noise.of(len(window), sum(counts), squares, float(mean @ mean))
+            assert (update.noise.micro_batches, update.noise.items) == (wanted.micro_batches, wanted.items)
+            assert update.noise.trace == pytest.approx(wanted.trace, rel=1e-9, nan_ok=True)
+            assert update.noise.squared_norm == pytest.approx(wanted.squared_norm, rel=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -207,7 +227,7 @@ REFUSED = {
         "model must be wrapped in DistributedDataParallel or by fully_shard where there are several ranks",
     ),
     "static": (ValueError, "static_graph=True"),
-    "noise": (ValueError, "The noise scale is measured in one process. Received: noise=True, every=1, 2 ranks."),
+    "noise": (ValueError, "Ranks do not close a window by its noise together. Received: every=until_noise("),
     "not a module": (TypeError, "model must be a torch.nn.Module. Received: model='ddp' (str)."),
     "strange": (ValueError, "The loss reaches a parameter that is not the model's."),
 }

@@ -2,10 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from bigbatch.torch.noise import Meter
 from bigbatch.torch.ranks import Met, Ranks, Sync, described, ranks_of
 from bigbatch.torch.shards import local, spread_like, whole
 from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +117,27 @@ class Accumulator:
             )
         self._index = 0
         self._window: Window | None = None
+        self._repeats = False
         self._plan: int | Items | UntilNoise = 0
         self._fused: Fused | None = None
         self._ranks: Ranks | None = None if model is None else ranks_of(model, sync)
         if self._ranks is not None:
-            if noise is not False or isinstance(every, UntilNoise):
+            if isinstance(every, UntilNoise):
                 raise ValueError(
-                    "The noise scale is measured in one process. "
-                    f"Received: noise={noise}, every={every}, {self._ranks.size} ranks."
+                    "Ranks do not close a window by its noise together. "
+                    f"Received: every={every}, {self._ranks.size} ranks. Pass a number of micro-batches, or bb.items(n)."
+                )
+            if noise is not False and self._ranks.shards is not None:
+                raise ValueError(
+                    f"The noise scale needs a micro-batch's whole gradient. Received: noise={noise}, and shards. "
+                    "Measure it with DistributedDataParallel or in one process."
                 )
             if scaler is not None and self._ranks.shards is not None:
                 raise ValueError(f"scaler does not know shards. {errors.received('scaler', scaler)} Use bfloat16.")
             self._ranks.agree({
                 "every": getattr(every, "__name__", repr(every)), "dtype": str(dtype), "clip_norm": str(clip_norm),
-                "partial": partial, "nonfinite": nonfinite, "sync": sync, **described(self._parameters()),
+                "partial": partial, "nonfinite": nonfinite, "sync": sync, "noise": repr(noise),
+                **described(self._parameters()),
             })  # fmt: skip
             self._ranks.model.hold()
         self._meter = Meter(every, noise)
@@ -188,6 +197,8 @@ class Accumulator:
                 f"every={self.every} counts on the host. {errors.received('items', items)} "
                 "Pass a number, or a number of micro-batches as every."
             )
+        if self._repeats:
+            items = loss.new_zeros(())
         window = self._window or self._open()
         self._meter.norms.clear()  # of backwards in between that were not a micro-batch's
         try:
@@ -197,6 +208,7 @@ class Accumulator:
                 loss, items, self._parameters() if window.dtype is not None else (), self.scaler, self._fused
             )
             self._window = window
+            window.repeats += self._repeats
             self._meter.take(window, items)
             full = self._is_full(window) if self._ranks is None else self._ranks.full(window, self._plan)
             return self._close(window) if full else None
@@ -222,6 +234,31 @@ class Accumulator:
         if self._fused is None:
             self._fused = Fused()
         return self._fused
+
+    def join(self, loader: Iterable[T]) -> Iterator[T]:
+        """The loader's micro-batches, for ranks of a fully_shard model that have unequally many of them.
+
+        A forward of such a model needs all ranks. So a rank at the end of its data repeats its last micro-batch until
+        the others are there too, and what `backward` is given of it counts for nothing::
+
+            for x, y in acc.join(loader):
+                acc.backward(loss_fn(model(x), y), items=len(x))
+            acc.flush()
+
+        The ranks tell each other before each micro-batch whether they have one. Elsewhere it is the loader itself: with
+        DistributedDataParallel `flush` is the join.
+
+        Raises:
+            ValueError: on every rank, where one has no micro-batch at all.
+        """
+        if self._ranks is None or self._ranks.shards is None:
+            yield from loader
+            return
+        try:
+            for micro_batch, self._repeats in self._ranks.in_step(loader):
+                yield micro_batch
+        finally:
+            self._repeats = False
 
     def flush(self) -> Update | None:
         """Ends a window that is not full, as `partial` says: at the end of an epoch, or of the data.
@@ -289,6 +326,7 @@ class Accumulator:
             state["window"] = {
                 "ranks": self._ranks.size if self._ranks else 1,
                 "micro_batches": window.micro_batches,
+                "repeats": window.repeats,
                 "items": window.items,
                 "unit": window.unit,
                 "loss": window.loss,
@@ -329,7 +367,7 @@ class Accumulator:
             return
         window = self._open()
         window.micro_batches, window.items, window.unit = saved["micro_batches"], saved["items"], saved["unit"]
-        window.loss = saved["loss"].clone()
+        window.repeats, window.loss = saved.get("repeats", 0), saved["loss"].clone()
         for i, grad in saved["gradients"].items():
             p = parameters[i]
             if window.dtype is None:
@@ -374,7 +412,7 @@ class Accumulator:
         try:
             norm = whole(torch.nn.utils.get_total_norm(gradients))
             sums = sums or window.close()  # here the host waits
-            noise = self._meter.noise(window, norm, scaler)
+            noise = self._meter.noise(sums, norm, scaler, self._ranks)
             norm = norm * sums.factor
             update = replace(self._report(sums, norm.item()), noise=noise)
             skipped = self._reason_to_skip(update, gradients)

@@ -60,6 +60,7 @@ class Window:
     Attributes:
         weight: what the open micro-batch's gradients still have to be multiplied by.
         folded: whether the weights go into the losses where the accumulators are wide too.
+        repeats: how many of its micro-batches stand in for none, so that another rank's forward may run.
     """
 
     def __init__(self, *, planned: int = 1, unit: float | Tensor | None = None, dtype: torch.dtype | None = None):
@@ -68,7 +69,7 @@ class Window:
         self.dtype = dtype
         self.weight: float | Tensor = 1.0
         self.folded = False
-        self.micro_batches = 0
+        self.micro_batches = self.repeats = 0
         self.items: float | Tensor = 0.0
         self.loss = torch.zeros(())
         self.sums: dict[Tensor, Tensor] = {}
