@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
@@ -162,6 +163,27 @@ def split(
     return [*parameters(model), torch.stack(losses)]
 
 
+def automatic(tokens_of: list[torch.Tensor], where: int) -> tuple[list[torch.Tensor], list[int]]:
+    """One update by the micro-batch that fits; on one rank the backward of more than two texts does not after all."""
+    model, sizes = DistributedDataParallel(language_model()), []
+
+    def full(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("out of memory, as a test wants it")
+
+    def loss_fn(t: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        loss = loss_of(model, t)
+        if not isinstance(t, FakeTensor):
+            sizes.append(len(t))
+            if dist.get_rank() == where and len(t) > 2:
+                loss.register_hook(full)
+        return loss, (t[:, 1:] != PAD).sum()
+
+    step = sgd(model)
+    loss = bb.backward(loss_fn, tokens_of[dist.get_rank()], micro_batch="auto", model=model)
+    step.step()
+    return [*parameters(model), loss], sizes
+
+
 def twice(tokens_of: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Two calls of the split door add up in `.grad`, as two backwards do; then the model reduces by itself again."""
     model = DistributedDataParallel(language_model())
@@ -263,6 +285,9 @@ def refused(name: str) -> None:
         bb.Accumulator(sgd(model), every=1, model=ddp)
     if name == "noise":
         bb.Accumulator(sgd(model), every=bb.until_noise(at_most=4), model=DistributedDataParallel(model))
+    if name == "auto":
+        fully_shard(model)
+        bb.backward(lambda t: loss_of(model, t), texts(1, seed=1)[0], micro_batch="auto", model=model)
     if name == "not a module":
         bb.Accumulator(sgd(model), every=1, model="ddp")
     if name == "strange":

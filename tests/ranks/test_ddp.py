@@ -113,6 +113,20 @@ def test_split_equals_one_process(size, micro_batch):
     close(alike(pool(size).run(in_rank.split, dealt, in_rank.sgd, micro_batch)), [*wanted, losses])
 
 
+@pytest.mark.parametrize("where", [0, 1, -1])
+@pytest.mark.parametrize("size", SIZES)
+def test_each_rank_finds_its_micro_batch_and_an_out_of_memory_is_its_own_affair(size, where):
+    rows = (7, 5, 0, 3)
+    dealt = [torch.cat(mine)[: rows[rank]] for rank, mine in enumerate(deal((7,) * size, seed=13))]
+    wanted, seen = in_rank.one_process([dealt], in_rank.sgd)
+    losses = torch.tensor(seen[0][1], dtype=torch.float64)
+    results = pool(size).run(in_rank.automatic, dealt, where)
+    close(alike([found for found, _ in results]), [*wanted, losses])
+    for rank, (_, sizes) in enumerate(results):
+        whole = [rows[rank]] if rows[rank] else []
+        assert sizes == {0: [7, 4, 2, 2, 2, 1], 1: [5, 3, 2, 2, 1]}[rank] if rank == where else sizes == whole
+
+
 def test_split_adds_to_grad_and_lets_the_model_reduce_again():
     held = [in_rank.texts(1, seed=rank)[0] for rank in range(2)]
     items = [in_rank.tokens_in(mine) for mine in held]
@@ -228,6 +242,7 @@ REFUSED = {
     ),
     "static": (ValueError, "static_graph=True"),
     "noise": (ValueError, "Ranks do not close a window by its noise together. Received: every=until_noise("),
+    "auto": (ValueError, 'micro_batch="auto" cannot be planned for shards. Pass a number with a fully_shard model.'),
     "not a module": (TypeError, "model must be a torch.nn.Module. Received: model='ddp' (str)."),
     "strange": (ValueError, "The loss reaches a parameter that is not the model's."),
 }

@@ -45,7 +45,8 @@ def test_join_is_exact_where_ranks_have_different_numbers_of_micro_batches(size,
 
 
 def test_join_needs_a_micro_batch_on_every_rank():
-    for outcome in pool(2).outcomes(in_rank.stream, deal((2, 0)), in_rank.sgd, 2, {"kind": "fsdp window", "join": True}):
+    options = {"kind": "fsdp window", "join": True}
+    for outcome in pool(2).outcomes(in_rank.stream, deal((2, 0)), in_rank.sgd, 2, options):
         assert type(outcome) is ValueError
         assert "1 of 2 ranks with a micro-batch" in str(outcome)
 

@@ -122,7 +122,8 @@ class Ranks:
         dense = [grad is not None and not grad.is_sparse for grad in held]
         sparse = [grad is not None and grad.is_sparse for grad in held]
         width = at_least_float32(window.dtype)
-        numbers = [loss * unit, items, window.micro_batches - window.repeats, ending, False, width.itemsize, *dense, *sparse]
+        micro_batches = window.micro_batches - window.repeats
+        numbers = [loss * unit, items, micro_batches, ending, False, width.itemsize, *dense, *sparse]
         loss, items, micro_batches, ended, failed, widths, *counts = self.add_up(numbers)
         if failed:
             raise errors.rank_failed()

@@ -125,7 +125,7 @@ class Accumulator:
             if isinstance(every, UntilNoise):
                 raise ValueError(
                     "Ranks do not close a window by its noise together. "
-                    f"Received: every={every}, {self._ranks.size} ranks. Pass a number of micro-batches, or bb.items(n)."
+                    f"Received: every={every}, {self._ranks.size} ranks. Pass a number of micro-batches or bb.items(n)."
                 )
             if noise is not False and self._ranks.shards is not None:
                 raise ValueError(
@@ -255,7 +255,8 @@ class Accumulator:
             yield from loader
             return
         try:
-            for micro_batch, self._repeats in self._ranks.in_step(loader):
+            for micro_batch, repeated in self._ranks.in_step(loader):
+                self._repeats = repeated
                 yield micro_batch
         finally:
             self._repeats = False
