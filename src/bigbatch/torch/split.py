@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
+from bigbatch.torch.checks import check_items, check_loss
 from bigbatch.torch.fused import Fused
 from bigbatch.torch.ranks import Ranks, Sync, ranks_of
-from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
+from bigbatch.torch.window import Window, is_wide, scale_
 
 Batch = TypeVar("Batch")
 
