@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SHARED = {"run", "interleaved", "torch_jobs", "jax_jobs"}
+SHARED = {"run", "interleaved", "torch_jobs", "jax_jobs", "keras_jobs"}
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in SHARED)
 
 # Keras takes its backend from the environment when it is imported.

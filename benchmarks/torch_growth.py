@@ -6,14 +6,13 @@ Wanted: time a micro-batch and peak memory flat in N, the batch's own data apart
 """
 
 import argparse
-import statistics
-import time
+import functools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from interleaved import circumstances
+from interleaved import circumstances, measure
 from torch_jobs import digits, mlp
 
 import bigbatch.torch as bb
@@ -23,7 +22,7 @@ PAGE = Path(__file__).with_suffix(".md")
 SIZE = 16
 COUNTS = (1, 2, 4, 16, 64, 256, 1024)
 WIDTHS = {1: 256, 4: 640, 16: 1440}  # numbers in the model, × 1, 4 and 16
-REPETITIONS = 3
+REPETITIONS = 20
 
 
 def split(model, optimizer, x, y):
@@ -50,20 +49,25 @@ def hand_written(model, optimizer, x, y):
 WAYS = {"hand-written": hand_written, "ours, stream in micro_batch()": stream, "ours, split": split}
 
 
-def window(way, width: int, n: int) -> tuple[float, float]:
-    """Milliseconds a micro-batch, the median of some windows, and the peak in MiB beside model, state and data."""
-    torch.manual_seed(0)
-    model, (x, y) = mlp(width), digits(n * SIZE)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # whose own step needs no memory
-    way(model, optimizer, x[:SIZE], y[:SIZE])
-    seconds = []
-    for _ in range(REPETITIONS):
-        started = time.perf_counter()
-        way(model, optimizer, x, y)
-        seconds.append(time.perf_counter() - started)
-    with PeakMemory() as memory:
-        way(model, optimizer, x, y)
-    return statistics.median(seconds) / n * 1e3, memory.peak / 2**20
+def windows(width: int, n: int) -> dict[str, tuple[float, float]]:
+    """Of each way, milliseconds a micro-batch (the median), and the peak in MiB beside model, state and data."""
+    x, y = digits(n * SIZE)
+    runs, peaks = {}, {}
+    for name, way in WAYS.items():
+        torch.manual_seed(0)
+        model = mlp(width)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # whose own step needs no memory
+        runs[name] = functools.partial(way, model, optimizer, x, y)
+        way(model, optimizer, x[:SIZE], y[:SIZE])
+        with PeakMemory() as memory:
+            runs[name]()
+        peaks[name] = memory.peak / 2**20
+    timings = measure(runs, max(3, min(REPETITIONS, 512 // n)), warm_up=1)
+    return {name: (timings[name].median / n * 1e3, peaks[name]) for name in WAYS}
+
+
+def by_way(rows: list[dict[str, tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    return {name: [row[name] for row in rows] for name in WAYS}
 
 
 def table(rows, heads) -> str:
@@ -75,8 +79,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write benchmarks/torch_growth.md and its figure")
     options = parser.parse_args()
-    by_count = {name: [window(way, 512, n) for n in COUNTS] for name, way in WAYS.items()}
-    by_width = {name: [window(way, width, 16) for width in WIDTHS.values()] for name, way in WAYS.items()}
+    by_count = by_way([windows(512, n) for n in COUNTS])
+    by_width = by_way([windows(width, 16) for width in WIDTHS.values()])
     parts = []
     for title, found, heads in (
         ("Micro-batches a window (MLP 784-512-512-10)", by_count, [f"N = {n:,}" for n in COUNTS]),
@@ -100,7 +104,7 @@ def main():
         PAGE.write_text(
             f"# Growth, in PyTorch\n\nMicro-batches of {SIZE}, SGD (whose step needs no memory), float32, on a CPU. "
             "The peak is what tensors hold at once in a window, beyond parameters, optimizer state and the batch's "
-            f"own data. Times are medians of {REPETITIONS} windows.\n\n"
+            f"own data. Times are medians, of {REPETITIONS} interleaved windows and fewer of the long ones.\n\n"
             + "\n\n".join(parts)
             + f"\n\n![growth](torch_growth.png)\n\n{circumstances('torch')}.\n\n"
             "    python benchmarks/torch_growth.py --write\n"

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from keras import distribution
 
+from bigbatch.engines.jax_convolutions import with_fast_convolutions
 from bigbatch.keras import batch, loss
 
 Step = Callable[[Any, Any], tuple[dict[str, Any], Any]]
@@ -139,7 +140,7 @@ def add_up(
 
     carry = (sums, non_trainable, metrics)
     for run in runs:
-        carry, _ = lax.scan(body, carry, run)
+        carry, _ = lax.scan(with_fast_convolutions(body), carry, run)
     return carry
 
 
