@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -63,9 +64,10 @@ def planned_for(monkeypatch):
 
 
 def mlp(*layers, width=64, **options):
-    """The same weights each time."""
+    """The same weights each time; `layers` are made by functions of nothing."""
     keras.utils.set_random_seed(0)
     hidden = [keras.layers.Dense(width, activation="tanh") for _ in range(3)]
+    layers = [make() for make in layers]
     model = keras.Sequential([keras.Input((16,)), *hidden, *layers, keras.layers.Dense(1)])
     model.compile(**{"optimizer": keras.optimizers.Adam(1e-2), "loss": "mse", "metrics": ["mae"], **options})
     return model
@@ -79,7 +81,12 @@ def data(length=4096, seed=1):
 def held(model):
     """All that training changes, bit by bit."""
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
-    return {f"{i} {v.path}": array(v) for i, v in enumerate(variables)}
+    return {f"{i} {re.sub('_?[0-9]+', '', v.path)}": array(v) for i, v in enumerate(variables)}
+
+
+def said(caplog):
+    """What the log of ours has, without JAX's own."""
+    return [record.getMessage() for record in caplog.records if record.name == "bigbatch.keras"]
 
 
 def same(a, b):
@@ -120,15 +127,16 @@ def test_it_takes_what_fit_takes():
 
 
 def test_planning_leaves_no_trace():
-    model = mlp(keras.layers.BatchNormalization(), keras.layers.Dropout(0.5))
+    model = mlp(keras.layers.BatchNormalization, lambda: keras.layers.Dropout(0.5))
     model.train_on_batch(*data(64))
     before, random = held(model), _random_state()
+    grads = [p.grad for p in model.parameters()] if BACKEND == "torch" else []
     plan = bb.plan(model, *data(64), memory=0.5, time=True)
     assert plan.micro_batch <= 64
     same(held(model), before)
     assert _random_state() == random
     if BACKEND == "torch":
-        assert all(p.grad is None for p in model.parameters())
+        assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
 
 
 def _random_state():
@@ -149,16 +157,15 @@ def test_auto_is_that_micro_batch_planned_once_for_each_shape(room, caplog):
     logs = auto.fit(x[:2048], y[:2048], **options).history
     assert logs == fixed.fit(x[:2048], y[:2048], **options).history
     same(held(auto), held(fixed))
-    auto.fit(x, y, **options)
-    (record,) = caplog.records  # the ragged last batch goes by the plan for the others
-    assert record.name == "bigbatch.keras"
+    auto.fit(x, y, **options)  # the ragged last batch goes by the plan for the others
+    (record,) = (record for record in caplog.records if record.name == "bigbatch.keras")
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(f'micro_batch="auto": micro_batch {size:,} of a batch of 1,024 (')
     auto.train_on_batch(x, y)
-    assert len(caplog.records) == 2, "a larger batch is planned anew"
+    assert len(said(caplog)) == 2, "a larger batch is planned anew"
     auto.compile("sgd", "mse")
     auto.train_on_batch(x[:8], y[:8])
-    assert len(caplog.records) == 3, "and so is what was compiled again"
+    assert len(said(caplog)) == 3, "and so is what was compiled again"
 
 
 def test_longer_inputs_are_planned_anew(caplog):
@@ -170,7 +177,7 @@ def test_longer_inputs_are_planned_anew(caplog):
     bb.accumulate(model, micro_batch="auto")
     for steps in (3, 5, 3, 5):
         model.train_on_batch(np.ones((8, steps, 4), "float32"), np.ones((8, 1), "float32"))
-    assert len(caplog.records) == 2
+    assert len(said(caplog)) == 2
 
 
 def test_auto_is_the_fixed_door_bit_for_bit(planned_for):
@@ -178,7 +185,7 @@ def test_auto_is_the_fixed_door_bit_for_bit(planned_for):
 
     def run(micro_batch):
         model = mlp(
-            keras.layers.Dense(8, kernel_regularizer="l2"), keras.layers.Dropout(0.3),
+            lambda: keras.layers.Dense(8, kernel_regularizer="l2"), lambda: keras.layers.Dropout(0.3),
             optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-2)), weighted_metrics=["mse"],
         )  # fmt: skip
         bb.accumulate(model, micro_batch=micro_batch)
@@ -240,16 +247,19 @@ class Fault:
     def torch(self, x):
         import torch
 
+        def is_there(x):
+            return type(x) is torch.Tensor and not x.is_meta
+
         class Faulty(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x):
-                if self.part == "forward" and type(x) is torch.Tensor:
+                if self.part == "forward" and is_there(x):
                     self()
                 return x.clone()
 
             @staticmethod
             def backward(ctx, g):
-                if self.part == "backward" and type(g) is torch.Tensor:
+                if self.part == "backward" and is_there(g):
                     self()
                 return g
 
@@ -298,8 +308,8 @@ class Faulty(keras.layers.Layer):
 def train(micro_batch, fault, at=None):
     """Two updates on batches of 24, with dropout and BatchNorm in the model; all that came of them."""
     fault.count = 0
-    layers = keras.layers.BatchNormalization(), Faulty(fault), keras.layers.Dropout(0.3), keras.layers.Dense(8)
-    model = bb.accumulate(mlp(*layers), micro_batch=micro_batch)
+    normalize, drop = keras.layers.BatchNormalization, lambda: keras.layers.Dropout(0.3)
+    model = bb.accumulate(mlp(normalize, lambda: Faulty(fault), drop), micro_batch=micro_batch)
     fault.at = at
     with pytest.warns(UserWarning, match="BatchNormalization"):
         logs = model.fit(*data(48), batch_size=24, shuffle=False, verbose=0).history
@@ -317,9 +327,7 @@ def test_out_of_memory_costs_only_time(planned_for, caplog, part):
         caplog.clear()
         same(train("auto", fault, at), expected)
         assert fault.count == at + 12, "and it stays with what fits"
-        assert [record.getMessage() for record in caplog.records][1:] == [
-            'micro_batch="auto": out of memory at 8; the window is done again with 4.'
-        ]
+        assert said(caplog)[1:] == ['micro_batch="auto": out of memory at 8; the window is done again with 4.']
 
 
 class Failing(keras.optimizers.Optimizer):
@@ -335,12 +343,11 @@ def test_the_update_is_not_in_it(planned_for):
     """An out-of-memory of the optimizer's is the user's: half an update cannot be taken back."""
     planned_for(8)
     window, update = Fault(), Fault()
-    model = bb.accumulate(mlp(Faulty(window), optimizer=Failing(update)), micro_batch="auto")
+    model = bb.accumulate(mlp(lambda: Faulty(window), optimizer=Failing(update)), micro_batch="auto")
     model.train_on_batch(*data(24))
     window.count, update.count, update.at = 0, 0, 1
-    with pytest.raises(Exception, match=r"(?i)out of memory") as caught:
+    with pytest.raises(Exception, match=r"(?i)out of memory"):
         model.train_on_batch(*data(24))
-    assert memory._own().is_out_of_memory(caught.value)
     assert window.count == 3, "or the window was done again"
 
 
@@ -351,13 +358,13 @@ def test_not_even_one_example(planned_for, caplog):
             return super().__call__(x)
 
     planned_for(8)
-    model = bb.accumulate(mlp(Faulty(Always())), micro_batch="auto")
+    model = bb.accumulate(mlp(lambda: Faulty(Always())), micro_batch="auto")
     before = array(model.layers[0].kernel)
     with pytest.raises(Exception, match=r"(?i)out of memory") as caught:
         model.fit(*data(8), batch_size=8, verbose=0)
     assert memory._own().is_out_of_memory(caught.value)
     assert caught.value.__notes__[-1].startswith('micro_batch="auto": not even one example at a time fits. Planned was')
-    assert [record.getMessage().split(": ")[1][:16] for record in caplog.records[1:]] == ["out of memory at"] * 3
+    assert [line.split(": ")[1][:16] for line in said(caplog)[1:]] == ["out of memory at"] * 3
     np.testing.assert_array_equal(array(model.layers[0].kernel), before)
 
 
@@ -368,7 +375,7 @@ def test_other_errors_are_not_caught(planned_for):
 
     planned_for(8)
     fault = Mistake()
-    model = bb.accumulate(mlp(Faulty(fault)), micro_batch="auto")
+    model = bb.accumulate(mlp(lambda: Faulty(fault)), micro_batch="auto")
     fault.count, fault.at = 0, 2
     with pytest.raises(Exception, match="a mistake"):
         model.train_on_batch(*data(24))
@@ -421,13 +428,13 @@ def test_losses_that_layers_add_are_let_go():
             self.add_loss(ops.mean(x))
             return x
 
-    assert bb.plan(mlp(Adds()), *data(64), memory=0.5).how.startswith(HOW)
+    assert bb.plan(mlp(Adds), *data(64), memory=0.5).how.startswith(HOW)
 
 
 if BACKEND == "torch":
 
     def test_a_model_that_asks_for_values_is_measured_on_few_examples():
-        model = mlp(keras.layers.Dropout(0.5, seed=1), keras.layers.BatchNormalization())
+        model = mlp(lambda: keras.layers.Dropout(0.5, seed=1), keras.layers.BatchNormalization)
         model.train_on_batch(*data(64))
         before, random = held(model), _random_state()
         plan = bb.plan(model, *data(512), memory=0.5)
@@ -436,11 +443,11 @@ if BACKEND == "torch":
         )
         same(held(model), before)
         assert _random_state() == random
-        exact = bb.plan(mlp(keras.layers.Dropout(0.5), keras.layers.BatchNormalization()), *data(512), memory=0.5)
+        exact = bb.plan(mlp(lambda: keras.layers.Dropout(0.5), keras.layers.BatchNormalization), *data(512), memory=0.5)
         assert plan.needs == pytest.approx(exact.needs, rel=0.3)
 
 
-@pytest.mark.parametrize(("model", "micro_batch"), [("mlp", 8192), ("convnet", 300)])
+@pytest.mark.parametrize(("model", "micro_batch"), [("mlp", 6000), ("convnet", 300)])
 def test_predicted_against_the_process(model, micro_batch):
     """Of more than 100 MiB, in a process of its own: to 15 %, and to the reserve where a graph is all there is."""
     environment = {**os.environ, "KERAS_BACKEND": BACKEND, "MALLOC_MMAP_THRESHOLD_": "1048576"}
@@ -457,4 +464,4 @@ def test_example(capsys, caplog):
     losses = [float(line.split("loss ")[1]) for line in lines if "loss" in line]
     assert losses[-1] < 0.6 < 2 < losses[0]
     assert lines[-1] == "micro_batch=1024"
-    assert all(record.getMessage().startswith('micro_batch="auto": micro_batch ') for record in caplog.records)
+    assert all(line.startswith('micro_batch="auto": micro_batch ') for line in said(caplog))

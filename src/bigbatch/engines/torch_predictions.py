@@ -117,13 +117,13 @@ class Rehearsals:
         self.device = torch.device("cpu")
         self.parameters = 0
         self.reason: str | None = None
-        self._line: tuple[float, float] | None = None
+        self._few: list[tuple[int, list[int]]] | None = None
 
     def needs(self, size: int) -> int:
         """Bytes that a window of micro-batches of `size` examples takes beside what is held."""
         if self.reason is None:
             try:
-                return self._rehearse(size, fake=True)
+                return max(self._rehearse(size, fake=True))
             except KeptError:
                 raise
             except Exception as error:
@@ -131,13 +131,14 @@ class Rehearsals:
                     return NEVER
                 # Whatever has no fake: a value, a shape that depends on one, a foreign library.
                 self.reason = type(error).__name__
-        if self._line is None:
-            few, more = (min(self.length, n) for n in (4, 8))
-            at_few, at_more = self._rehearse(few, fake=False), self._rehearse(more, fake=False)
-            slope = (at_more - at_few) / (more - few) if more > few else at_few / few
-            self._line = at_more - slope * more, slope
-        constant, slope = self._line
-        return round(constant + slope * size)
+        if self._few is None:
+            self._few = [(n, self._rehearse(n, fake=False)) for n in (min(self.length, n) for n in (4, 8))]
+        (few, at_few), (more, at_more) = self._few
+        if len(at_few) != len(at_more):  # it went another way
+            at_few, at_more = [max(at_few)], [max(at_more)]
+        # A line for each operation: where most is held with few examples need not be where it is with many.
+        slopes = [(b - a) / (more - few) if more > few else a / few for a, b in zip(at_few, at_more, strict=True)]
+        return round(max(b + slope * (size - more) for b, slope in zip(at_more, slopes, strict=True)))
 
     def how(self) -> str:
         """Where the predictions come from."""
@@ -154,7 +155,7 @@ class Rehearsals:
         )
         return (inside,)
 
-    def _rehearse(self, size: int, *, fake: bool) -> int:
+    def _rehearse(self, size: int, *, fake: bool) -> list[int]:
         mode = FakeTensorMode() if fake else None
         watch, state = Watch(mode), None if fake else Random(self.device)
         # A compiled model is rehearsed as it was written: the compiler may need less, and would be asked for each size.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bigbatch import host
 from bigbatch.engines import jax_account
@@ -45,6 +46,8 @@ def auto_step(model: Any, fitting: Any) -> Callable[[Any, Any], tuple[dict[str, 
     programs = Programs(model)
 
     def step(data: Any, state: Any) -> tuple[dict[str, Any], Any]:
+        data = _arrays(data)
+
         def attempt(size: int) -> Any:
             # An error comes when the result is waited for, and later it would be too late.
             return jax.block_until_ready(programs.run_sums(size, state, data))
@@ -70,7 +73,7 @@ class Predictions:
             several = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables,
                        model.metrics_variables)  # fmt: skip
             state = tuple([v.value for v in variables] for variables in several)
-        self.programs, self.state, self.data = programs or Programs(model), state, data
+        self.programs, self.state, self.data = programs or Programs(model), state, _arrays(data)
         self.length = batch.leaves(data)[0].shape[0]
         self.compiled = 0
 
@@ -110,6 +113,11 @@ class Predictions:
             jax.block_until_ready(self.programs.sums(size, self.state, self.data))
             least = min(least, clock.perf_counter() - started)
         return least * size / self.length
+
+
+def _arrays(data: Any) -> Any:
+    """On the device, where the batch is before it is cut."""
+    return batch.nest(data, [jnp.asarray(leaf) for leaf in batch.leaves(data)])
 
 
 def _abstract(nested: Any) -> Any:
