@@ -63,12 +63,11 @@ def planned_for(monkeypatch):
     return planned_for
 
 
-def mlp(*layers, width=64, **options):
+def mlp(*layers, hidden=2, **options):
     """The same weights each time; `layers` are made by functions of nothing."""
     keras.utils.set_random_seed(0)
-    hidden = [keras.layers.Dense(width, activation="tanh") for _ in range(3)]
-    layers = [make() for make in layers]
-    model = keras.Sequential([keras.Input((16,)), *hidden, *layers, keras.layers.Dense(1)])
+    dense = [keras.layers.Dense(64, activation="tanh") for _ in range(hidden)]
+    model = keras.Sequential([keras.Input((16,)), *dense, *[make() for make in layers], keras.layers.Dense(1)])
     model.compile(**{"optimizer": keras.optimizers.Adam(1e-2), "loss": "mse", "metrics": ["mae"], **options})
     return model
 
@@ -98,8 +97,8 @@ def same(a, b):
 def test_it_grows_with_the_micro_batch():
     predictions = Predictions(mlp(), data())
     small, large = predictions.needs(128), predictions.needs(2048)
-    # What three tanh leave, 64 wide, for the backward; and there, and in the cut, up to as much again.
-    assert 2.5 * 64 * 4 * 1920 <= large - small <= 7 * 64 * 4 * 1920
+    # What two tanh leave, 64 wide, for the backward; and there, and in the cut, up to as much again.
+    assert 1.5 * 64 * 4 * 1920 <= large - small <= 6 * 64 * 4 * 1920
 
 
 def test_what_fits_is_chosen(room):
@@ -109,10 +108,8 @@ def test_what_fits_is_chosen(room):
     assert 1 << 20 < plan.needs <= 2 << 20
     assert 100 < plan.micro_batch < 4096
     assert plan.how.startswith(HOW)
-    timed = bb.plan(model, *data(), time=True)
-    seconds = [c for c in timed.candidates if c.seconds is not None]
-    assert len(seconds) >= 3
-    assert timed.micro_batch == min(seconds, key=lambda c: c.seconds_per_example).micro_batch
+    if BACKEND == "jax":
+        assert len(plan.candidates) <= 6, "each is a compilation"
 
 
 def test_it_takes_what_fit_takes():
@@ -128,11 +125,12 @@ def test_it_takes_what_fit_takes():
 
 def test_planning_leaves_no_trace():
     model = mlp(keras.layers.BatchNormalization, lambda: keras.layers.Dropout(0.5))
-    model.train_on_batch(*data(64))
+    model.train_on_batch(*data(4))
     before, random = held(model), _random_state()
     grads = [p.grad for p in model.parameters()] if BACKEND == "torch" else []
-    plan = bb.plan(model, *data(64), memory=0.5, time=True)
-    assert plan.micro_batch <= 64
+    plan = bb.plan(model, *data(4), memory=0.5, time=True)
+    assert [c.micro_batch for c in plan.candidates if c.seconds is not None] == [1, 2, 4]
+    assert plan.micro_batch == min(plan.candidates, key=lambda c: c.seconds_per_example).micro_batch
     same(held(model), before)
     assert _random_state() == random
     if BACKEND == "torch":
@@ -211,8 +209,8 @@ if BACKEND != "torch":  # where Keras takes one step in a call
 
 def test_eagerly_too(planned_for):
     planned_for(4)
-    model = mlp(run_eagerly=True)
-    plain = bb.accumulate(mlp(run_eagerly=True), micro_batch=4)
+    model = mlp(run_eagerly=True, hidden=1)
+    plain = bb.accumulate(mlp(run_eagerly=True, hidden=1), micro_batch=4)
     for each in (bb.accumulate(model, micro_batch="auto"), plain):
         each.train_on_batch(*data(10))
     for name, value in held(plain).items():
