@@ -39,7 +39,7 @@ def room(monkeypatch):
     keep = 2 * 8 * (16 * 128 + 128 * 128 + 128)
 
     def room(size):
-        monkeypatch.setattr(memory, "_memory", lambda: Memory(0, (size + keep) * 10 // 9 + 2, "the test"))
+        monkeypatch.setattr(memory, "device_memory", lambda: Memory(0, (size + keep) * 10 // 9 + 2, "the test"))
 
     return room
 

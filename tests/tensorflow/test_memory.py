@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
+from bigbatch.engines.tensorflow_graph import peak
 from bigbatch.host import Memory
 from bigbatch.tensorflow import memory
 
@@ -29,7 +30,7 @@ def room(monkeypatch, variables):
     monkeypatch.setattr(memory, "RESERVE", 0.0)
 
     def room(size):
-        monkeypatch.setattr(memory, "_memory", lambda given: Memory(0, size + keep, "the test"))
+        monkeypatch.setattr(memory, "device_memory", lambda given: Memory(0, size + keep, "the test"))
 
     return room
 
@@ -58,7 +59,7 @@ def test_a_graph_by_hand():
         b = tf.cumsum(a)
         return tf.tanh(b), a
 
-    found = memory.peak(function.get_concrete_function(tf.TensorSpec((1000,))).graph)
+    found = peak(function.get_concrete_function(tf.TensorSpec((1000,))).graph)
     assert 8000 <= found <= 8100
 
 
@@ -72,7 +73,7 @@ def test_what_a_nested_function_takes_counts():
         return inner(x)
 
     spec = tf.TensorSpec((100000,))
-    assert memory.peak(outer.get_concrete_function(spec).graph) >= 800000
+    assert peak(outer.get_concrete_function(spec).graph) >= 800000
 
 
 def test_it_grows_with_the_micro_batch(variables, batch):
