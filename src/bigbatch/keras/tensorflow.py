@@ -7,13 +7,15 @@ is then the plain step, bit for bit. All of them call one traced function.
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 from keras import tree
 
-from bigbatch.keras import batch, loss
+from bigbatch.engines import tensorflow_chance
+from bigbatch.keras import batch, loss, noise
 
 Pull = Callable[[Any], list[Any]]
 
@@ -26,12 +28,14 @@ class Sums(NamedTuple):
         items: Σ nᵢ for each kind.
         losses: Σ nᵢ·lossᵢ for each term of the loss.
         examples: how many examples there were.
+        noise: the sum of `noise.part`, or None.
     """
 
     gradients: list[list[Any]]
     items: list[Any]
     losses: list[Any]
     examples: Any
+    noise: Any
 
 
 def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None = None) -> Callable[[Any], Any]:
@@ -174,6 +178,7 @@ def _build(model: Any, data: Any) -> None:
 def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[list[Any], Any], Sums]:
     replicas = model.distribute_strategy.num_replicas_in_sync
     variables = [v.value for v in model.trainable_variables]
+    noisy = noise.opened(model)
 
     def take(leaves: list[Any], unit: Any) -> Sums:
         x, y, sample_weight = batch.unpack(batch.nest(like, leaves))
@@ -196,6 +201,7 @@ def _micro_step(model: Any, like: Any, described: list[loss.Term]) -> Callable[[
             [tf.cast(items, unit.dtype) for _, items in kinds],
             [tf.stack([term.value * term.items, term.items]) for term in terms],
             loss.length(x),
+            noise.part(noisy, gradients, loss.length(x)),
         )
 
     return take
@@ -242,6 +248,8 @@ def _update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term])
         for u, n, divide in zip(unit, items, kinds_divide, strict=True)
     ]
     total = loss.report(model, described, means, sums.examples)
+    # Before the optimizer counts the update, and does what it likes with the gradients.
+    noise_logs = noise.closed(noise.opened(model), sums.noise, sums.gradients, factors, sums.examples, total)
 
     variables = model.trainable_variables
     gradients = []
@@ -256,7 +264,7 @@ def _update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term])
         _apply(model, gradients, variables, total)
     else:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-    return model.get_metrics_result()
+    return {**model.get_metrics_result(), **noise_logs}
 
 
 def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -> None:
@@ -310,3 +318,33 @@ def _on_the_first_replica(gradients: list[Any]) -> list[Any]:
 def _applied(optimizer: Any, gradients: list[Any], variables: list[Any]) -> Any:
     optimizer.apply(gradients, variables)
     return tf.constant(True)
+
+
+Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
+
+
+def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
+    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair."""
+    variables = [v.value for v in model.trainable_variables]
+
+    def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
+        with tf.GradientTape(persistent=True) as tape:
+            found = objective(leaves, scale)
+        return found, [tape.gradient(value, variables) for value, _ in found]
+
+    return run
+
+
+def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
+    """As `gradients`, without them."""
+    return lambda leaves, scale: (objective(leaves, scale), [])
+
+
+def chance_kept(model: Any) -> AbstractContextManager[None]:
+    """What TensorFlow draws from is afterwards what it was."""
+    return tensorflow_chance.kept()
+
+
+def seed_chance(seed: int) -> None:
+    """Of what draws past Keras."""
+    tf.random.set_seed(seed)
