@@ -107,7 +107,7 @@ def figure(timings: Mapping[str, Timing], title: str, path: Path) -> None:
         axes.axvline(timings["floor"].median * 1e3, color="black", linestyle=":", label="floor")
         axes.legend(loc="lower right")
     axes.set_xlabel("ms a window (median, quartiles)")
-    axes.set_title(textwrap.fill(title, 90), fontsize=10)
+    shown.suptitle(textwrap.fill(title, 90), fontsize=10)
     shown.savefig(path, dpi=110)
     plt.close(shown)
 

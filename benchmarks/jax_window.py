@@ -16,6 +16,7 @@ from interleaved import circumstances, figure, measure, ratio, rounds, section, 
 from jax_jobs import JOBS, Job
 
 import bigbatch.jax as bb
+from bigbatch.engines.jax_convolutions import with_fast_convolutions
 
 PAGE = Path(__file__).with_suffix(".md")
 ADAM = optax.adam(1e-3)
@@ -109,6 +110,7 @@ def contenders(job: Job):
         return jax.tree.map(lambda s: s / n, sums)
 
     def floor(params, x, y):
+        @with_fast_convolutions  # without, the floor would be ten times over our heads
         def body(_, part):
             return jax.value_and_grad(loss_fn)(params, *part), None
 

@@ -1,9 +1,8 @@
 """One window on each Keras backend, through `fit` and bare: ours, Keras's own accumulation, and the loop by hand.
 
-KERAS_BACKEND=tensorflow python benchmarks/keras_fit.py [--repetitions 15] [--write]
+KERAS_BACKEND=tensorflow python benchmarks/keras_fit.py [mlp-16 transformer …] [--repetitions 15] [--write]
 
-And with jax, and torch: each writes its own part of keras_fit.md.
-16 micro-batches of 16, an MLP 784-1024-1024-10, Adam.
+And with jax, and torch: each writes its own part of keras_fit.md for each job.
 """
 
 import argparse
@@ -12,27 +11,21 @@ import time
 from pathlib import Path
 
 import keras
-import numpy as np
-from interleaved import circumstances, measure, ratio, section, table
+from interleaved import circumstances, measure, ratio, rounds, section, table
+from keras_jobs import JOBS, loss
 
 import bigbatch.keras as bb
 
 BACKEND = keras.backend.backend()
 PAGE = Path(__file__).with_suffix(".md")
-N, MICRO = 16, 16
-WINDOWS = 8
-GOALS = {"tensorflow": 0.50, "jax": 0.36, "torch": 0.70}
+GOALS = {"tensorflow": 0.50, "jax": 0.36, "torch": 0.70}  # of the MLP at micro-batch 16
 PACKAGES = {"tensorflow": "tensorflow-cpu", "jax": "jax", "torch": "torch"}
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(WINDOWS * N * MICRO, 784)).astype("float32")
-Y = RNG.integers(0, 10, len(X))
-HEAD = f"""# Keras: one window
+HEAD = """# Keras: one window
 
-{N} micro-batches of {MICRO}, an MLP 784-1024-1024-10 with Adam; {WINDOWS} windows at a time. Times are of one window:
-medians and quartiles over the repetitions, each contender once a round in one process, in an order drawn anew; ratios
-are medians over the rounds.
+16 micro-batches and one update by Adam, float32. Times are of one window: medians and quartiles over the repetitions,
+each contender once a round in one process, in an order drawn anew; ratios are medians over the rounds.
 
-- *Keras* is `gradient_accumulation_steps={N}`.
+- *Keras* is `gradient_accumulation_steps=16`.
 - *`fit`* is an epoch inside `fit`, on arrays, as a user has it. What `fit` does once a training is left out, for all.
 - *bare* is the train function that `fit` calls, on batches that are there already.
 - *by hand* is what an expert writes with the same model and optimizer: a `tf.while_loop`, a `lax.scan` or a Python loop
@@ -62,15 +55,43 @@ cost as much as it spared.""",
 }
 
 
-def model(jit_compile="auto", **options):
-    """The MLP, compiled and built, with the same weights each time; `options` are Adam's."""
-    keras.utils.set_random_seed(0)
-    layers = [keras.layers.Dense(1024, activation="relu") for _ in range(2)]
-    made = keras.Sequential([keras.Input((784,)), *layers, keras.layers.Dense(10)])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    made.compile(keras.optimizers.Adam(1e-3, **options), loss, jit_compile=jit_compile)
-    made.train_on_batch(X[:MICRO], Y[:MICRO])  # builds the optimizer and the loss
-    return made
+class Trial:
+    """A job's data, some windows of it, and its model as often as it is wanted."""
+
+    def __init__(self, job, windows):
+        self.job, self.windows = job, windows
+        self.size, self.n = job.size, job.micro_batches
+        self.x, self.y = job.batch(windows)
+
+    def model(self, jit_compile="auto", **options):
+        """Compiled and built, with the same weights each time; `options` are Adam's."""
+        made = self.job.make()
+        made.compile(keras.optimizers.Adam(1e-3, **options), loss(), jit_compile=jit_compile)
+        made.train_on_batch(self.x[: self.size], self.y[: self.size])  # builds the optimizer and the loss
+        return made
+
+    def split(self, *jit_compile):
+        return bb.accumulate(self.model(*jit_compile), micro_batch=self.size)
+
+    def stream(self, *jit_compile):
+        return bb.accumulate(self.model(*jit_compile), every=self.n)
+
+    def builtin(self, *jit_compile):
+        return self.model(*jit_compile, gradient_accumulation_steps=self.n)
+
+    def batches(self, size):
+        """The data as `fit` would hand it over."""
+        return [(self.x[i : i + size], self.y[i : i + size]) for i in range(0, len(self.x), size)]
+
+    def fit(self, trained, batch_size):
+        """As a user calls it, on arrays."""
+        clock = Clock()
+
+        def run():
+            trained.fit(self.x, self.y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[clock])
+            return clock.seconds
+
+        return run
 
 
 class Clock(keras.callbacks.Callback):
@@ -84,33 +105,17 @@ class Clock(keras.callbacks.Callback):
         self.seconds = time.perf_counter() - self.started
 
 
-def fit(trained, batch_size):
-    """As a user calls it, on arrays."""
-    clock = Clock()
-
-    def run():
-        trained.fit(X, Y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[clock])
-        return clock.seconds
-
-    return run
-
-
-def batches(size):
-    """The data as `fit` would hand it over."""
-    return [(X[i : i + size], Y[i : i + size]) for i in range(0, len(X), size)]
-
-
-def tensorflow():
+def tensorflow(trial):
     """Train functions called on a data set that is there already, and loops by hand."""
     import tensorflow as tf
 
     def bare(trained, size, pulled=1):
         trained.make_train_function()
-        pairs = tf.data.Dataset.from_tensor_slices((X.reshape(-1, size, 784), Y.reshape(-1, size)))
+        pairs = tf.data.Dataset.from_tensor_slices((trial.x, trial.y)).batch(size)
         iterator = iter(pairs.repeat())
 
         def run():
-            for _ in range(len(X) // size // pulled):
+            for _ in range(len(trial.x) // size // pulled):
                 logs = trained.train_function(iterator)
             float(logs["loss"])
 
@@ -122,21 +127,21 @@ def tensorflow():
         def gradients(x, y):
             with tf.GradientTape() as tape:
                 loss = trained.loss(y, trained(x, training=True))
-            return loss, tape.gradient(loss, variables)
+            return loss, [tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
 
         @tf.function
         def step(x, y):
             def body(i, held):
-                part = slice(i * MICRO, (i + 1) * MICRO)
+                part = slice(i * trial.size, (i + 1) * trial.size)
                 new = gradients(x[part], y[part])
                 return i + 1, tf.nest.map_structure(tf.add, held, new) if add else new
 
             start = tf.constant(0.0), [tf.zeros(v.shape) for v in variables]
-            _, (loss, sums) = tf.while_loop(lambda i, _: i < N, body, (0, start), parallel_iterations=at_once)
-            trained.optimizer.apply([g / N for g in sums], trained.trainable_variables)
-            return loss / N
+            _, (loss, sums) = tf.while_loop(lambda i, _: i < trial.n, body, (0, start), parallel_iterations=at_once)
+            trained.optimizer.apply([g / trial.n for g in sums], trained.trainable_variables)
+            return loss / trial.n
 
-        pairs = [(tf.constant(x), tf.constant(y)) for x, y in batches(N * MICRO)]
+        pairs = [(tf.constant(x), tf.constant(y)) for x, y in trial.batches(trial.n * trial.size)]
 
         def run():
             for x, y in pairs:
@@ -145,16 +150,16 @@ def tensorflow():
         return run
 
     more = {
-        "by hand, one at a time": loop(model(), add=True, at_once=1),
-        "floor, one at a time": loop(model(), add=False, at_once=1),
-        "Keras, bare, XLA": bare(model(True, gradient_accumulation_steps=N), MICRO),
-        "split, bare, XLA": bare(bb.accumulate(model(True), micro_batch=MICRO), N * MICRO),
-        "stream, bare, XLA": bare(bb.accumulate(model(True), every=N), MICRO, pulled=N),
+        "by hand, one at a time": loop(trial.model(), add=True, at_once=1),
+        "floor, one at a time": loop(trial.model(), add=False, at_once=1),
+        "Keras, bare, XLA": bare(trial.builtin(True), trial.size),
+        "split, bare, XLA": bare(trial.split(True), trial.n * trial.size),
+        "stream, bare, XLA": bare(trial.stream(True), trial.size, pulled=trial.n),
     }
     return bare, loop, more
 
 
-def jax():
+def jax(trial):
     """The compiled steps called on arrays, and scans by hand, with donated state."""
     import jax
     from jax import numpy as jnp
@@ -166,13 +171,13 @@ def jax():
 
         def run():
             nonlocal state
-            iterator = iter(batches(size))
-            for _ in range(len(X) // size // pulled):
+            iterator = iter(trial.batches(size))
+            for _ in range(len(trial.x) // size // pulled):
                 _, state = trained.train_function(state, iterator)
             jax.block_until_ready(state)
 
-        x, y = batches(size * pulled)[0]
-        given = (x, y) if pulled == 1 else [(x.reshape(pulled, size, -1), y.reshape(pulled, size))]
+        x, y = trial.batches(size * pulled)[0]
+        given = (x, y) if pulled == 1 else [tuple(a.reshape(pulled, size, *a.shape[1:]) for a in (x, y))]
         run.mebibytes = needs(jax.jit(trained.train_step, donate_argnums=0), state, given)
         return run
 
@@ -194,10 +199,10 @@ def jax():
                 return jax.tree.map(jnp.add, held, new) if add else new, None
 
             start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable)
-            parts = x.reshape(N, MICRO, 784), y.reshape(N, MICRO)
+            parts = [a.reshape(trial.n, trial.size, *a.shape[1:]) for a in (x, y)]
             (loss, sums), _ = jax.lax.scan(body, start, parts)
-            trainable, optimizer = trained.optimizer.stateless_apply(optimizer, [g / N for g in sums], trainable)
-            return loss / N, (trainable, non_trainable, optimizer)
+            trainable, optimizer = trained.optimizer.stateless_apply(optimizer, [g / trial.n for g in sums], trainable)
+            return loss / trial.n, (trainable, non_trainable, optimizer)
 
         step = jax.jit(step, donate_argnums=0)
         variables = trained.trainable_variables, trained.non_trainable_variables, trained.optimizer.variables
@@ -205,27 +210,27 @@ def jax():
 
         def run():
             nonlocal state
-            for x, y in batches(N * MICRO):
+            for x, y in trial.batches(trial.n * trial.size):
                 _, state = step(state, x, y)
             jax.block_until_ready(state)
 
-        run.mebibytes = needs(step, state, *batches(N * MICRO)[0])
+        run.mebibytes = needs(step, state, *trial.batches(trial.n * trial.size)[0])
         return run
 
     return bare, loop, {}
 
 
-def torch():
+def torch(trial):
     """Train functions called on tensors, and the loop by hand."""
     import torch
 
     def bare(trained, size, pulled=1):
         trained.make_train_function()
-        pairs = [tuple(map(torch.from_numpy, pair)) for pair in batches(size)]
+        pairs = [tuple(map(torch.from_numpy, pair)) for pair in trial.batches(size)]
 
         def run():
             iterator = iter(pairs)
-            for _ in range(len(X) // size // pulled):
+            for _ in range(len(trial.x) // size // pulled):
                 trained.train_function(list(itertools.islice(iterator, pulled)))
 
         return run
@@ -236,8 +241,8 @@ def torch():
 
         def run():
             for x, y in pairs:
-                for x_part, y_part in zip(x.split(MICRO), y.split(MICRO), strict=True):
-                    loss = trained.loss(y_part, trained(x_part, training=True)) / N
+                for x_part, y_part in zip(x.split(trial.size), y.split(trial.size), strict=True):
+                    loss = trained.loss(y_part, trained(x_part, training=True)) / trial.n
                     if add:
                         loss.backward()
                     else:
@@ -248,54 +253,64 @@ def torch():
                     trained.optimizer.apply(gradients, variables)
                 trained.zero_grad()
 
-        pairs = [tuple(map(torch.from_numpy, pair)) for pair in batches(N * MICRO)]
+        pairs = [tuple(map(torch.from_numpy, pair)) for pair in trial.batches(trial.n * trial.size)]
         return run
 
     return bare, loop, {}
 
 
+def contenders(trial) -> dict:
+    """Everybody on one job."""
+    bare, loop, more = {"tensorflow": tensorflow, "jax": jax, "torch": torch}[BACKEND](trial)
+    batch = trial.n * trial.size
+    return {
+        "Keras, `fit`": trial.fit(trial.builtin(), trial.size),
+        "split, `fit`": trial.fit(trial.split(), batch),
+        "stream, `fit`": trial.fit(trial.stream(), trial.size),
+        "Keras, bare": bare(trial.builtin(), trial.size),
+        "split, bare": bare(trial.split(), batch),
+        "stream, bare": bare(trial.stream(), trial.size, pulled=trial.n),
+        "by hand": loop(trial.model(), add=True),
+        "floor": loop(trial.model(), add=False),
+        "full batch, `fit`": trial.fit(trial.model(), batch),
+        **more,
+    }
+
+
 def main() -> None:
     """Measures and prints the backend's part of the page, and with --write writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; mlp-16, transformer and convolutional without")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about a minute")
     parser.add_argument("--write", action="store_true", help="write this backend's part of benchmarks/keras_fit.md")
     options = parser.parse_args()
-    bare, loop, more = {"tensorflow": tensorflow, "jax": jax, "torch": torch}[BACKEND]()
-
-    def builtin():
-        return model(gradient_accumulation_steps=N)
-
-    contenders = {
-        "Keras, `fit`": fit(builtin(), MICRO),
-        "split, `fit`": fit(bb.accumulate(model(), micro_batch=MICRO), N * MICRO),
-        "stream, `fit`": fit(bb.accumulate(model(), every=N), MICRO),
-        "Keras, bare": bare(builtin(), MICRO),
-        "split, bare": bare(bb.accumulate(model(), micro_batch=MICRO), N * MICRO),
-        "stream, bare": bare(bb.accumulate(model(), every=N), MICRO, pulled=N),
-        "by hand": loop(model(), add=True),
-        "floor": loop(model(), add=False),
-        "full batch, `fit`": fit(model(), N * MICRO),
-        **more,
-    }
-    timings = measure(contenders, options.repetitions)
-    for timing in timings.values():
-        timing.seconds[:] = [seconds / WINDOWS for seconds in timing.seconds]
-    ways = ["`fit`", "bare"] + ["bare, XLA"] * bool(more)
-    goals = [(f"{door}, {way}", f"Keras, {way}") for door in ("split", "stream") for way in ways]
-    wanted = "| | measured | wanted, at most |\n| --- | ---: | ---: |"
-    for ours, theirs in goals:
-        wanted += f"\n| {ours} / {theirs} | {ratio(timings, ours, theirs):.2f} | {GOALS[BACKEND]:.2f} |"
-    live = {name: f"{run.mebibytes:.2f}" if hasattr(run, "mebibytes") else "" for name, run in contenders.items()}
-    columns = {"live MiB": live} if any(live.values()) else {}
-    part = (
-        f"{table(timings, ['Keras, `fit`', 'Keras, bare', 'by hand', 'floor'], columns)}\n\n{wanted}\n\n"
-        f"{NOTES[BACKEND]}\n\n"
-        f"`KERAS_BACKEND={BACKEND} python benchmarks/keras_fit.py --repetitions {options.repetitions} --write`: "
-        f"{circumstances('keras', PACKAGES[BACKEND])}"
-    )
-    print(part)
-    if options.write:
-        section(PAGE, HEAD, BACKEND, part)
+    for name in options.jobs or ["mlp-16", "transformer", "convolutional"]:
+        trial = Trial(JOBS[name], 8 if name == "mlp-16" else 2)
+        runs = contenders(trial)
+        repetitions = options.repetitions or rounds(runs, 60)
+        timings = measure(runs, repetitions)
+        for timing in timings.values():
+            timing.seconds[:] = [seconds / trial.windows for seconds in timing.seconds]
+        ways = ["`fit`", "bare"] + ["bare, XLA"] * ("split, bare, XLA" in runs)
+        goal = f"{GOALS[BACKEND]:.2f}" if name == "mlp-16" else ""
+        wanted = "| | measured | wanted, at most |\n| --- | ---: | ---: |"
+        for way in ways:
+            for door in ("split", "stream"):
+                wanted += f"\n| {door}, {way} / Keras, {way} | "
+                wanted += f"{ratio(timings, f'{door}, {way}', f'Keras, {way}'):.2f} | {goal} |"
+        wanted += f"\n| split, bare / floor | {ratio(timings, 'split, bare', 'floor'):.2f} | |"
+        live = {name: f"{run.mebibytes:.2f}" if hasattr(run, "mebibytes") else "" for name, run in runs.items()}
+        columns = {"live MiB": live} if any(live.values()) else {}
+        part = (
+            f"{trial.job.title}; {trial.windows} windows at a time, {repetitions} rounds.\n\n"
+            f"{table(timings, ['Keras, `fit`', 'Keras, bare', 'by hand', 'floor'], columns)}\n\n{wanted}\n\n"
+            f"{NOTES[BACKEND] if name == 'mlp-16' else ''}\n\n"
+            f"`KERAS_BACKEND={BACKEND} python benchmarks/keras_fit.py {name} --repetitions {repetitions} --write`: "
+            f"{circumstances('keras', PACKAGES[BACKEND])}"
+        )
+        print(part, flush=True)
+        if options.write:
+            section(PAGE, HEAD, f"{BACKEND}, {name}", part)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""TensorFlow: one window of an MLP, ours against the loop an expert writes, with and without XLA, and the floor.
+"""TensorFlow: one window of each job, ours against the loop an expert writes, with and without XLA, and the floor.
 
-    python benchmarks/tensorflow_window.py [--repetitions 100]
+    python benchmarks/tensorflow_window.py [mlp-16 transformer …] [--repetitions 25] [--write]
 
 The floor is N forwards and backwards in one graph call each, every gradient thrown away, and one update.
 """
@@ -12,31 +12,29 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tensorflow as tf
-from interleaved import circumstances, measure, ratio, table
+from interleaved import circumstances, figure, measure, ratio, rounds, section, table
+from keras_jobs import JOBS
+from keras_jobs import loss as cross_entropy
 
 import bigbatch.tensorflow as bb
 
-N, SIZE = 16, 16
-cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
 
 class Contender:
-    """A model and its optimizer; `window` makes one update and waits for it."""
+    """A model and its optimizer."""
 
-    def __init__(self, x, y, jit):
-        tf.keras.utils.set_random_seed(0)
-        widths = [(1024, "relu"), (1024, "relu"), (10, None)]
-        self.model = tf.keras.Sequential([tf.keras.layers.Input((784,)), *(tf.keras.layers.Dense(*w) for w in widths)])
+    def __init__(self, job, jit):
+        self.job, self.model, self.loss = job, job.make(), cross_entropy()
         self.variables = self.model.trainable_variables
         self.optimizer = tf.keras.optimizers.Adam()
         self.optimizer.build(self.variables)
-        self.x, self.y = x, y
-        self.parts = list(zip(tf.split(x, N), tf.split(y, N), strict=True))
+        self.x, self.y = map(tf.constant, job.batch())
+        n = job.micro_batches
+        self.parts = list(zip(tf.split(self.x, n), tf.split(self.y, n), strict=True))
         self.jit = {"jit_compile": jit}
 
     def loss_fn(self, batch):
         x, y = batch
-        return cross_entropy(y, self.model(x, training=True))
+        return self.loss(y, self.model(x, training=True))
 
     def gradients(self, x, y):
         with tf.GradientTape() as tape:
@@ -50,22 +48,22 @@ class Contender:
 def split(c):
     @tf.function(**c.jit)
     def step(x, y):
-        loss, gradients = bb.value_and_grad(c.loss_fn, (x, y), c.variables, micro_batch=SIZE)
+        loss, gradients = bb.value_and_grad(c.loss_fn, (x, y), c.variables, micro_batch=c.job.size)
         c.apply(gradients)
         return loss
 
-    return lambda: float(step(c.x, c.y))
+    return lambda: step(c.x, c.y)
 
 
 def stream(c):
-    acc = bb.Accumulator(c.optimizer, every=N)
+    acc = bb.Accumulator(c.optimizer, every=c.job.micro_batches)
 
     @tf.function(**c.jit)
     def step(x, y):
         loss, gradients = c.gradients(x, y)
-        return acc.apply_gradients(zip(gradients, c.variables, strict=True), items=SIZE, loss=loss)
+        return acc.apply_gradients(zip(gradients, c.variables, strict=True), items=c.job.size, loss=loss)
 
-    return lambda: float([step(*part) for part in c.parts][-1].loss)
+    return lambda: [step(*part) for part in c.parts][-1].loss
 
 
 def hand_written(c):
@@ -80,14 +78,14 @@ def hand_written(c):
 
     @tf.function(**c.jit)
     def update():
-        c.apply([s / N for s in sums])
+        c.apply([s / c.job.micro_batches for s in sums])
         for s in sums:
             s.assign(tf.zeros_like(s))
 
     def window():
         losses = [accumulate(*part) for part in c.parts]
         update()
-        return float(tf.add_n(losses)) / N
+        return tf.add_n(losses) / c.job.micro_batches
 
     return window
 
@@ -100,10 +98,10 @@ def hand_written_eager(c):
             loss, gradients = c.gradients(*part)
             for s, g in zip(sums, gradients, strict=True):
                 s.assign_add(g)
-        c.apply([s / N for s in sums])
+        c.apply([s / c.job.micro_batches for s in sums])
         for s in sums:
             s.assign(tf.zeros_like(s))
-        return float(loss)
+        return loss
 
     return window
 
@@ -119,7 +117,7 @@ def floor(c):
         for part in c.parts:
             loss, kept = gradients(*part)
         update(kept)
-        return float(loss)
+        return loss
 
     return window
 
@@ -131,60 +129,77 @@ def full_batch(c):
         c.apply(gradients)
         return loss
 
-    return lambda: float(step(c.x, c.y))
+    return lambda: step(c.x, c.y)
+
+
+WAYS = {
+    "ours, split": (split, False),
+    "ours, stream": (stream, False),
+    "hand-written": (hand_written, False),
+    "hand-written, eager": (hand_written_eager, False),
+    "floor": (floor, False),
+    "the full batch at once": (full_batch, False),
+    "ours, split, XLA": (split, True),
+    "ours, stream, XLA": (stream, True),
+    "hand-written, XLA": (hand_written, True),
+    "floor, XLA": (floor, True),
+}
+
+
+def contenders(job):
+    def waiting(window):
+        def run():
+            float(window())  # of the loss
+
+        return run
+
+    return {name: waiting(way(Contender(job, jit))) for name, (way, jit) in WAYS.items()}
+
+
+RATIOS = [
+    ("ours, split", "hand-written"),
+    ("ours, split", "hand-written, eager"),
+    ("ours, split, XLA", "hand-written, XLA"),
+    ("ours, split", "floor"),
+    ("ours, split, XLA", "floor, XLA"),
+    ("ours, stream", "hand-written"),
+    ("ours, stream, XLA", "hand-written, XLA"),
+]
+HEAD = """# TensorFlow: one window, ours and theirs
+
+Every contender once a round in one process, in an order drawn anew; medians, quartiles, and the medians of each round's
+ratios.
+
+*hand-written* keeps accumulators and calls one `tf.function` a micro-batch, and one to apply; *eager* is the same with
+no `tf.function`; *floor* is the same calls with every gradient thrown away. *XLA* is `jit_compile=True`. The split door
+is one call, and multiplies the weight gradients of many micro-batches out at once, so it can be under that floor.
+"""
+PAGE = Path(__file__).with_suffix(".md")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=100)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/tensorflow_window.md")
+    parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 40 seconds")
+    parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/tensorflow_window.md")
     options = parser.parse_args()
-    repetitions = options.repetitions
-    x = tf.random.stateless_normal([N * SIZE, 784], [0, 0])
-    y = tf.random.stateless_uniform([N * SIZE], [0, 1], maxval=10, dtype=tf.int32)
-    contenders = {
-        "split": split(Contender(x, y, False)),
-        "stream": stream(Contender(x, y, False)),
-        "hand-written": hand_written(Contender(x, y, False)),
-        "hand-written, eager": hand_written_eager(Contender(x, y, False)),
-        "floor": floor(Contender(x, y, False)),
-        "the full batch at once": full_batch(Contender(x, y, False)),
-        "split, XLA": split(Contender(x, y, True)),
-        "stream, XLA": stream(Contender(x, y, True)),
-        "hand-written, XLA": hand_written(Contender(x, y, True)),
-    }
-    timings = measure(contenders, repetitions)
-    done_when = [
-        ("split", "hand-written", 0.55),
-        ("split", "hand-written, eager", 0.55),
-        ("split, XLA", "hand-written", 0.55),
-        ("split, XLA", "hand-written, XLA", 0.55),
-    ]
-    page = [
-        "# TensorFlow: one window, ours and theirs",
-        "",
-        f"{N} micro-batches of {SIZE}, MLP 784-1024-1024-10, Adam, one window. {repetitions} rounds in one process, "
-        "each contender once a round in an order drawn anew; medians, quartiles, and the medians of each round's "
-        "ratios.",
-        "",
-        "    " + "python benchmarks/tensorflow_window.py" + f" --repetitions {repetitions}",
-        "",
-        circumstances("tensorflow-cpu", "keras"),
-        "",
-        table(timings, ["hand-written", "floor"]),
-        "",
-        "*hand-written* keeps accumulators and calls one `tf.function` a micro-batch, and one to apply; *eager* is the "
-        "same with no `tf.function`; *floor* is the same calls with every gradient thrown away. "
-        "The split door is under it where it multiplies a window's weight gradients out at once.",
-        "",
-        "| wanted | measured |",
-        "| --- | --- |",
-        *(f"| {a} ≤ {most} × {b} | {ratio(timings, a, b):.2f} |" for a, b, most in done_when),
-        "",
-    ]
-    print("\n".join(page))
-    if options.write:
-        Path(__file__).with_suffix(".md").write_text("\n".join(page))
+    for name in options.jobs or JOBS:
+        job = JOBS[name]
+        runs = contenders(job)
+        repetitions = options.repetitions or rounds(runs, 40)
+        timings = measure(runs, repetitions)
+        shown = table(timings, ["hand-written", "floor"])
+        ratios = "\n".join(f"| {a} / {b} | {ratio(timings, a, b):.2f} |" for a, b in RATIOS)
+        shown += f"\n\n| | ratio |\n| --- | ---: |\n{ratios}"
+        print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}", flush=True)
+        if options.write:
+            figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"tensorflow-{name}.png"))
+            body = (
+                f"{job.micro_batches} micro-batches a window, Adam, float32; {repetitions} rounds.\n\n{shown}\n\n"
+                f"![times](tensorflow-{name}.png)\n\n{circumstances('tensorflow-cpu', 'keras')}.\n\n"
+                f"    python benchmarks/tensorflow_window.py {name} --repetitions {repetitions} --write\n"
+            )
+            section(PAGE, HEAD, job.title, body)
 
 
 if __name__ == "__main__":

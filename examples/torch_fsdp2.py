@@ -10,7 +10,6 @@ GPUs: "cpu:gloo,cuda:nccl", torch.cuda.set_device(local_rank), and model and dat
 
 import argparse
 import io
-import math
 from datetime import timedelta
 from pathlib import Path
 
@@ -60,9 +59,7 @@ if saved:
 
 for epoch in range(first_epoch, args.epochs):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
-    # Every forward needs all ranks: as many micro-batches on each, of lengths that may differ by one example.
-    count = math.ceil(len(x) / (16 * ranks)) * ranks
-    for rows in order.tensor_split(count)[rank::ranks]:
+    for rows in acc.join(order.split(16)[rank::ranks]):  # one rank may have one more; every forward needs all
         acc.backward(loss_fn(model(x[rows]), y[rows]), items=len(rows))
     update = acc.flush()
     if rank == 0 and update:

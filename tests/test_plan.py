@@ -202,6 +202,12 @@ def test_what_ulimit_leaves(machine, monkeypatch):
     assert host.memory(root) == Memory(100 << 20, 0, "ulimit -v")
 
 
+def test_ranks_on_one_machine_share_it(machine, monkeypatch):
+    root, _ = machine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert host.memory(root) == Memory(100 << 20, 4 << 30, "the machine, shared by 2 ranks")
+
+
 def test_this_machine():
     held, free, limit = host.memory()
     assert held > 1 << 20

@@ -23,7 +23,8 @@ def memory(root: Path = Path("/")) -> Memory:
     """The machine's memory for this process: the least that any limit leaves.
 
     Counted are what the kernel calls available, the limits of the cgroups (both versions) that the process is in, page
-    cache that would give way not counted as used, and `ulimit -v` and `-d`.
+    cache that would give way not counted as used, and `ulimit -v` and `-d`. Under torchrun the ranks on this machine
+    get equal shares of the first two.
 
     Args:
         root: where `proc` and `sys` are.
@@ -39,10 +40,13 @@ def memory(root: Path = Path("/")) -> Memory:
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         # macOS tells no more than this without asking a program; the reserve must do for what others use.
         left["the machine"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    left |= _ulimits(status)
     cgroup = _cgroup(root)
     if cgroup is not None:
         left["its cgroup"] = cgroup
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > 1:  # they plan at the same time, and each sees the room that is there for all
+        left = {f"{name}, shared by {ranks} ranks": room // ranks for name, room in left.items()}
+    left |= _ulimits(status)
     if not left:
         raise NotImplementedError("This system does not say how much memory is free. Pass micro_batch as a number.")
     limit = min(left, key=lambda name: left[name])

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
@@ -78,6 +79,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+def frozen(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
 def parameters(model: nn.Module) -> list[torch.Tensor]:
     """Whole tensors, whatever way they are kept."""
     return [whole(p.detach()) for p in model.parameters()]
@@ -124,10 +129,10 @@ def stream(
     """Trains on this rank's own micro-batches, and flushes where they end. None stands for a broken one."""
     options = dict(options or {})
     model, given = wrapped(options.pop("kind", "ddp"))
-    smallest = options.pop("fused_from", fused.SMALLEST)
+    smallest, join = options.pop("fused_from", fused.SMALLEST), options.pop("join", False)
     acc = bb.Accumulator(optimizer(model), every=every, model=model, **given, **options)
-    updates = []
-    for tokens in dealt[dist.get_rank()]:
+    updates, mine = [], dealt[dist.get_rank()]
+    for tokens in acc.join(mine) if join else mine:
         try:
             if tokens is None:
                 raise OSError("a broken record")
@@ -156,6 +161,27 @@ def split(
         step.step()
         step.zero_grad()
     return [*parameters(model), torch.stack(losses)]
+
+
+def automatic(tokens_of: list[torch.Tensor], where: int) -> tuple[list[torch.Tensor], list[int]]:
+    """One update by the micro-batch that fits; on one rank the backward of more than two texts does not after all."""
+    model, sizes = DistributedDataParallel(language_model()), []
+
+    def full(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("out of memory, as a test wants it")
+
+    def loss_fn(t: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        loss = loss_of(model, t)
+        if not isinstance(t, FakeTensor):
+            sizes.append(len(t))
+            if dist.get_rank() == where and len(t) > 2:
+                loss.register_hook(full)
+        return loss, (t[:, 1:] != PAD).sum()
+
+    step = sgd(model)
+    loss = bb.backward(loss_fn, tokens_of[dist.get_rank()], micro_batch="auto", model=model)
+    step.step()
+    return [*parameters(model), loss], sizes
 
 
 def twice(tokens_of: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -258,7 +284,10 @@ def refused(name: str) -> None:
         ddp = DistributedDataParallel(model, static_graph=True)
         bb.Accumulator(sgd(model), every=1, model=ddp)
     if name == "noise":
-        bb.Accumulator(sgd(model), every=1, model=DistributedDataParallel(model), noise=True)
+        bb.Accumulator(sgd(model), every=bb.until_noise(at_most=4), model=DistributedDataParallel(model))
+    if name == "auto":
+        fully_shard(model)
+        bb.backward(lambda t: loss_of(model, t), texts(1, seed=1)[0], micro_batch="auto", model=model)
     if name == "not a module":
         bb.Accumulator(sgd(model), every=1, model="ddp")
     if name == "strange":
@@ -427,7 +456,7 @@ def refused_shards(name: str) -> None:
         fully_shard(model)
     scaler = torch.amp.GradScaler("cpu") if name == "scaler" else None
     sync = "never" if name == "sync" else "window"
-    bb.Accumulator(sgd(model), every=1, model=model, scaler=scaler, sync=sync)
+    bb.Accumulator(sgd(model), every=1, model=model, scaler=scaler, sync=sync, noise=name == "noise")
 
 
 def saved_inside(place: int) -> tuple[Any, int]:

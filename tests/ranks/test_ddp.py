@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bigbatch.torch as bb
+from bigbatch.noise import Noise
 from conformance.ranks_pool import Pool, pool
 from ranks import in_rank
 
@@ -62,6 +63,25 @@ def test_fused_weight_gradients_are_reduced_too(kind):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_the_noise_scale_is_made_of_every_ranks_micro_batches(size):
+    dealt = deal(UNEVEN[size], seed=12)
+    results = pool(size).run(in_rank.stream, dealt, in_rank.frozen, 3, {"noise": 1})
+    model = in_rank.language_model()
+    for _, updates in results:
+        for update in updates:
+            window = windows_of(dealt, 3)[update.index]
+            counts = [in_rank.tokens_in(t) for t in window]
+            found = [torch.autograd.grad(in_rank.loss_of(model, t), list(model.parameters())) for t in window]
+            flat = [torch.cat([g.flatten() for g in several]) for several in found]
+            mean = sum(n * g for n, g in zip(counts, flat, strict=True)) / sum(counts)
+            squares = sum(n * float(g @ g) for n, g in zip(counts, flat, strict=True))
+            wanted = Noise.of(len(window), sum(counts), squares, float(mean @ mean))
+            assert (update.noise.micro_batches, update.noise.items) == (wanted.micro_batches, wanted.items)
+            assert update.noise.trace == pytest.approx(wanted.trace, rel=1e-9, nan_ok=True)
+            assert update.noise.squared_norm == pytest.approx(wanted.squared_norm, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_items_are_counted_over_all_ranks_which_close_together(size):
     dealt, plan = deal(UNEVEN[size], seed=1), 40
     windows, held = [[]], 0
@@ -91,6 +111,20 @@ def test_split_equals_one_process(size, micro_batch):
     wanted, seen = in_rank.one_process(windows, in_rank.sgd)
     losses = torch.tensor([loss for _, loss, _ in seen], dtype=torch.float64)
     close(alike(pool(size).run(in_rank.split, dealt, in_rank.sgd, micro_batch)), [*wanted, losses])
+
+
+@pytest.mark.parametrize("where", [0, 1, -1])
+@pytest.mark.parametrize("size", SIZES)
+def test_each_rank_finds_its_micro_batch_and_an_out_of_memory_is_its_own_affair(size, where):
+    rows = (7, 5, 0, 3)
+    dealt = [torch.cat(mine)[: rows[rank]] for rank, mine in enumerate(deal((7,) * size, seed=13))]
+    wanted, seen = in_rank.one_process([dealt], in_rank.sgd)
+    losses = torch.tensor(seen[0][1], dtype=torch.float64)
+    results = pool(size).run(in_rank.automatic, dealt, where)
+    close(alike([found for found, _ in results]), [*wanted, losses])
+    for rank, (_, sizes) in enumerate(results):
+        whole = [rows[rank]] if rows[rank] else []
+        assert sizes == {0: [7, 4, 2, 2, 2, 1], 1: [5, 3, 2, 2, 1]}[rank] if rank == where else sizes == whole
 
 
 def test_split_adds_to_grad_and_lets_the_model_reduce_again():
@@ -207,7 +241,8 @@ REFUSED = {
         "model must be wrapped in DistributedDataParallel or by fully_shard where there are several ranks",
     ),
     "static": (ValueError, "static_graph=True"),
-    "noise": (ValueError, "The noise scale is measured in one process. Received: noise=True, every=1, 2 ranks."),
+    "noise": (ValueError, "Ranks do not close a window by its noise together. Received: every=until_noise("),
+    "auto": (ValueError, 'micro_batch="auto" cannot be planned for shards. Pass a number with a fully_shard model.'),
     "not a module": (TypeError, "model must be a torch.nn.Module. Received: model='ddp' (str)."),
     "strange": (ValueError, "The loss reaches a parameter that is not the model's."),
 }

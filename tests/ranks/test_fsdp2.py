@@ -27,6 +27,30 @@ def test_stream_equals_one_process(size, kind, clip_norm):
             assert (update.loss, update.grad_norm) == pytest.approx((loss, norm), rel=1e-12)
 
 
+UNEVEN = {2: (5, 2), 4: (3, 6, 1, 4)}
+
+
+@pytest.mark.parametrize(("size", "kind"), KINDS)
+@pytest.mark.parametrize("every", [2, 4])
+def test_join_is_exact_where_ranks_have_different_numbers_of_micro_batches(size, kind, every):
+    dealt = deal(UNEVEN[size], seed=7)
+    windows = windows_of(dealt, every)
+    wanted, seen = in_rank.one_process(windows, in_rank.adamw)
+    results = pool(size).run(in_rank.stream, dealt, in_rank.adamw, every, {"kind": kind, "join": True})
+    close(alike([parameters for parameters, _ in results]), wanted)
+    for _, updates in results:
+        for update, (items, loss, _), window in zip(updates, seen, windows, strict=True):
+            assert (update.items, update.micro_batches) == (items, len(window))
+            assert update.loss == pytest.approx(loss, rel=1e-12)
+
+
+def test_join_needs_a_micro_batch_on_every_rank():
+    options = {"kind": "fsdp window", "join": True}
+    for outcome in pool(2).outcomes(in_rank.stream, deal((2, 0)), in_rank.sgd, 2, options):
+        assert type(outcome) is ValueError
+        assert "1 of 2 ranks with a micro-batch" in str(outcome)
+
+
 @pytest.mark.parametrize(("size", "kind"), KINDS)
 def test_items_are_counted_over_all_ranks(size, kind):
     dealt, plan = deal((6,) * size, seed=6), 20 * size
@@ -146,6 +170,7 @@ REFUSED = {
     "partly": "fully_shard must own every parameter. Received: 0.weight, which is not sharded.",
     "narrow": "fully_shard would add up gradients in torch.bfloat16.",
     "scaler": "scaler does not know shards.",
+    "noise": "The noise scale needs a micro-batch's whole gradient. Received: noise=True, and shards.",
     "sync": "sync must be one of 'window', 'micro_batch'. Received: sync='never' (str).",
 }
 

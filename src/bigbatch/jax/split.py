@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
+from bigbatch.engines.jax_convolutions import with_fast_convolutions
 from bigbatch.jax.aux import Aux, finish, stack
 from bigbatch.jax.batch import Batch
 from bigbatch.jax.devices import are_bound, averaged, by_device, spread, summed
@@ -128,7 +129,7 @@ def value_and_grad(
 
         sums = jax.tree.map(lambda p: jnp.zeros_like(p, widened(jnp.result_type(p), dtype)), params)
         state, (terms, kept) = lax.scan(
-            lambda state, i: micro(state, batch.take(i), batch.size),
+            with_fast_convolutions(lambda state, i: micro(state, batch.take(i), batch.size)),
             (sums, {k: args[k] for k in words.argnums}),
             jnp.arange(batch.full),
         )

@@ -2,3 +2,4 @@
 
 from bigbatch.every import items as items
 from bigbatch.keras.accumulate import accumulate as accumulate
+from bigbatch.keras.memory import plan as plan

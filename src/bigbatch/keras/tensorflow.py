@@ -9,13 +9,14 @@ from keras import ops
 
 from bigbatch.keras import batch, loss
 from bigbatch.keras.tensorflow_update import update
-from bigbatch.keras.tensorflow_window import Run, window
+from bigbatch.keras.tensorflow_window import Run, add_up
 
 
-def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
-    """`train_step` for a whole batch."""
+def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None = None) -> Callable[[Any], Any]:
+    """`train_step` for a whole batch. It returns what `window` does with the micro-batches: by default, an update."""
+    window = window or _updated
 
-    def train_step(data: Any) -> dict[str, Any]:
+    def train_step(data: Any) -> Any:
         static = batch.check(data)
         leaves = [tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)]
         length = loss.length(leaves)
@@ -33,10 +34,10 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
 
         runs = [Run(full, fixed), Run(1, rest)]
         if static is not None:
-            return _updated(model, data, runs if length % size else runs[:1])
+            return window(model, data, runs if length % size else runs[:1])
         if not model.jit_compile:
-            return _updated(model, data, [runs[0], Run(tf.cast(length % size > 0, tf.int32), rest)])
-        return tf.cond(length % size > 0, lambda: _updated(model, data, runs), lambda: _updated(model, data, runs[:1]))
+            return window(model, data, [runs[0], Run(tf.cast(length % size > 0, tf.int32), rest)])
+        return tf.cond(length % size > 0, lambda: window(model, data, runs), lambda: window(model, data, runs[:1]))
 
     return train_step
 
@@ -103,4 +104,4 @@ def _run(data: Any, lengths: Any) -> Run:
 
 def _updated(model: Any, like: Any, runs: list[Run]) -> dict[str, Any]:
     """One update from the micro-batches of `runs`."""
-    return update(model, *window(model, like, runs))
+    return update(model, *add_up(model, like, runs))

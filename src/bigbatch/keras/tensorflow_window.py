@@ -48,51 +48,55 @@ class Owed(NamedTuple):
     """A sum of gradients of which the last products are not multiplied out."""
 
     total: tf.Tensor  # of those that are, and of dense ones; a 1×1 zero before any
+    product: Product
+
+    def times(self, factor: tf.Tensor) -> tf.Tensor:
+        """All of it times a scalar, which costs nothing where no total is: the factor then goes into the product."""
+        return tf.cond(
+            tf.equal(tf.size(self.total), 1),
+            lambda: self.product.times(factor),
+            lambda: self.total * tf.cast(factor, self.total.dtype) + self.product.times(factor),
+        )
+
+
+class Growing(NamedTuple):
+    """The same inside a loop, where more products come."""
+
+    total: tf.Tensor
     kept: Kept
 
-    @property
-    def is_fresh(self) -> tf.Tensor:
-        """Whether the total is of none."""
-        return tf.equal(tf.size(self.total), 1)
-
-    def multiplied_out(self) -> "Owed":
+    def multiplied_out(self) -> "Growing":
         """With all that were kept in the total."""
 
         def total() -> tf.Tensor:
             return self.total + self.kept.put_together().multiplied()
 
-        return self._replace(total=tf.cond(self.kept.left.size() > 0, total, lambda: self.total))
-
-    def times(self, factor: tf.Tensor) -> tf.Tensor:
-        """All of it times a scalar, which costs nothing where all are kept: the factor then goes into the products."""
-        product = self.kept.put_together()
-        return tf.cond(
-            self.is_fresh,
-            lambda: product.times(factor),
-            lambda: self.total * tf.cast(factor, self.total.dtype) + product.times(factor),
-        )
+        return Growing(tf.cond(self.kept.left.size() > 0, total, lambda: self.total), self.kept.emptied())
 
 
 class Open(NamedTuple):
     """A window inside a loop, which knows no None: where there is no gradient stands ()."""
 
-    sums: Sums  # with an `Owed` for each `Product` of the micro-batches
+    sums: Sums  # with a `Growing` for each `Product` of the micro-batches
     unit: tf.Tensor  # shape=(kinds,); 0 until there are items
 
 
-def window(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], list[loss.Term]]:
-    """Takes all micro-batches of `runs`. Returns their sums, the unit for each kind of items, and the loss's terms."""
-    first = runs[0].pull(0)
-    with tf.init_scope():
-        # Makes the variables that Keras makes when it first sees data: a loop's body may make none.
-        model._symbolic_build(data_batch=batch.nest(like, first))
+def add_up(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], list[loss.Term]]:
+    """Forward and backward of all micro-batches: the sums, what the items are weighed in, and the loss's terms."""
+    build(model, batch.nest(like, runs[0].pull(0)))
     described: list[loss.Term] = []
     alone = len(runs) == 1 and isinstance(runs[0].count, int) and runs[0].count == 1
     in_loops = not (alone or model.run_eagerly or model.jit_compile)
-    take = _micro_step(model, like, described, products=in_loops)
+    take = micro_step(model, like, described, products=in_loops)
     none = tf.zeros([0], model._loss_tracker.dtype)
     sums, unit = _in_loops(take, runs, none) if in_loops else _after_the_first(take, runs, none, alone)
     return sums, unit, described
+
+
+def build(model: Any, data: Any) -> None:
+    """Makes the variables that Keras makes when it first sees data: a loop's body may make none."""
+    with tf.init_scope():
+        model._symbolic_build(data_batch=data)
 
 
 def _after_the_first(take: Take, runs: list[Run], none: tf.Tensor, alone: bool) -> tuple[Sums, list[Any]]:
@@ -130,20 +134,18 @@ def _in_loops(take: Take, runs: list[Run], none: tf.Tensor) -> tuple[Sums, list[
             continue
 
         def group(start: Any, state: Open, step: Take = step, run: Run = run) -> tuple[Any, Open]:
-            owed: list[Owed] = []
-            for g in _owed(state):
-                # One after the other: TensorFlow would multiply all of them out before it adds the first.
-                with tf.control_dependencies([g.total for g in owed[-1:]]):
-                    owed.append(g.multiplied_out())
-            all_fit = owed[0].is_fresh & (run.count - start <= room.alone)
+            state, fresh = _multiplied_out(state)
+            all_fit = fresh & (run.count - start <= room.alone)
             stop = tf.where(all_fit, run.count, tf.minimum(start + room.beside_sums, run.count))
-            state = _replaced(state, [g._replace(kept=g.kept.emptied()) for g in owed])
             return stop, _loop(step, run, start, stop, state, keep=True)
 
         state = _while(group, tf.constant(0), run.count, state)
-    gradients = [[None if _absent(g) else g for g in several] for several in state.sums.gradients]
+
+    def owed(g: Any) -> Any:
+        return Owed(g.total, g.kept.put_together()) if isinstance(g, Growing) else None if _absent(g) else g
+
     unit = tf.where(state.unit > 0, state.unit, tf.ones_like(state.unit))
-    return state.sums._replace(gradients=gradients), tf.unstack(unit)
+    return _mapped(owed, state).sums, tf.unstack(unit)
 
 
 def _traced(take: Take, runs: list[Run], none: tf.Tensor) -> list[Any]:
@@ -171,7 +173,7 @@ def _nothing(like: Sums, dtype: tf.DType) -> Open:
 
     def zero(g: Any) -> Any:
         if isinstance(g, Product):
-            return Owed(tf.zeros([1, 1], g.left.dtype), Kept.room_for(None, g))
+            return Growing(tf.zeros([1, 1], g.left.dtype), Kept.room_for(None, g))
         return () if g is None else tf.zeros(g.shape, g.dtype)
 
     scalars = tf.nest.map_structure(lambda x: tf.zeros(x.shape, x.dtype), like._replace(gradients=()))
@@ -208,36 +210,51 @@ def _added(g: Any, h: Any, place: Any) -> Any:
     if isinstance(h, Product) and place is not None:
         return g._replace(kept=g.kept.with_one_more(place, h))
     h = h.multiplied() if isinstance(h, Product) else h
-    return g._replace(total=g.total + h) if isinstance(g, Owed) else g + h
+    return g._replace(total=g.total + h) if isinstance(g, Growing) else g + h
 
 
-def _owed(state: Open) -> list[Owed]:
-    return [g for several in state.sums.gradients for g in several if isinstance(g, Owed)]
+def _multiplied_out(state: Open) -> tuple[Open, Any]:
+    """With the products that were kept added to the totals, and whether there were none so far."""
+    totals: list[tf.Tensor] = []
+
+    def one(g: Any) -> Any:
+        if not isinstance(g, Growing):
+            return g
+        # One after the other: TensorFlow would multiply all of them out before it adds the first.
+        with tf.control_dependencies(totals[-1:]):
+            g = g.multiplied_out()
+        totals.append(g.total)
+        return g
+
+    return _mapped(one, state), tf.equal(tf.size(totals[0]), 1)
 
 
-def _replaced(state: Open, owed: list[Owed]) -> Open:
-    following = iter(owed)
-    gradients = [[next(following) if isinstance(g, Owed) else g for g in several] for several in state.sums.gradients]
+def _mapped(work: Callable[[Any], Any], state: Open) -> Open:
+    gradients = [[work(g) for g in several] for several in state.sums.gradients]
     return state._replace(sums=state.sums._replace(gradients=gradients))
 
 
 def _while(body: Callable[..., Any], start: Any, stop: Any, state: Open) -> Open:
     def invariant(g: Any) -> Any:
-        if isinstance(g, Owed):
-            return Owed(tf.TensorShape([None, None]), Kept(None, None))  # pyright: ignore[reportArgumentType]
+        if isinstance(g, Growing):
+            return Growing(tf.TensorShape([None, None]), Kept(None, None))  # pyright: ignore[reportArgumentType]
         return () if _absent(g) else g.shape
 
     scalars = state._replace(sums=state.sums._replace(gradients=()))
-    invariants = tf.nest.map_structure(lambda x: x.shape, scalars)
-    gradients = [[invariant(g) for g in several] for several in state.sums.gradients]
-    invariants = invariants._replace(sums=invariants.sums._replace(gradients=gradients))
+    shapes = tf.nest.map_structure(lambda x: x.shape, scalars)
+    gradients = _mapped(invariant, state).sums.gradients
+    invariants = shapes._replace(sums=shapes.sums._replace(gradients=gradients))
     # More iterations at once would hold more than one micro-batch's activations.
     return tf.while_loop(
         lambda i, _: i < stop, body, (start, state), (tf.TensorShape(()), invariants), parallel_iterations=1
     )[1]
 
 
-def _micro_step(model: Any, like: Any, described: list[loss.Term], products: bool) -> Take:
+def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool = False) -> Take:
+    """A function of one micro-batch's arrays and the unit that returns its sums, and fills `described`.
+
+    With `products`, a gradient that is one of small factors comes as a `Product`.
+    """
     replicas = model.distribute_strategy.num_replicas_in_sync
     variables = [v.value for v in model.trainable_variables]
 

@@ -16,8 +16,9 @@ from bigbatch import errors
 from bigbatch.audit import Audit, Compared
 from bigbatch.examine import examine
 from bigbatch.probe import Rows, Run
+from bigbatch.torch.checks import check_items, check_loss
 from bigbatch.torch.split import children_of, leaves, mapped
-from bigbatch.torch.window import check_items, check_loss, exact
+from bigbatch.torch.window import exact
 
 
 def audit(

@@ -7,13 +7,16 @@ closes. `bigbatch.torch.fused` leaves a weight with a hook to autograd, so a mea
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bigbatch.noise import Noise, NoiseScale, UntilNoise, one_in
-from bigbatch.torch.window import Window, exact, numbers
+from bigbatch.torch.window import Sums, Window, exact, numbers
+
+if TYPE_CHECKING:
+    from bigbatch.torch.ranks import Ranks
 
 
 class Meter:
@@ -67,26 +70,28 @@ class Meter:
             square, self.counted = square * factor, self.counted + 1
         self.squares = self.squares + square
 
-    def noise(self, window: Window, norm: Tensor, scaler: Any) -> Noise | None:
+    def noise(self, sums: Sums, norm: Tensor, scaler: Any, ranks: "Ranks | None" = None) -> Noise | None:
         """What the window says so far, or None where it is not measured. Here the host waits for the device.
 
         Args:
-            window: the window.
+            sums: the window's, of all ranks.
             norm: the 2-norm of its sums, unscaled.
             scaler: the GradScaler that the norms in the hooks were scaled by, or None.
+            ranks: whose micro-batches the window is made of, where there are several. It is then collective.
         """
         if not self._handles:
             return None
-        counted, squares, items, unit, norm_ = numbers([self.counted, self.squares, window.items, window.unit, norm])
-        mean = norm_ * unit / items if items else 0.0
-        return Noise.of(int(counted), items, squares / _scale(scaler) ** 2, mean**2)
+        counted, squares, norm_ = numbers([self.counted, self.squares, norm])
+        if ranks is not None:
+            counted, squares = ranks.add_up([counted, squares])
+        return Noise.of(int(counted), sums.items, squares / _scale(scaler) ** 2, (norm_ * sums.factor) ** 2)
 
     def is_enough(self, plan: UntilNoise, window: Window, parameters: Iterable[Tensor], scaler: Any) -> bool:
         """Whether the window closes here. At a look the host waits for the device."""
         if window.micro_batches not in plan.looks or window.micro_batches == plan.at_most:
             return window.micro_batches >= plan.at_most
         norm = torch.nn.utils.get_total_norm(window.gradients(parameters)) / _scale(scaler)
-        noise = self.noise(window, norm, scaler)
+        noise = self.noise(window.close(), norm, scaler)
         return noise is not None and plan.is_enough(noise.items, noise.trace, noise.squared_norm)
 
     def state_dict(self) -> dict[str, Any]:

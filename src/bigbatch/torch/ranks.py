@@ -89,7 +89,7 @@ class Ranks:
             if shards.unit is None:
                 # The ranks' gradients are added up before they can be weighted, so the weights have one unit. A power
                 # of two, so that another one, after a restart, gives the same bits.
-                (total,) = self._add_up([float(items) * window.planned])
+                (total,) = self.add_up([float(items) * window.planned])
                 shards.unit = power_of_two(total)
             window.unit = shards.unit
         if isinstance(plan, Items):
@@ -107,7 +107,7 @@ class Ranks:
 
     def count(self, items: float | Tensor, ending: bool = False) -> tuple[float, bool]:
         """The items in the open windows of all ranks, and whether every rank is at the end of its data."""
-        total, ended = self._add_up([float(items), ending])
+        total, ended = self.add_up([float(items), ending])
         return total, ended == self.size
 
     def meet(self, window: Window, parameters: list[Tensor], ending: bool = False) -> Met:
@@ -122,8 +122,9 @@ class Ranks:
         dense = [grad is not None and not grad.is_sparse for grad in held]
         sparse = [grad is not None and grad.is_sparse for grad in held]
         width = at_least_float32(window.dtype)
-        numbers = [loss * unit, items, window.micro_batches, ending, False, width.itemsize, *dense, *sparse]
-        loss, items, micro_batches, ended, failed, widths, *counts = self._add_up(numbers)
+        micro_batches = window.micro_batches - window.repeats
+        numbers = [loss * unit, items, micro_batches, ending, False, width.itemsize, *dense, *sparse]
+        loss, items, micro_batches, ended, failed, widths, *counts = self.add_up(numbers)
         if failed:
             raise errors.rank_failed()
         if widths != width.itemsize * self.size:
@@ -151,9 +152,34 @@ class Ranks:
         if shards is None:
             return None
         rank = dist.get_rank(self.group)
-        cuts = shards.cut(self._add_up([length if r == rank else 0 for r in range(self.size)]), rank, micro_batch)
+        cuts = shards.cut(self.add_up([length if r == rank else 0 for r in range(self.size)]), rank, micro_batch)
         window.unit = shards.unit
         return cuts
+
+    def in_step(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+        """Micro-batches as often on every rank, since a sharded forward needs all; and whether one is a repetition.
+
+        A rank at the end of its data repeats its last one while another has more. The ranks tell each other before
+        each.
+
+        Raises:
+            ValueError: on every rank, where one has no micro-batch at all.
+        """
+        iterator, end = iter(loader), object()
+        last: Any = end
+        while True:
+            following = next(iterator, end)
+            (going,) = self.add_up([following is not end])
+            if not going:
+                return
+            if last is end and going < self.size:
+                raise ValueError(
+                    f"fully_shard's forward needs every rank. Received: {int(going)} of {self.size} ranks with a "
+                    "micro-batch. Give every rank at least one."
+                )
+            repeated = following is end
+            last = last if repeated else following
+            yield last, repeated
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -163,7 +189,7 @@ class Ranks:
             yield
         except Exception:
             if self.shards is None:
-                self._add_up([0, 0, 0, False, True, 0, *[0] * (2 * len(self.parameters))])
+                self.add_up([0, 0, 0, False, True, 0, *[0] * (2 * len(self.parameters))])
             else:
                 self.shards.forget()  # the others are inside a forward or a backward, and cannot be told
             raise
@@ -189,7 +215,8 @@ class Ranks:
             self.shards.after()
         return self.reduce(window, self.parameters, self.meet(window, self.parameters))
 
-    def _add_up(self, numbers: list[Any]) -> list[float]:
+    def add_up(self, numbers: list[Any]) -> list[float]:
+        """Each number, of all ranks together."""
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         or_lost(dist.all_reduce, total, group=self.group)
         return total.tolist()

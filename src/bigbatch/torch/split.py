@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
+from bigbatch.torch.checks import check_items, check_loss
 from bigbatch.torch.fused import Fused
 from bigbatch.torch.ranks import Ranks, Sync, ranks_of
-from bigbatch.torch.window import Window, check_items, check_loss, is_wide, scale_
+from bigbatch.torch.window import Window, is_wide, scale_
 
 Batch = TypeVar("Batch")
 
@@ -46,7 +47,7 @@ def backward(
             length of their leading dimension. It is cut in order; the last micro-batch may be shorter.
         micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch. "auto" plans the
             largest that fits what is free (see `plan`), once for each shape of batch, and logs what it chose; should
-            memory run out anyway, the window is done again with half the size.
+            memory run out anyway, the window is done again with half the size. Not for a fully_shard model.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
         fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
@@ -66,8 +67,8 @@ def backward(
     The host waits for the device once, after the last micro-batch, to see that the loss is a number.
     """
     ranks = None if model is None else ranks_of(model, sync)
-    if ranks is not None and micro_batch == "auto":
-        raise ValueError('micro_batch="auto" is not planned across ranks yet. Pass a number with model=.')
+    if ranks is not None and ranks.shards is not None and micro_batch == "auto":
+        raise ValueError('micro_batch="auto" cannot be planned for shards. Pass a number with a fully_shard model.')
     if micro_batch != "auto":
         micro_batch = errors.check_micro_batch(micro_batch)
     with nullcontext() if ranks is None else ranks.working():
@@ -75,19 +76,22 @@ def backward(
         nothing = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
         length = 0 if nothing else errors.check_lengths(lengths)
 
-    def run(size: int) -> tuple[Opened, Tensor]:
-        with nullcontext() if ranks is None else ranks.working():
-            opened = _window(loss_fn, batch, length, size, dtype, fused, ranks)
-        return opened, _closed(opened, ranks, lengths)
+    def run(size: int) -> tuple[Opened, Tensor | None]:
+        opened = _window(loss_fn, batch, length, size, dtype, fused, ranks)
+        return opened, _closed(opened, None, lengths) if ranks is None else None
 
-    if micro_batch == "auto":
-        from bigbatch.torch.auto import fitting  # which rehearses this door
+    # A rank that runs out of memory does its own part again, and the others wait for it where all meet.
+    with nullcontext() if ranks is None else ranks.working():
+        if micro_batch == "auto" and length:
+            from bigbatch.torch.auto import fitting  # which rehearses this door
 
-        (window, before, _), mean = fitting(run, loss_fn, batch, length, dtype)
-    else:
-        (window, before, _), mean = run(micro_batch)
-    for p, grad in before.items():
-        _add(p, grad, window.sums.get(p, p.grad))
+            opened, mean = fitting(run, loss_fn, batch, length, dtype)
+        else:
+            opened, mean = run(1 if micro_batch == "auto" else micro_batch)
+    if mean is None:
+        mean = _closed(opened, ranks, lengths)
+    for p, grad in opened.before.items():
+        _add(p, grad, opened.window.sums.get(p, p.grad))
     return mean
 
 

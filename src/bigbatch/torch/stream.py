@@ -1,25 +1,28 @@
 """The stream door: your loader yields micro-batches, and bigbatch stands where PyTorch applies a gradient."""
 
-import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every, planned
 from bigbatch.noise import Noise, NoiseScale, UntilNoise
+from bigbatch.torch.checks import check_items, check_loss, check_optimizer, check_scheduler
 from bigbatch.torch.fused import Fused
 from bigbatch.torch.noise import Meter
 from bigbatch.torch.ranks import Met, Ranks, Sync, described, ranks_of
-from bigbatch.torch.shards import local, spread_like, whole
-from bigbatch.torch.window import Sums, Window, check_items, check_loss, is_wide, scale_
+from bigbatch.torch.saved import check_state, held, restore
+from bigbatch.torch.shards import whole
+from bigbatch.torch.window import Sums, Window, is_wide, scale_
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +102,10 @@ class Accumulator:
         sync: Sync = "window",
         noise: bool | int = False,
     ):
-        self.optimizer = _check_optimizer(optimizer)
+        self.optimizer = check_optimizer(optimizer)
         self.every = every if isinstance(every, UntilNoise) else as_every(every)
         self.clip_norm = errors.check_clip_norm(clip_norm)
-        self.scheduler = _check_scheduler(scheduler)
+        self.scheduler = check_scheduler(scheduler)
         self.scaler = scaler
         self.dtype = dtype
         self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
@@ -115,20 +118,27 @@ class Accumulator:
             )
         self._index = 0
         self._window: Window | None = None
+        self._repeats = False
         self._plan: int | Items | UntilNoise = 0
         self._fused: Fused | None = None
         self._ranks: Ranks | None = None if model is None else ranks_of(model, sync)
         if self._ranks is not None:
-            if noise is not False or isinstance(every, UntilNoise):
+            if isinstance(every, UntilNoise):
                 raise ValueError(
-                    "The noise scale is measured in one process. "
-                    f"Received: noise={noise}, every={every}, {self._ranks.size} ranks."
+                    "Ranks do not close a window by its noise together. "
+                    f"Received: every={every}, {self._ranks.size} ranks. Pass a number of micro-batches or bb.items(n)."
+                )
+            if noise is not False and self._ranks.shards is not None:
+                raise ValueError(
+                    f"The noise scale needs a micro-batch's whole gradient. Received: noise={noise}, and shards. "
+                    "Measure it with DistributedDataParallel or in one process."
                 )
             if scaler is not None and self._ranks.shards is not None:
                 raise ValueError(f"scaler does not know shards. {errors.received('scaler', scaler)} Use bfloat16.")
             self._ranks.agree({
                 "every": getattr(every, "__name__", repr(every)), "dtype": str(dtype), "clip_norm": str(clip_norm),
-                "partial": partial, "nonfinite": nonfinite, "sync": sync, **described(self._parameters()),
+                "partial": partial, "nonfinite": nonfinite, "sync": sync, "noise": repr(noise),
+                **described(self._parameters()),
             })  # fmt: skip
             self._ranks.model.hold()
         self._meter = Meter(every, noise)
@@ -188,6 +198,8 @@ class Accumulator:
                 f"every={self.every} counts on the host. {errors.received('items', items)} "
                 "Pass a number, or a number of micro-batches as every."
             )
+        if self._repeats:
+            items = loss.new_zeros(())
         window = self._window or self._open()
         self._meter.norms.clear()  # of backwards in between that were not a micro-batch's
         try:
@@ -197,6 +209,7 @@ class Accumulator:
                 loss, items, self._parameters() if window.dtype is not None else (), self.scaler, self._fused
             )
             self._window = window
+            window.repeats += self._repeats
             self._meter.take(window, items)
             full = self._is_full(window) if self._ranks is None else self._ranks.full(window, self._plan)
             return self._close(window) if full else None
@@ -222,6 +235,32 @@ class Accumulator:
         if self._fused is None:
             self._fused = Fused()
         return self._fused
+
+    def join(self, loader: Iterable[T]) -> Iterator[T]:
+        """The loader's micro-batches, for ranks of a fully_shard model that have unequally many of them.
+
+        A forward of such a model needs all ranks. So a rank at the end of its data repeats its last micro-batch until
+        the others are there too, and what `backward` is given of it counts for nothing::
+
+            for x, y in acc.join(loader):
+                acc.backward(loss_fn(model(x), y), items=len(x))
+            acc.flush()
+
+        The ranks tell each other before each micro-batch whether they have one. Elsewhere it is the loader itself: with
+        DistributedDataParallel `flush` is the join.
+
+        Raises:
+            ValueError: on every rank, where one has no micro-batch at all.
+        """
+        if self._ranks is None or self._ranks.shards is None:
+            yield from loader
+            return
+        try:
+            for micro_batch, repeated in self._ranks.in_step(loader):
+                self._repeats = repeated
+                yield micro_batch
+        finally:
+            self._repeats = False
 
     def flush(self) -> Update | None:
         """Ends a window that is not full, as `partial` says: at the end of an epoch, or of the data.
@@ -279,25 +318,13 @@ class Accumulator:
         `torch.load(..., weights_only=True)` reads it back. Save the model, optimizer, scheduler and scaler beside it.
         """
         parameters = self._parameters()
-        state: dict[str, Any] = {
+        window = self._window
+        return {
             "index": self._index,
             "shapes": [tuple(p.shape) for p in parameters],
-            "window": None,
+            "window": None if window is None else held(window, parameters, self._ranks),
             "noise": self._meter.state_dict(),
         }
-        if (window := self._window) is not None:
-            state["window"] = {
-                "ranks": self._ranks.size if self._ranks else 1,
-                "micro_batches": window.micro_batches,
-                "items": window.items,
-                "unit": window.unit,
-                "loss": window.loss,
-                "shards": self._ranks.shards.held() if self._ranks and self._ranks.shards else {},
-                "gradients": {
-                    i: local(grad) for i, p in enumerate(parameters) if (grad := window.sums.get(p, p.grad)) is not None
-                },
-            }
-        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken, inside a window too, bit for bit.
@@ -306,39 +333,14 @@ class Accumulator:
             ValueError: the state is of other parameters, or no state at all; nothing was touched.
         """
         parameters = self._parameters()
-        shapes = [tuple(p.shape) for p in parameters]
-        missing = {"index", "shapes", "window"} - set(state)
-        if missing:
-            raise ValueError(f"The state is not an Accumulator's. Received: keys {sorted(state)}.")
-        if [tuple(shape) for shape in state["shapes"]] != shapes:
-            raise ValueError(
-                "The state is of other parameters. "
-                f"Received: shapes {state['shapes']}, but the optimizer holds {shapes}. "
-                "Build the same model and parameter groups before loading."
-            )
-        saved, ranks = state["window"], self._ranks.size if self._ranks else 1
-        if saved is not None and saved.get("ranks", 1) != ranks:
-            raise ValueError(
-                f"The state was saved inside a window on {saved.get('ranks', 1)} ranks, each with its own part of it. "
-                f"Received: {ranks} ranks. Load it on as many, or save where no window is open."
-            )
+        check_state(state, parameters, self._ranks)
         self._index = state["index"]
         self.reset()
         self._meter.load_state_dict(state.get("noise"))  # older states have none
-        if saved is None:
-            return
-        window = self._open()
-        window.micro_batches, window.items, window.unit = saved["micro_batches"], saved["items"], saved["unit"]
-        window.loss = saved["loss"].clone()
-        for i, grad in saved["gradients"].items():
-            p = parameters[i]
-            if window.dtype is None:
-                p.grad = spread_like(p, grad, p.dtype)
-            else:
-                window.sums[p] = spread_like(p, grad, grad.dtype)
-        if self._ranks is not None and self._ranks.shards is not None:
-            self._ranks.shards.restore(saved["shards"])
-        self._window = window
+        if state["window"] is not None:
+            window = self._open()
+            restore(window, state["window"], parameters, self._ranks)
+            self._window = window
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -374,7 +376,7 @@ class Accumulator:
         try:
             norm = whole(torch.nn.utils.get_total_norm(gradients))
             sums = sums or window.close()  # here the host waits
-            noise = self._meter.noise(window, norm, scaler)
+            noise = self._meter.noise(sums, norm, scaler, self._ranks)
             norm = norm * sums.factor
             update = replace(self._report(sums, norm.item()), noise=noise)
             skipped = self._reason_to_skip(update, gradients)
@@ -419,31 +421,3 @@ class Accumulator:
         if self.nonfinite == "raise":
             raise FloatingPointError(f"{reason}. The parameters and the optimizer are as they were.")
         return reason
-
-
-def _check_optimizer(optimizer: Any) -> Optimizer:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer. {errors.received('optimizer', optimizer)} "
-            "Pass the optimizer itself, such as torch.optim.AdamW(model.parameters())."
-        )
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__} evaluates the loss again inside its step (a required closure), "
-            "and a window's micro-batches are gone by then. Use an optimizer whose step needs no closure."
-        )
-    if not any(group["params"] for group in optimizer.param_groups):
-        raise ValueError("The optimizer has no parameters. Pass it model.parameters() before making the Accumulator.")
-    return optimizer
-
-
-def _check_scheduler(scheduler: Any) -> Any:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(
-            "ReduceLROnPlateau needs a metric that an update does not have. "
-            "Leave it out, and call scheduler.step(metric) where you validate."
-        )
-    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
-        raise TypeError(f"scheduler must have a step method. {errors.received('scheduler', scheduler)}")
-    return scheduler

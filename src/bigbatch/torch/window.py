@@ -16,27 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bigbatch import errors
 from bigbatch.torch.fused import Fused
-
-
-def check_loss(loss: Any) -> Tensor:
-    """Accepts a real scalar tensor that autograd can differentiate."""
-    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
-        raise errors.loss_not_scalar(loss)
-    if not loss.requires_grad:
-        raise errors.loss_without_gradient(loss)
-    return loss
-
-
-def check_items(items: Any) -> float | Tensor:
-    """Accepts a number above zero, or a tensor of one element; reading that one would make the host wait."""
-    if not isinstance(items, Tensor):
-        return errors.check_items(items)
-    if items.numel() != 1 or items.is_complex() or items.dtype == torch.bool:
-        errors.check_items(items)  # says what a number is
-    # A sum of bf16 counts would stop at 256, and int / int would be float32.
-    return items.detach().reshape(()).to(exact(items.device))
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
@@ -60,6 +40,7 @@ class Window:
     Attributes:
         weight: what the open micro-batch's gradients still have to be multiplied by.
         folded: whether the weights go into the losses where the accumulators are wide too.
+        repeats: how many of its micro-batches stand in for none, so that another rank's forward may run.
     """
 
     def __init__(self, *, planned: int = 1, unit: float | Tensor | None = None, dtype: torch.dtype | None = None):
@@ -68,7 +49,7 @@ class Window:
         self.dtype = dtype
         self.weight: float | Tensor = 1.0
         self.folded = False
-        self.micro_batches = 0
+        self.micro_batches = self.repeats = 0
         self.items: float | Tensor = 0.0
         self.loss = torch.zeros(())
         self.sums: dict[Tensor, Tensor] = {}
