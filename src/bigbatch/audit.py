@@ -1,7 +1,7 @@
 """Is accumulation exact for this model and this loss? What an audit says; `bigbatch.examine` finds it out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,15 @@ class Audit:
     def __repr__(self) -> str:
         causes = "".join(f"; {cause.kind}{_names(cause.where)}" for cause in self.causes)
         return f"<Audit: {self.verdict}{causes}>"
+
+
+def compared(full: Mapping[str, Any], other: Mapping[str, Any]) -> list[Compared]:
+    """Two gradients, parameter by parameter: arrays of any framework, by name."""
+
+    def norm(array: Any) -> float:
+        return math.sqrt(float((array * array).sum()))
+
+    return [Compared(name, norm(g), norm(other[name]), norm(g - other[name])) for name, g in full.items()]
 
 
 def differing(parameters: list[Compared], tolerance: float) -> list[Compared]:

@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from bigbatch.audit import COARSE, FINE, LOOSE, Audit, Cause, Compared, differing, floor_of, rank
+from bigbatch import errors
+from bigbatch.audit import COARSE, FINE, LOOSE, Audit, Cause, Compared, compared, differing, floor_of, rank
 from bigbatch.probe import Probe, Rows, Run
 
 
@@ -29,8 +30,8 @@ class Bench(Protocol):
         fresh: bool = False,
         items: Any = None,
         scale: float = 1.0,
-    ) -> Any:
-        """Σ nᵢ·gᵢ / Σ nᵢ over parts, each a micro-batch of these rows of the batch.
+    ) -> dict[str, Any]:
+        """Σ nᵢ·gᵢ / Σ nᵢ over parts, each a micro-batch of these rows of the batch: float64 arrays by name.
 
         Args:
             parts: the rows of each micro-batch.
@@ -44,10 +45,6 @@ class Bench(Protocol):
 
     def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows."""
-        ...
-
-    def compare(self, full: Any, other: Any) -> list[Compared]:
-        """Two gradients, parameter by parameter."""
         ...
 
     def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
@@ -78,6 +75,8 @@ class _Examination:
         full = self.full()
         chance = False
         if self.differ(full, self.full()):
+            if not math.isfinite(value := self.loss(self.all).loss):
+                raise errors.loss_not_finite(value, "the whole batch")
             self.causes.append(
                 Cause(
                     "not deterministic",
@@ -104,7 +103,7 @@ class _Examination:
         if self.bench.dtype != "float64":
             return self.allowed
         other = self.bench.gradient([self.all[::-1]], seed=0, quiet=self.quiet, scale=0.7)
-        seen = self.bench.compare(full, other)
+        seen = compared(full, other)
         floor = floor_of(seen)
         worst = max((p.difference / max(p.full, floor) for p in seen), key=rank)
         return FINE if 30 * worst <= FINE else min(30 * worst, LOOSE) if math.isfinite(worst) else LOOSE
@@ -116,11 +115,11 @@ class _Examination:
         return self.bench.gradient(self.parts, seed=seed, quiet=self.quiet if quiet is None else quiet, **how)
 
     def differ(self, one: Any, other: Any) -> bool:
-        return bool(differing(self.bench.compare(one, other), self.allowed))
+        return bool(differing(compared(one, other), self.allowed))
 
     def answer(self, full: Any, accumulated: Any, chance: bool) -> Audit:
-        compared, b = self.bench.compare(full, accumulated), self.bench
-        return Audit(compared, self.causes, b.length, b.micro_batch, b.dtype, self.allowed, chance)
+        b = self.bench
+        return Audit(compared(full, accumulated), self.causes, b.length, b.micro_batch, b.dtype, self.allowed, chance)
 
     # Chance.
 
@@ -148,12 +147,12 @@ class _Examination:
         draws = 24
         whole, parts = ([one(seed=k) for k in range(draws)] for one in (self.full, self.accumulated))
         means = _mean(whole), _mean(parts)
-        found = self.bench.compare(*means)
+        found = compared(*means)
         squares = sum(
             p.difference**2
             for several, mean in ((whole, means[0]), (parts, means[1]))
             for one in several
-            for p in self.bench.compare(mean, one)
+            for p in compared(mean, one)
         )
         # Twice the standard error of the difference of the two means is what chance may well make.
         if sum(p.difference**2 for p in found) > 4 * squares / (draws * (draws - 1)):

@@ -65,3 +65,14 @@ for name, make in OPTIMIZERS.items():
     for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2))[: 2 if name == "momentum" else 1]:
         close(fitted(make, door, size, scope), plain[name])
         print(f"{name} {door}: exact on two devices")
+
+# What is of one device is refused with words. The model is as it was.
+model = fitted(OPTIMIZERS["momentum"], None, 10, scope)
+for refused in (
+    lambda: bb.accumulate(model, micro_batch=4, noise=True),
+    lambda: bb.audit(model, x, y, micro_batch=4),
+):
+    try:
+        refused()
+    except ValueError as error:
+        print(error)

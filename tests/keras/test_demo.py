@@ -18,4 +18,7 @@ def test_accumulated_weights_are_the_true_batchs(dtype, allowed):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    says_and_draws("keras", tmp_path / "demo.png", capsys)
+    said = says_and_draws("keras", tmp_path / "demo.png", capsys)
+    assert "Was the batch worth it?" in said
+    assert "not exact: " in said
+    assert "output of batch_normalization depends on the other examples" in " ".join(said.split())

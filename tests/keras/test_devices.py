@@ -17,3 +17,5 @@ if BACKEND != "torch":
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stdout.count("exact on two devices") == 5
+        assert "The noise scale is measured on one device. Received: noise=True, 2 devices." in done.stdout
+        assert "An audit is made on one device. Received: 2 devices." in done.stdout

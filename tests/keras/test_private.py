@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from keras import ops
 from keras.src.backend import get_keras_mask
+from keras.src.backend.common import global_state
 from keras.src.losses.loss import apply_mask
+from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
@@ -116,6 +118,44 @@ def test_the_models_own():
     assert [array(value) for value in model.losses] == [7]
     model._losses_override = []
     assert model.losses == []
+
+
+def test_a_metric_that_is_put_on_a_built_model_is_one_of_its_metrics():
+    model = trained()
+    metric = keras.metrics.Mean(name="mine")
+    model._metrics.append(metric)
+    assert metric in model.metrics
+    assert {id(v) for v in metric.variables} <= {id(v) for v in model.metrics_variables}
+    assert "mine" in model.train_on_batch(*data(8), return_dict=True)
+
+
+def test_what_a_layer_calls_is_found_on_the_instance():
+    model = trained()
+    called = []
+    plain = model.layers[0].call
+    model.layers[0].__dict__["call"] = lambda *args, **kwargs: called.append(kwargs) or plain(*args, **kwargs)
+    model(data(2)[0], training=True)
+    assert len(called) == 1
+    assert keras.layers.Dropout(0.1)._call_has_training_arg is True
+
+
+def test_losses_that_were_added_are_in_a_list_that_is_cleared():
+    layer = keras.layers.ActivityRegularization(l2=1.0)
+    layer(ops.ones((2, 2)))
+    assert len(layer._losses) == 1
+    layer._clear_losses()
+    assert layer._losses == []
+
+
+def test_the_generator_that_draws_without_a_seed_and_the_names_of_seeds():
+    keras.utils.set_random_seed(3)
+    assert global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR) is None
+    keras.random.normal((2,))
+    generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    assert generator is seed_generator.global_seed_generator()
+    dropout = keras.layers.Dropout(0.1)
+    assert [v.name for v in (generator.state, *dropout.variables)] == ["seed_generator_state"] * 2
+    assert dropout.variables[0].shape == (2,)
 
 
 def test_a_model_without_a_training_argument_says_so():

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 import bigbatch.keras as bb
+from bigbatch.audit import Audit
 from bigbatch.demo import Job, Result, Way
 
 
@@ -62,7 +63,7 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
     if way == "split":
         bb.accumulate(model, micro_batch=job.micro_batch)
     elif way == "stream":
-        bb.accumulate(model, every=job.batch // job.micro_batch)
+        bb.accumulate(model, every=job.batch // job.micro_batch, noise=1)
 
     yielded = job.micro_batch if way in ("micro", "stream") else job.batch
     losses = Losses(sizes, advance)
@@ -77,8 +78,25 @@ def _train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:
     )
     seconds = time.perf_counter() - started
     accuracy = float(np.mean(np.argmax(model.predict(x_test, verbose=0), 1) == y_test))
+    advice = None
+    if way == "stream":
+        advice = str(bb.advice(bb.noise_scale(model), batch=job.batch, micro_batch=job.micro_batch, beta2=0.999))
     # Keras counts no memory.
-    return Result(losses.losses, accuracy, layers(model), None, seconds)
+    return Result(losses.losses, accuracy, layers(model), None, seconds, advice)
+
+
+def audit(job: Job) -> Audit:
+    """Of the job's network with a BatchNormalization put in, on 64 examples: what accumulation cannot make exact."""
+    with _floatx(job.dtype):
+        x, y = (part[:64] for part in job.data[:2])
+        inputs = keras.Input((x.shape[1],))
+        first, *others = network(job).layers
+        outputs = keras.layers.BatchNormalization(name="batch_normalization")(first(inputs))
+        for layer in others:
+            outputs = layer(outputs)
+        model: Any = keras.Model(inputs, outputs)
+        model.compile("adamw", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return bb.audit(model, x, y, micro_batch=16)
 
 
 def network(job: Job) -> keras.Sequential:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigbatch import errors
-from bigbatch.audit import Audit, Compared
+from bigbatch.audit import Audit
 from bigbatch.examine import examine
 from bigbatch.jax.batch import Batch
 from bigbatch.jax.terms import as_terms
@@ -167,14 +167,6 @@ class Bench:
         """One forward pass over these rows; of several terms, their sum and the first one's items."""
         losses, items = self._losses(self.take(rows, seed, 0), len(rows))
         return Run(sum(map(float, losses.values())), float(next(iter(items.values()))))
-
-    def compare(self, full: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[Compared]:
-        """Two gradients, parameter by parameter."""
-        norm = np.linalg.norm
-        return [
-            Compared(name, float(norm(g)), float(norm(other[name])), float(norm(g - other[name])))
-            for name, g in full.items()
-        ]
 
     def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
         """A function has no modules."""

@@ -11,6 +11,8 @@ import keras
 from bigbatch import errors
 from bigbatch.every import Every, as_every
 from bigbatch.keras import batch, split, stream
+from bigbatch.keras import noise as noisy
+from bigbatch.noise import one_in
 
 _NOT_GIVEN: Any = object()
 _OVERRIDDEN = ("train_step", "make_train_function", "fit", "train_on_batch")
@@ -22,6 +24,7 @@ def accumulate(
     *,
     every: Every | None = _NOT_GIVEN,
     partial: Literal["apply", "carry", "drop"] = "apply",
+    noise: bool | int = False,
 ) -> keras.Model:
     """Makes `fit` take one update from many micro-batches, with the gradient of the batch they make together.
 
@@ -48,6 +51,8 @@ def accumulate(
         partial: for the stream, what becomes of a window that the epoch's end cut short: "apply" makes the update from
             what is there, "carry" keeps its micro-batches for the next epoch, "drop" forgets them. The log
             (`logging.getLogger("bigbatch.keras")`) says so each time.
+        noise: measures the gradient noise scale: it is in `fit`'s logs as `noise_scale`, and with its error in
+            `bb.noise_scale(model)`. True measures one window in twenty, an integer n one in n. On one device.
 
     Returns:
         The model, changed in place. Calling again replaces what was asked before, and `accumulate(model, None)` gives
@@ -77,8 +82,12 @@ def accumulate(
         given["every"] = as_every(every)
     elif micro_batch != "auto":
         given["micro_batch"] = errors.check_micro_batch(micro_batch)
-    _check_model(model)
+    measured = one_in(noise)
+    if measured:
+        noisy.check_devices(model, noise)
+    check_model(model)
     _restore(model)
+    noisy.attach(model, measured)
     if "every" in given:
         stream.open_door(model, given["every"], partial)
     else:
@@ -90,10 +99,12 @@ def accumulate(
 def _restore(model: Any) -> None:
     for name in _OVERRIDDEN:
         model.__dict__.pop(name, None)
+    noisy.attach(model, 0)
     model.train_function = None  # as compile does: it is made again when it is next needed
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Refuses a model that trains in a way that cannot be cut."""
     if type(model).train_step is not keras.Model.train_step:
         raise ValueError(
             f"{type(model).__name__} has a train_step of its own, which bigbatch would replace. "
@@ -124,8 +135,10 @@ def _check_at_the_door(model: Any) -> None:
             nonlocal warned
             given = signature.bind(*args, **kwargs).arguments
             if model.compiled:  # else Keras says so
-                _check_model(model)
+                check_model(model)
                 _check_arrays(given)
+                if noisy.meter_of(model) is not None:
+                    noisy.check_devices(model)
                 if not warned:
                     warned = _warn_of_batch_norm(model)
             kept = split.backend().keep(model) if keras.backend.backend() == "jax" and model.compiled else None

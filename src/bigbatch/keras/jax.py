@@ -6,6 +6,7 @@ shape make one scan; a shorter last one is a step of its own. All of it is one c
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax import lax
 from keras import distribution
 
 from bigbatch.engines.jax_convolutions import with_fast_convolutions
-from bigbatch.keras import batch, loss
+from bigbatch.keras import batch, loss, noise
 
 Step = Callable[[Any, Any], tuple[dict[str, Any], Any]]
 
@@ -29,12 +30,14 @@ class Sums(NamedTuple):
         unit: what each kind's items are weighed in: the first micro-batch's; 0 before it.
         items: Σ nᵢ for each kind.
         losses: Σ nᵢ·lossᵢ and Σ nᵢ for each term of the loss.
+        noise: the sum of `noise.part`, or None.
     """
 
     gradients: Any
     unit: Any
     items: Any
     losses: Any
+    noise: Any
 
 
 def split_step(model: Any, micro_batch: int) -> Step:
@@ -159,15 +162,16 @@ def _update(
         total / jnp.where(items == 0, 1, items) if divide else total
         for (total, items), divide in zip(sums.losses, terms_divide, strict=True)
     ]
-    with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
-        total = loss.report(model, described, means, examples)
-        logs = model.get_metrics_result()
-    metrics = [scope.get_current_value(v) for v in model.metrics_variables]
-
     factors = [
         unit / jnp.where(items == 0, 1, items) if divide else jnp.ones_like(unit)
         for unit, items, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
     ]
+    noisy = _noise_opened(model, optimizer_variables)
+    with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
+        total = loss.report(model, described, means, examples)
+        noise_logs = noise.closed(noisy, sums.noise, sums.gradients, factors, examples, total)
+        logs = {**model.get_metrics_result(), **noise_logs}
+    metrics = [scope.get_current_value(v) for v in model.metrics_variables]
 
     def apply() -> Any:
         gradients = []
@@ -189,9 +193,16 @@ def _update(
     return logs, (trainable, non_trainable, optimizer_variables, metrics)
 
 
+def _noise_opened(model: Any, optimizer_variables: Any) -> noise.Window | None:
+    with keras.StatelessScope(list(zip(model.optimizer.variables, optimizer_variables, strict=True))):
+        return noise.opened(model)
+
+
 def _micro_step(
     model: Any, like: Any, trainable: Any, optimizer_variables: Any, described: list[loss.Term]
 ) -> Callable[..., tuple[Sums, Any, Any]]:
+    noisy = _noise_opened(model, optimizer_variables)
+
     def forward(trainable: Any, data: Any, non_trainable: Any, metrics: Any) -> tuple[list[Any], Any]:
         x, y, sample_weight = data
         training = {"training": True} if model._call_has_training_arg else {}
@@ -235,9 +246,64 @@ def _micro_step(
                 for j, value in enumerate(values)
             ]
             gradients.append([g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in back(weights)[0]])
-        more = Sums(gradients, unit, items, losses)
+        more = Sums(gradients, unit, items, losses, noise.part(noisy, gradients, loss.length(data[0])))
         if sums is not None:
             more = jax.tree.map(jnp.add, sums, more)._replace(unit=unit)
         return more, non_trainable, metrics
 
     return micro_step
+
+
+Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
+
+
+def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
+    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair, compiled."""
+
+    def run(pure: Callable[[Any], Any], values: Any) -> tuple[Any, Any, Any]:
+        found, back, aux = jax.vjp(pure, values, has_aux=True)
+        several = range(len(found))
+        chosen = [[jnp.full_like(value, j == k) for j, value in enumerate(found)] for k in several]
+        return found, aux, [back(one)[0] for one in chosen]
+
+    return _assigning(model, objective, run)
+
+
+def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
+    """As `gradients`, without them."""
+    return _assigning(model, objective, lambda pure, values: (*pure(values), []))
+
+
+def _assigning(model: Any, objective: Objective, run: Callable[..., tuple[Any, Any, Any]]) -> Callable[..., Any]:
+    """A compiled function of the model's variables, which assigns what it changed."""
+    trainable = model.trainable_variables
+    others = [*model.non_trainable_variables, *model.metrics_variables]
+
+    @jax.jit
+    def compiled(values: Any, held: Any, leaves: list[Any], scale: Any) -> Any:
+        def pure(values: Any) -> tuple[list[Any], Any]:
+            mapping = list(zip([*trainable, *others], [*values, *held], strict=True))
+            with keras.StatelessScope(mapping, collect_losses=True) as scope:
+                found = objective(leaves, scale)
+            changed = [scope.get_current_value(v) for v in others]
+            return [value for value, _ in found], ([items for _, items in found], changed)
+
+        return run(pure, values)
+
+    def call(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
+        values, held = ([v.value for v in variables] for variables in (trainable, others))
+        found, (items, changed), grads = compiled(values, held, leaves, scale)
+        for v, value in zip(others, changed, strict=True):
+            v.assign(value)
+        return list(zip(found, items, strict=True)), grads
+
+    return call
+
+
+def chance_kept(model: Any) -> AbstractContextManager[None]:
+    """JAX draws from keys alone."""
+    return nullcontext()
+
+
+def seed_chance(seed: int) -> None:
+    """JAX draws from keys alone."""

@@ -19,7 +19,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 
 from bigbatch import errors
 from bigbatch.keras import batch
-from bigbatch.keras.accumulate import _check_model
+from bigbatch.keras.accumulate import check_model
 from bigbatch.plan import Plan, budget, choose, timed
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
@@ -71,7 +71,7 @@ def plan(
         raise TypeError(f"model must be a keras.Model. {errors.received('model', model)}")
     if not model.compiled:
         raise ValueError("You must call `compile()` before calling `plan()`.")  # Keras's words
-    _check_model(model)
+    check_model(model)
     _check_one_device(model)
     if batch_size is not None:
         batch_size = errors.check_batch_size(batch_size)

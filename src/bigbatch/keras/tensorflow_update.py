@@ -6,8 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bigbatch.keras import loss
-from bigbatch.keras.tensorflow_window import Owed, Sums
+from bigbatch.keras import loss, noise
+from bigbatch.keras.tensorflow_window import Owed, Sums, dense
 
 
 def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) -> dict[str, Any]:
@@ -33,6 +33,9 @@ def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) 
         for u, n, divide in zip(unit, items, kinds_divide, strict=True)
     ]
     total = loss.report(model, described, means, sums.examples)
+    # Before the optimizer counts the update, and does what it likes with the gradients.
+    found = dense(sums.gradients)
+    noise_logs = noise.closed(noise.opened(model), sums.noise, found, factors, sums.examples, total)
 
     variables = model.trainable_variables
     gradients: list[Any] = []
@@ -45,7 +48,7 @@ def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) 
         _apply(model, gradients, variables, total)
     else:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-    return model.get_metrics_result()
+    return {**model.get_metrics_result(), **noise_logs}
 
 
 def _times(gradient: Any, factor: tf.Tensor) -> tf.Tensor:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras import tree
 
 from bigbatch.engines.tensorflow_products import Kept, Product, product_of, room_for
-from bigbatch.keras import batch, loss
+from bigbatch.keras import batch, loss, noise
 
 Take = Callable[[list[Any], Any], "Sums"]
 
@@ -36,12 +36,14 @@ class Sums(NamedTuple):
         items: Σ nᵢ for each kind.
         losses: Σ nᵢ·lossᵢ for each term of the loss.
         examples: how many examples there were.
+        noise: the sum of `noise.part`, or None.
     """
 
     gradients: list[list[Any]]
     items: list[Any]
     losses: list[Any]
     examples: Any
+    noise: Any
 
 
 class Owed(NamedTuple):
@@ -50,12 +52,16 @@ class Owed(NamedTuple):
     total: tf.Tensor  # of those that are, and of dense ones; a 1×1 zero before any
     product: Product
 
+    def multiplied(self) -> tf.Tensor:
+        """As a dense tensor."""
+        return self.times(tf.ones([], self.total.dtype))
+
     def times(self, factor: tf.Tensor) -> tf.Tensor:
         """All of it times a scalar, which costs nothing where no total is: the factor then goes into the product."""
         return tf.cond(
             tf.equal(tf.size(self.total), 1),
             lambda: self.product.times(factor),
-            lambda: self.total * tf.cast(factor, self.total.dtype) + self.product.times(factor),
+            lambda: (self.total + self.product.multiplied()) * tf.cast(factor, self.total.dtype),
         )
 
 
@@ -145,7 +151,8 @@ def _in_loops(take: Take, runs: list[Run], none: tf.Tensor) -> tuple[Sums, list[
         return Owed(g.total, g.kept.put_together()) if isinstance(g, Growing) else None if _absent(g) else g
 
     unit = tf.where(state.unit > 0, state.unit, tf.ones_like(state.unit))
-    return _mapped(owed, state).sums, tf.unstack(unit)
+    sums = _mapped(owed, state).sums
+    return sums._replace(noise=None if _absent(sums.noise) else sums.noise), tf.unstack(unit)
 
 
 def _traced(take: Take, runs: list[Run], none: tf.Tensor) -> list[Any]:
@@ -176,7 +183,7 @@ def _nothing(like: Sums, dtype: tf.DType) -> Open:
             return Growing(tf.zeros([1, 1], g.left.dtype), Kept.room_for(None, g))
         return () if g is None else tf.zeros(g.shape, g.dtype)
 
-    scalars = tf.nest.map_structure(lambda x: tf.zeros(x.shape, x.dtype), like._replace(gradients=()))
+    scalars = tf.nest.map_structure(lambda x: tf.zeros(x.shape, x.dtype), _scalars(like))
     sums = scalars._replace(gradients=[[zero(g) for g in several] for several in like.gradients])
     return Open(sums, tf.zeros([len(like.items)], dtype))
 
@@ -193,10 +200,15 @@ def _loop(step: Take, run: Run, start: Any, stop: Any, state: Open, keep: bool =
             [_added(g, h, place) for g, h in zip(sums, several, strict=True)]
             for sums, several in zip(state.sums.gradients, more.gradients, strict=True)
         ]
-        scalars = [s._replace(gradients=()) for s in (state.sums, more)]
-        return i + 1, Open(tf.nest.map_structure(tf.add, *scalars)._replace(gradients=gradients), unit)
+        scalars = tf.nest.map_structure(tf.add, _scalars(state.sums), _scalars(more))
+        return i + 1, Open(scalars._replace(gradients=gradients), unit)
 
     return _while(body, start, stop, state)
+
+
+def _scalars(sums: Sums) -> Sums:
+    """All but the gradients, as a loop has them."""
+    return sums._replace(gradients=[], noise=() if sums.noise is None else sums.noise)
 
 
 def _absent(g: Any) -> bool:
@@ -240,8 +252,7 @@ def _while(body: Callable[..., Any], start: Any, stop: Any, state: Open) -> Open
             return Growing(tf.TensorShape([None, None]), Kept(None, None))  # pyright: ignore[reportArgumentType]
         return () if _absent(g) else g.shape
 
-    scalars = state._replace(sums=state.sums._replace(gradients=()))
-    shapes = tf.nest.map_structure(lambda x: x.shape, scalars)
+    shapes = tf.nest.map_structure(lambda x: x.shape, state._replace(sums=_scalars(state.sums)))
     gradients = _mapped(invariant, state).sums.gradients
     invariants = shapes._replace(sums=shapes.sums._replace(gradients=gradients))
     # More iterations at once would hold more than one micro-batch's activations.
@@ -257,6 +268,7 @@ def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
     variables = [v.value for v in model.trainable_variables]
+    noisy = noise.opened(model)
 
     def take(leaves: list[Any], unit: Any) -> Sums:
         x, y, sample_weight = batch.unpack(batch.nest(like, leaves))
@@ -279,6 +291,7 @@ def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool
             [tf.cast(items, unit.dtype) for _, items in kinds],
             [tf.stack([term.value * term.items, term.items]) for term in terms],
             loss.length(x),
+            noise.part(noisy, dense(gradients), loss.length(x)),
         )
 
     return take
@@ -300,6 +313,11 @@ def _check_values(values: Any, x: Any, compiled: Any, y: Any, y_pred: Any) -> No
             return
     # Only the data can tell. An error in the graph comes before the update.
     tf.debugging.assert_equal(tf.shape(values)[0], loss.length(x), "A loss must return one value an example.")
+
+
+def dense(gradients: list[list[Any]]) -> list[list[Any]]:
+    """With a function in the place of each that is not multiplied out, which returns it multiplied out."""
+    return [[g.multiplied if isinstance(g, Product | Owed) else g for g in several] for several in gradients]
 
 
 def _kept_as(gradient: Any, products: bool) -> Any:

@@ -6,12 +6,14 @@ Where the variables are narrower than float32, or the losses count different ite
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 import torch
 
-from bigbatch.keras import batch, loss
+from bigbatch.engines import torch_chance
+from bigbatch.keras import batch, loss, noise
 
 
 def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
@@ -45,13 +47,27 @@ class _Sums:
     These numbers wait in lists, and are added up once, at the window's end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noisy: noise.Window | None) -> None:
+        self.noisy = noisy
+        self.parts: Any = None  # the sum of `noise.part`
         self.unit: list[torch.Tensor] = []
         self.items: list[list[torch.Tensor]] = []
         self.losses: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.examples = 0
         # Where `.grad` cannot hold them: for each kind, the variables' sums.
         self.gradients: list[dict[torch.Tensor, torch.Tensor]] | None = None
+
+    def measure(
+        self, parameters: list[torch.Tensor], own: list[dict[torch.Tensor, torch.Tensor]], examples: int
+    ) -> None:
+        """Takes in one micro-batch's own gradients."""
+        with torch.no_grad():
+            found = [[grads.get(p) for p in parameters] for grads in own]
+            part = noise.part(self.noisy, found, examples)
+            self.parts = part if self.parts is None else self.parts + part
+            for totals, grads in zip(self.gradients or [], own, strict=True):
+                for p, grad in grads.items():
+                    totals[p] = totals[p].add_(grad) if p in totals else grad
 
 
 def window(model: Any, added: Callable[[], tuple[_Sums, list[loss.Term]]]) -> dict[str, Any]:
@@ -67,7 +83,7 @@ def window(model: Any, added: Callable[[], tuple[_Sums, list[loss.Term]]]) -> di
 def add_up(model: Any, micro_batches: Iterable[Any]) -> tuple[_Sums, list[loss.Term]]:
     """Forward and backward of all micro-batches. The gradients are in `.grad`, or in the sums."""
     parameters = [v.value for v in model.trainable_variables]
-    sums = _Sums()
+    sums = _Sums(noise.opened(model))
     described: list[loss.Term] = []
     model.zero_grad()
     for data in micro_batches:
@@ -80,12 +96,13 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
     y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
     terms = loss.terms(model, x, y, y_pred, sample_weight)
     kinds = loss.kinds(terms)
+    measured = sums.noisy is not None and sums.noisy.measured
     with torch.no_grad():
         items = [count for _, count in kinds]
         if not sums.unit:
             sums.unit = [torch.where(n > 0, n, 1) for n in items]
             sums.items, sums.losses = [[] for _ in kinds], [[] for _ in terms]
-            if len(kinds) > 1 or any(p.dtype.itemsize < 4 for p in parameters):
+            if measured or len(kinds) > 1 or any(p.dtype.itemsize < 4 for p in parameters):
                 sums.gradients = [{} for _ in kinds]
             weights = [torch.ones_like(n) for n in items]
         else:
@@ -96,12 +113,15 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
             found.append((term.value.detach(), term.items))
         sums.examples += loss.length(x)
     if parameters:
+        own: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in kinds]
         for k, ((value, _), weight) in enumerate(zip(kinds, weights, strict=True)):
             if value.requires_grad:
                 scaled = model.optimizer.scale_loss(value)
                 scaled.backward(gradient=weight.to(scaled.dtype), retain_graph=k + 1 < len(kinds))
             if sums.gradients is not None:
-                _move(parameters, sums.gradients[k])
+                _move(parameters, own[k] if measured else sums.gradients[k])
+        if measured:
+            sums.measure(parameters, own, loss.length(x))
     with torch.no_grad():
         loss.update_metrics(model, x, y, y_pred, sample_weight)
     return terms
@@ -145,12 +165,53 @@ def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, An
         for p in parameters:
             parts = [t[p] * f.to(t[p].dtype) for t, f in zip(sums.gradients, factors, strict=True) if p in t]
             gradients.append(sum(parts[1:], parts[0]).to(p.dtype) if parts else None)
+    summed = [[totals.get(p) for p in parameters] for totals in sums.gradients or []]
+    noise_logs = noise.closed(sums.noisy, sums.parts, summed, factors, sums.examples, total)
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) or _finite(total, gradients):
         model.optimizer.apply(gradients, variables)
-    return model.get_metrics_result()
+    return {**model.get_metrics_result(), **noise_logs}
 
 
 def _finite(total: torch.Tensor, gradients: list[torch.Tensor | None]) -> bool:
     """Whether the loss and all gradients are finite; here the host waits, once a window."""
     norms = torch._foreach_norm([g for g in gradients if g is not None])  # pyright: ignore[reportPrivateImportUsage]
     return bool(torch.stack([total.to(norms[0].dtype), *norms]).isfinite().all()) if norms else True
+
+
+Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
+
+
+def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
+    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair; not in `.grad`."""
+    parameters = [v.value for v in model.trainable_variables]
+
+    def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
+        found = objective(leaves, scale)
+        return found, [
+            list(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
+            if value.requires_grad
+            else [None] * len(parameters)
+            for value, _ in found
+        ]
+
+    return run
+
+
+def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
+    """As `gradients`, without them."""
+
+    @torch.no_grad()
+    def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
+        return objective(leaves, scale), []
+
+    return run
+
+
+def chance_kept(model: Any) -> AbstractContextManager[None]:
+    """What PyTorch draws from is afterwards what it was."""
+    return torch_chance.kept([v.value for v in model.variables])
+
+
+def seed_chance(seed: int) -> None:
+    """Of what draws past Keras."""
+    torch.manual_seed(seed)

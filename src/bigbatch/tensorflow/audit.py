@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Nothing public gives back the state of TensorFlow's chance. tests/tensorflow/test_audit.py fails if this moves.
-from tensorflow.python.eager import context
-
 from bigbatch import errors
-from bigbatch.audit import Audit, Compared
+from bigbatch.audit import Audit
+from bigbatch.engines import tensorflow_chance
 from bigbatch.examine import examine
 from bigbatch.probe import Rows, Run
 from bigbatch.tensorflow.checks import as_items, check_loss
@@ -129,14 +127,6 @@ class Bench:
         loss, items = result if isinstance(result, tuple) else (result, len(rows))
         return check_loss(loss), float(tf.reshape(as_items(items), ()))
 
-    def compare(self, full: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[Compared]:
-        """Two gradients, variable by variable."""
-        norm = np.linalg.norm
-        return [
-            Compared(name, float(norm(g)), float(norm(other[name])), float(norm(g - other[name])))
-            for name, g in full.items()
-        ]
-
     def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
         """Layers are not watched."""
         return []
@@ -165,15 +155,10 @@ class Bench:
 @contextlib.contextmanager
 def _chance_kept() -> Iterator[None]:
     """The random state of TensorFlow, NumPy and Python."""
-    held: Any = context.context()
-    seed, rng = held._seed, getattr(held, "_rng", None)
-    drawn = None if rng is None else rng.getstate()
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        yield
+        with tensorflow_chance.kept():
+            yield
     finally:
-        held._seed, held._rng = seed, rng
-        if rng is not None:
-            rng.setstate(drawn)
         random.setstate(python)
         np.random.set_state(numpy)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch import errors
-from bigbatch.audit import Audit, Compared
+from bigbatch.audit import Audit
+from bigbatch.engines import torch_chance
 from bigbatch.examine import examine
 from bigbatch.probe import Rows, Run
 from bigbatch.torch.checks import check_items, check_loss
@@ -150,13 +151,6 @@ class Bench:
         loss, items = result if isinstance(result, tuple) else (result, len(rows))
         return check_loss(loss) if torch.is_grad_enabled() else loss, float(check_items(items))
 
-    def compare(self, full: dict[str, Tensor], other: dict[str, Tensor]) -> list[Compared]:
-        """Two gradients, parameter by parameter."""
-        return [
-            Compared(name, g.norm().item(), other[name].norm().item(), (g - other[name]).norm().item())
-            for name, g in full.items()
-        ]
-
     def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
         """The modules where the run over the first rows leaves the whole batch's."""
         whole = len(rows) == self.length
@@ -246,13 +240,11 @@ def _kept(parameters: Iterable[Tensor]) -> Iterator[None]:
     """The random state, and the gradients that a loop may be in the middle of."""
     parameters = list(parameters)
     gradients = [p.grad for p in parameters]
-    devices = {p.device for p in parameters} - {torch.device("cpu")}
-    kind = next((d.type for d in devices), "cuda")
     python, numpy = random.getstate(), np.random.get_state()
     try:
         for p in parameters:
             p.grad = None
-        with torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind):
+        with torch_chance.kept(parameters):
             yield
     finally:
         random.setstate(python)

@@ -1,0 +1,14 @@
+"""The state of PyTorch's chance, which an audit gives back."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def kept(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """What PyTorch draws from, on the CPU and where the tensors are, is afterwards what it was."""
+    devices = {t.device for t in tensors} - {torch.device("cpu")}
+    kind = next((device.type for device in devices), "cuda")
+    return torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind)

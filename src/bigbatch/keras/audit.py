@@ -1,0 +1,249 @@
+"""`audit`: is accumulation exact for this model, as it was compiled, and these data?
+
+The experiments are `bigbatch.examine`'s. Here is how Keras makes a run that leaves nothing behind. Layers have the
+dtype that they were made with, so it is made in that.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+# Not public: the generator that draws where a seed is None. tests/keras/test_private.py fails when they move.
+from keras.src.backend.common import global_state
+from keras.src.random import seed_generator
+from keras.src.trainers.data_adapters import get_data_adapter
+
+from bigbatch import errors
+from bigbatch.audit import Audit
+from bigbatch.examine import examine
+from bigbatch.keras import batch, loss, noise, watch
+from bigbatch.keras.accumulate import check_model
+from bigbatch.keras.split import backend
+from bigbatch.probe import Rows, Run
+
+# What to do about each cause in Keras, where `fit` has the loss and no loss function says its items.
+REMEDIES = {
+    "module": "Normalize within the example (GroupNormalization, LayerNormalization), or call it with training=False, "
+    "as layer.trainable = False does for a BatchNormalization.",
+    "items": "Let compile have a loss with one value an example or step, and a mask or sample_weight for what does not "
+    "count: what its reduction divides by is then what counts. A compute_loss of your own, every add_loss and a loss "
+    "that reduces by itself must be a mean over the examples.",
+    "sum": "Divide by the number of examples in the micro-batch. A loss for compile may have reduction='sum'.",
+    "terms": "Let compile have each part as the loss of an output: every output counts its own items.",
+    "not finite": "A mean over nothing is 0/0: let compile have a loss with one value a step, and a mask; or divide by "
+    "the larger of the count and 1.",
+}
+
+
+def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, *, micro_batch: int = 32) -> Audit:
+    """Says whether the update of a `bb.accumulate`d model is the one that plain `fit` makes of the batch, and why not.
+
+    It compares the gradient of the model's own loss over the whole batch with the one that bigbatch's window makes of
+    micro-batches, in training mode and in the variables' own dtype, and finds the cause by experiment::
+
+        print(bb.audit(model, x[:60], y[:60], micro_batch=16))
+        # not exact: 4 of 6 parameters differ, the largest by 25%
+        # - module (batch_normalization): An example's output of batch_normalization depends on the other examples …
+
+    The answer is about this batch. Give it one like those you train on: ragged where they are, with masks that differ.
+    Some dozens of examples are enough; the whole batch must fit in memory, and 10 to 50 passes over it are made.
+
+    Args:
+        model: a compiled model. One that is not built yet is built, as `fit` would.
+        x: inputs, arrays of shape (examples, …), as `fit` takes them.
+        y: targets, or None.
+        sample_weight: weights, or None.
+        micro_batch: examples in a micro-batch; fewer than the batch holds.
+
+    Returns:
+        An `Audit`: `verdict`, `exact`, `causes`, `parameters`, `table()` and `figure(path)`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or the model or its loss cannot be trained.
+
+    Variables, metrics, seeds and the random state are put back as they were, also after an error; the optimizer and
+    compiled functions are not touched. What a forward writes into objects of its own, such as a list, stays.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model. {errors.received('model', model)}")
+    if not model.compiled:
+        raise ValueError("An audit is of a model's loss. You must call `compile()` before calling `audit()`.")
+    micro_batch = errors.check_micro_batch(micro_batch)
+    length = batch.check((x, y, sample_weight)) or 0
+    if micro_batch >= length:
+        raise errors.one_micro_batch(micro_batch, length)
+    if noise.devices(model) > 1:
+        raise ValueError(f"An audit is made on one device. Received: {noise.devices(model)} devices.")
+    check_model(model)
+    adapter = get_data_adapter(
+        x, y, sample_weight, batch_size=length, steps_per_epoch=None, shuffle=False, class_weight=None
+    )
+    data = next(iter(adapter.get_numpy_iterator()))
+    model._symbolic_build(data_batch=data)
+    if not model.trainable_variables:
+        raise ValueError("The model does not have any trainable weights. An audit compares their gradients.")
+    with _chance_kept(model):
+        found = examine(Bench(model, data, length, micro_batch))
+    causes = [replace(cause, remedy=REMEDIES.get(cause.kind, cause.remedy)) for cause in found.causes]
+    return replace(found, causes=causes)
+
+
+class Bench:
+    """Runs of one model's loss on one batch (see `bigbatch.examine.Bench`)."""
+
+    def __init__(self, model: Any, data: Any, length: int, micro_batch: int):
+        self.model, self.data = model, data
+        self.leaves = [np.asarray(leaf) for leaf in batch.leaves(data)]
+        self.length, self.micro_batch = length, micro_batch
+        self.layers = watch.named(model)
+        dtypes = {v.dtype for v in model.trainable_variables} | {layer.compute_dtype for layer in self.layers.values()}
+        self.dtype = next((d for d in ("float16", "bfloat16", "float32") if d in dtypes), "float64")
+        self.names = [v.path for v in model.trainable_variables]
+        self.names = [f"{name} ({k})" if self.names.count(name) > 1 else name for k, name in enumerate(self.names)]
+        variables = [*model.variables, *model.metrics_variables, seed_generator.global_seed_generator().state]
+        self.state = [(v, ops.copy(ops.stop_gradient(v.value))) for v in {id(v): v for v in variables}.values()]
+        self.losses = [(layer, list(layer._losses)) for layer in self.layers.values()]
+        self.programs: dict[Any, Callable[..., Any]] = {}
+        self.float = keras.config.floatx()
+        # As training has it, so that what is narrow does not vanish.
+        self.scale = _number(model.optimizer.scale_loss(ops.ones(())))
+
+    def gradient(
+        self,
+        parts: Sequence[Rows],
+        *,
+        seed: int,
+        quiet: frozenset[str],
+        fresh: bool = False,
+        items: Any = None,
+        scale: float = 1.0,
+    ) -> dict[str, np.ndarray]:
+        """Of one part, plain Keras's own; of several, the window's: Σ nᵢ·gᵢ / Σ nᵢ for each kind of items."""
+        found: list[tuple[Any, Any]] = []
+        sums: list[list[np.ndarray]] = []
+        counts: list[float] = []
+        scale *= self.scale
+        with self.at_rest(seed, quiet) as reset:
+            differentiate = self.program(backend().gradients, len(parts) == 1, quiet)
+            for i, rows in enumerate(parts):
+                if fresh:
+                    reset()
+                found, gradients = differentiate(self.take(rows), ops.convert_to_tensor(scale, self.float))
+                sums = sums or [[np.zeros(tuple(v.shape)) for v in self.model.trainable_variables] for _ in found]
+                counts = counts or [0.0] * len(found)
+                for k, ((_, n), several) in enumerate(zip(found, gradients, strict=True)):
+                    if n is None:  # a sum
+                        n, counts[k] = 1.0, 1.0
+                    else:
+                        n = _number(n) if items is None else items[i]
+                        counts[k] += n
+                    for total, g in zip(sums[k], several, strict=True):
+                        if g is not None:
+                            total += n * np.asarray(ops.convert_to_numpy(g), np.float64)
+            if not any(np.any(total) for several in sums for total in several):
+                raise errors.loss_without_gradient(found[0][0])
+        with np.errstate(all="ignore"):
+            means = [[total / (n * scale) for total in several] for several, n in zip(sums, counts, strict=True)]
+        return {name: np.sum(of_kinds, axis=0) for name, *of_kinds in zip(self.names, *means, strict=True)}
+
+    def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
+        """One forward pass over these rows; of several kinds of items, the first one's."""
+        with self.at_rest(seed, quiet):
+            found, _ = self.program(backend().losses, False, quiet)(self.take(rows), ops.ones((), self.float))
+            items = next((n for _, n in found if n is not None), len(rows))
+            return Run(sum(_number(value) for value, _ in found), _number(items))
+
+    def program(self, make: Callable[..., Any], whole: bool, quiet: frozenset[str]) -> Callable[..., Any]:
+        """Of the backend: takes arrays and a scale, and returns (loss, items) for each kind, and gradients."""
+        if (make, whole, quiet) not in self.programs:
+            taken = self.plain if whole else self.taken_apart
+
+            def objective(leaves: list[Any], scale: Any) -> list[tuple[Any, Any]]:
+                return [(value * ops.cast(scale, value.dtype), n) for value, n in taken(leaves)]
+
+            self.programs[make, whole, quiet] = make(self.model, objective)
+        return self.programs[make, whole, quiet]
+
+    def take(self, rows: Rows) -> list[Any]:
+        """The arrays of these examples."""
+        index = np.asarray(list(rows))
+        return [ops.convert_to_tensor(leaf[index]) for leaf in self.leaves]
+
+    def forward(self, leaves: list[Any]) -> tuple[Any, Any, Any, Any]:
+        """x, y, what the model makes of x in training, and the weights of the examples."""
+        x, y, sample_weight = batch.unpack(batch.nest(self.data, leaves))
+        training = {"training": True} if self.model._call_has_training_arg else {}
+        return x, y, self.model(x, **training), sample_weight
+
+    def plain(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
+        """What plain `fit` differentiates, as a mean over one item."""
+        x, y, y_pred, sample_weight = self.forward(leaves)
+        total = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+        if len(total.shape) > 0:
+            raise errors.loss_not_scalar(total)
+        return [(total, 1.0)]
+
+    def taken_apart(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
+        """What a window differentiates: (loss, items) for each kind of items; None for a sum."""
+        x, y, y_pred, sample_weight = self.forward(leaves)
+        terms = loss.terms(self.model, x, y, y_pred, sample_weight)
+        means = loss.quotients(terms)[1]
+        return [(value, n if mean else None) for (value, n), mean in zip(loss.kinds(terms), means, strict=True)]
+
+    def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
+        """The layers where the run over the first rows leaves the whole batch's."""
+        allowed = 1e-4 if self.dtype in ("float64", "float32") else 5e-2  # parts may be computed in less
+        watching = watch.Watch(self.layers, len(rows) == self.length, allowed)
+        for run, chosen, with_seed in ((watching.first, range(self.length), 0), (watching.second, rows, seed)):
+            with self.at_rest(with_seed, quiet), run():
+                self.taken_apart(self.take(chosen))
+        return list(dict.fromkeys(watching.found))
+
+    @contextlib.contextmanager
+    def at_rest(self, seed: int, quiet: frozenset[str]) -> Iterator[Callable[[], None]]:
+        """The model as it is, with chance seeded and the quiet layers in inference mode."""
+
+        def reset() -> None:
+            for variable, value in self.state:
+                if seed and variable.name == "seed_generator_state":
+                    value = value + ops.convert_to_tensor(np.asarray([seed, 0]), variable.dtype)
+                variable.assign(value)
+
+        random.seed(seed)
+        np.random.seed(seed)
+        backend().seed_chance(seed)
+        try:
+            with watch.resting({name: self.layers[name] for name in quiet}):
+                reset()
+                yield reset
+        finally:
+            for variable, value in self.state:
+                variable.assign(value)
+            self.model._clear_losses()
+            for layer, losses in self.losses:
+                layer._losses[:] = losses
+
+
+def _number(x: Any) -> float:
+    value: Any = ops.convert_to_numpy(x)
+    return float(value)
+
+
+@contextlib.contextmanager
+def _chance_kept(model: Any) -> Iterator[None]:
+    """The random state of Keras, its backend, NumPy and Python."""
+    python, numpy = random.getstate(), np.random.get_state()
+    generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    try:
+        with backend().chance_kept(model):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
