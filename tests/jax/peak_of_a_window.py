@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import bigbatch.jax as bb
+from bigbatch.engines.jax_account import needs_of
 
 
 def mlp(params, batch):
@@ -75,9 +76,8 @@ def status(name):
 
 def main(name, micro_batch, micro_batches):
     loss_fn, params, batch = job(name, micro_batch * micro_batches)
-    program = jax.jit(bb.value_and_grad(loss_fn, micro_batch=micro_batch)).lower(params, batch).compile()
-    used = program.memory_analysis()
-    needs = used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
+    traced = jax.jit(bb.value_and_grad(loss_fn, micro_batch=micro_batch)).trace(params, batch)
+    needs, program = needs_of(traced), traced.lower().compile()
     jax.block_until_ready((params, batch))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far

@@ -63,13 +63,14 @@ def planned_for(monkeypatch):
     return planned_for
 
 
-def mlp(*layers, width=64, **options):
+def mlp(*layers, hidden=2, **options):
     """The same weights each time; `layers` are made by functions of nothing."""
     keras.utils.set_random_seed(0)
-    hidden = [keras.layers.Dense(width, activation="tanh") for _ in range(3)]
-    layers = [make() for make in layers]
-    model = keras.Sequential([keras.Input((16,)), *hidden, *layers, keras.layers.Dense(1)])
-    model.compile(**{"optimizer": keras.optimizers.Adam(1e-2), "loss": "mse", "metrics": ["mae"], **options})
+    dense = [keras.layers.Dense(64, activation="tanh") for _ in range(hidden)]
+    model = keras.Sequential([keras.Input((16,)), *dense, *[make() for make in layers], keras.layers.Dense(1)])
+    model.compile(
+        **{"optimizer": keras.optimizers.SGD(0.1, momentum=0.9), "loss": "mse", "metrics": ["mae"], **options}
+    )
     return model
 
 
@@ -98,8 +99,8 @@ def same(a, b):
 def test_it_grows_with_the_micro_batch():
     predictions = Predictions(mlp(), data())
     small, large = predictions.needs(128), predictions.needs(2048)
-    # What three tanh leave, 64 wide, for the backward; and there, and in the cut, up to as much again.
-    assert 2.5 * 64 * 4 * 1920 <= large - small <= 7 * 64 * 4 * 1920
+    # What two tanh leave, 64 wide, for the backward; and there, and in the cut, up to as much again.
+    assert 1.5 * 64 * 4 * 1920 <= large - small <= 6 * 64 * 4 * 1920
 
 
 def test_what_fits_is_chosen(room):
@@ -109,10 +110,8 @@ def test_what_fits_is_chosen(room):
     assert 1 << 20 < plan.needs <= 2 << 20
     assert 100 < plan.micro_batch < 4096
     assert plan.how.startswith(HOW)
-    timed = bb.plan(model, *data(), time=True)
-    seconds = [c for c in timed.candidates if c.seconds is not None]
-    assert len(seconds) >= 3
-    assert timed.micro_batch == min(seconds, key=lambda c: c.seconds_per_example).micro_batch
+    if BACKEND == "jax":
+        assert len(plan.candidates) <= 6, "each is a compilation"
 
 
 def test_it_takes_what_fit_takes():
@@ -128,11 +127,12 @@ def test_it_takes_what_fit_takes():
 
 def test_planning_leaves_no_trace():
     model = mlp(keras.layers.BatchNormalization, lambda: keras.layers.Dropout(0.5))
-    model.train_on_batch(*data(64))
+    model.train_on_batch(*data(4))
     before, random = held(model), _random_state()
     grads = [p.grad for p in model.parameters()] if BACKEND == "torch" else []
-    plan = bb.plan(model, *data(64), memory=0.5, time=True)
-    assert plan.micro_batch <= 64
+    plan = bb.plan(model, *data(4), memory=0.5, time=True)
+    assert [c.micro_batch for c in plan.candidates if c.seconds is not None] == [1, 2, 4]
+    assert plan.micro_batch == min(plan.candidates, key=lambda c: c.seconds_per_example).micro_batch
     same(held(model), before)
     assert _random_state() == random
     if BACKEND == "torch":
@@ -147,20 +147,18 @@ def _random_state():
     return torch.get_rng_state().tolist()
 
 
-def test_auto_is_that_micro_batch_planned_once_for_each_shape(room, caplog):
-    room(1 << 20)
+def test_auto_is_that_micro_batch_planned_once_for_each_shape(planned_for, caplog):
+    planned_for(400)
     x, y = data(2500)
-    size = bb.plan(mlp(), x, y, batch_size=1024).micro_batch
-    assert size < 1024
     options = {"batch_size": 1024, "epochs": 2, "verbose": 0, "shuffle": False}
-    auto, fixed = bb.accumulate(mlp(), micro_batch="auto"), bb.accumulate(mlp(), micro_batch=size)
+    auto, fixed = bb.accumulate(mlp(), micro_batch="auto"), bb.accumulate(mlp(), micro_batch=342)
     logs = auto.fit(x[:2048], y[:2048], **options).history
     assert logs == fixed.fit(x[:2048], y[:2048], **options).history
     same(held(auto), held(fixed))
     auto.fit(x, y, **options)  # the ragged last batch goes by the plan for the others
     (record,) = (record for record in caplog.records if record.name == "bigbatch.keras")
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith(f'micro_batch="auto": micro_batch {size:,} of a batch of 1,024 (')
+    assert record.getMessage().startswith('micro_batch="auto": micro_batch 342 of a batch of 1,024 (3 micro-batches)')
     auto.train_on_batch(x, y)
     assert len(said(caplog)) == 2, "a larger batch is planned anew"
     auto.compile("sgd", "mse")
@@ -211,8 +209,8 @@ if BACKEND != "torch":  # where Keras takes one step in a call
 
 def test_eagerly_too(planned_for):
     planned_for(4)
-    model = mlp(run_eagerly=True)
-    plain = bb.accumulate(mlp(run_eagerly=True), micro_batch=4)
+    model = mlp(run_eagerly=True, hidden=1)
+    plain = bb.accumulate(mlp(run_eagerly=True, hidden=1), micro_batch=4)
     for each in (bb.accumulate(model, micro_batch="auto"), plain):
         each.train_on_batch(*data(10))
     for name, value in held(plain).items():
@@ -305,29 +303,49 @@ class Faulty(keras.layers.Layer):
         return keras.KerasTensor(x.shape, x.dtype)
 
 
-def train(micro_batch, fault, at=None):
-    """Two updates on batches of 24, with dropout and BatchNorm in the model; all that came of them."""
-    fault.count = 0
-    normalize, drop = keras.layers.BatchNormalization, lambda: keras.layers.Dropout(0.3)
-    model = bb.accumulate(mlp(normalize, lambda: Faulty(fault), drop), micro_batch=micro_batch)
-    fault.at = at
-    with pytest.warns(UserWarning, match="BatchNormalization"):
-        logs = model.fit(*data(48), batch_size=24, shuffle=False, verbose=0).history
-    return {**held(model), **logs}
+class Training:
+    """A model with dropout and BatchNorm, and two updates on batches of 24 from the same start."""
+
+    def __init__(self, fault, micro_batch):
+        normalize, drop = keras.layers.BatchNormalization, lambda: keras.layers.Dropout(0.3)
+        self.fault, self.model = fault, mlp(normalize, lambda: Faulty(fault), drop)
+        bb.accumulate(self.model, micro_batch=micro_batch)
+        self.model.train_on_batch(*data(24))
+        self.variables = [*self.model.variables, *self.model.optimizer.variables]
+        self.start = [array(v) for v in self.variables]
+
+    def run(self, at=None):
+        """All that comes of it, bit by bit."""
+        for v, value in zip(self.variables, self.start, strict=True):
+            v.assign(value.astype(v.dtype))
+        keras.utils.set_random_seed(0)
+        self.fault.count, self.fault.at = 0, at
+        logs = self.model.fit(*data(48), batch_size=24, shuffle=False, verbose=0).history
+        return {**held(self.model), **logs}
 
 
+@pytest.mark.filterwarnings("ignore:BatchNormalization normalizes over each micro-batch")
 @pytest.mark.parametrize("part", ["forward", "backward"])
-def test_out_of_memory_costs_only_time(planned_for, caplog, part):
-    fault = Fault()
+def test_out_of_memory_costs_only_time(planned_for, caplog, monkeypatch, part):
+    fittings, fault = [], Fault()
+    monkeypatch.setattr(memory, "Fitting", lambda made=memory.Fitting: fittings.append(made()) or fittings[-1])
     fault.part = part
-    expected = train(4, fault)
+    fixed = Training(fault, 4)
+    expected = fixed.run()
     assert fault.count == 12
     planned_for(8)
+    auto = Training(fault, "auto")
+    auto.start = fixed.start
+    ((choice,),) = (lengths.values() for lengths in fittings[0].choices.values())
     for at in (1, 2, 3):
+        choice.micro_batch = 8
         caplog.clear()
-        same(train("auto", fault, at), expected)
+        same(auto.run(at), expected)
         assert fault.count == at + 12, "and it stays with what fits"
-        assert said(caplog)[1:] == ['micro_batch="auto": out of memory at 8; the window is done again with 4.']
+        assert said(caplog) == ['micro_batch="auto": out of memory at 8; the window is done again with 4.']
+    choice.micro_batch = 8
+    unlike = auto.run()
+    assert any(not np.array_equal(unlike[name], expected[name]) for name in expected), "or the test could not fail"
 
 
 class Failing(keras.optimizers.Optimizer):
@@ -403,6 +421,7 @@ def test_bad_input(room, monkeypatch):
     with pytest.raises(TypeError, match="micro_batch must be an integer"):
         bb.accumulate(model, micro_batch="automatic")
     room(1000)
+    x, y = data(2)
     with pytest.raises(MemoryError, match="No micro-batch fits in memory"):
         bb.accumulate(model, micro_batch="auto").train_on_batch(x, y)
     with pytest.raises(ValueError, match=r"^memory is too small for the model\. Received: memory=1000 \(int\)\."):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bigbatch import host
 
@@ -10,19 +11,35 @@ from bigbatch import host
 TRIES, ENOUGH = 3, 0.9
 
 
-def needs_of(program: Any) -> int:
-    """Bytes that a compiled program takes beside its arguments, which are there already.
+def needs_of(traced: Any) -> int:
+    """Bytes that a program, as `jax.jit(…).trace` makes it, takes beside its arguments, which are there already.
+
+    It is compiled for that.
 
     Raises:
         NotImplementedError: the device's compiler does not say.
     """
-    used = program.memory_analysis()
+    used = traced.lower().compile().memory_analysis()
     if used is None:
         raise NotImplementedError(
             "This device's compiler does not say what a program needs. Pass micro_batch as a number."
         )
     # peak_memory_in_bytes leaves the temporaries out on a CPU.
-    return used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
+    needs = used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
+    return needs + (_inside_convolutions(traced.jaxpr.jaxpr) if jax.default_backend() == "cpu" else 0)
+
+
+def _inside_convolutions(program: Jaxpr) -> int:
+    """What a CPU's convolutions take inside, which the compiler leaves out: a copy of all that one of them reads."""
+    most = 0
+    for equation in program.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            most = max(most, sum(v.aval.size * v.aval.dtype.itemsize for v in equation.invars))
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(inner, ClosedJaxpr | Jaxpr):
+                    most = max(most, _inside_convolutions(getattr(inner, "jaxpr", inner)))
+    return most
 
 
 def device_memory() -> host.Memory:

@@ -178,7 +178,7 @@ def _plan(door: _Door, args: tuple[Any, ...], kwargs: dict[str, Any], memory: An
             args, kwargs = nested(given)
             return run(*args, **kwargs)
 
-        return needs_of(jax.jit(call).lower(*arrays).compile())
+        return needs_of(jax.jit(call).trace(*arrays))
 
     def seconds(size: int) -> float:
         run = jax.jit(door.at(size * unit))

@@ -84,14 +84,14 @@ class Predictions:
     def needs(self, size: int) -> int:
         """Bytes that an update with micro-batches of `size` examples takes beside what is held."""
         state, data = _abstract(self.state), _abstract(self.data)
-        lowered = self.programs.sums.lower(size, state, data)
+        sums = self.programs.sums.trace(size, state, data)
         self.compiled += 1
-        found, non_trainable, metrics = _abstract(lowered.out_info)
-        between = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered.out_info))
+        found, non_trainable, metrics = _abstract(sums.out_info)
+        between = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(sums.out_info))
         trainable, _, optimizer_variables, _ = state
         state = trainable, non_trainable, optimizer_variables, metrics
-        update = self.programs.update.lower(state, found, self.length).compile()
-        return max(jax_account.needs_of(lowered.compile()), between + jax_account.needs_of(update))
+        update = self.programs.update.trace(state, found, self.length)
+        return max(jax_account.needs_of(sums), between + jax_account.needs_of(update))
 
     def how(self) -> str:
         """Where the predictions come from."""
@@ -117,7 +117,7 @@ class Predictions:
 
 def _arrays(data: Any) -> Any:
     """On the device, where the batch is before it is cut."""
-    return batch.nest(data, [jnp.asarray(leaf) for leaf in batch.leaves(data)])
+    return batch.nest(batch.unpack(data), [jnp.asarray(leaf) for leaf in batch.leaves(data)])
 
 
 def _abstract(nested: Any) -> Any:
