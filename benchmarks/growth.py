@@ -31,7 +31,7 @@ def torch(width, n):
     from torch_jobs import digits, mlp
 
     import bigbatch.torch as bb
-    from bigbatch.torch.memory import PeakMemory
+    from bigbatch.engines.torch_memory import PeakMemory
 
     def split(model, optimizer, x, y):
         bb.backward(lambda part: F.cross_entropy(model(part[0]), part[1]), (x, y), micro_batch=SIZE)

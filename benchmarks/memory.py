@@ -27,15 +27,18 @@ SIZES = {
         "convnet": (500, 700, 900, 1200, 1600),
     },
 }  # fmt: skip
+for backend in ("tensorflow", "jax", "torch"):
+    SIZES[f"keras_{backend}"] = {"mlp": (8192, 12000, 16384, 20000, 24000), "convnet": (300, 400, 500, 700, 900)}
 
 
 def measure(framework: str, model: str, micro_batch: int, environment: dict[str, str]) -> list[float]:
     """Bytes predicted and bytes measured, and what else the worker says."""
-    worker = ROOT / f"tests/{framework}/peak_of_a_window.py"
+    room, _, backend = framework.partition("_")
+    worker = ROOT / f"tests/{room}/peak_of_a_window.py"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, str(worker), model, str(micro_batch), "2"],
-        env={**clean, **environment}, stdout=subprocess.PIPE, text=True, check=True,
+        env={**clean, "KERAS_BACKEND": backend, **environment}, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return [float(word) for word in done.stdout.split()]
 
@@ -67,7 +70,8 @@ it is measured). Measured is the highest resident memory during the window over 
 
 PyTorch's is predicted on fake tensors. The default heap of glibc keeps holes between tensors of less than 32 MiB, more
 or fewer from run to run, and no prediction of tensors sees them ("with glibc's default"); the plan's reserve on a CPU
-is for that. JAX's is the compiler's account: outputs and temporaries, less what is aliased.
+is for that. JAX's is the compiler's account: outputs and temporaries, less what is aliased. Keras's is its backend's:
+`fit`'s window with the MLP and a small convolutional network, on TensorFlow read off the traced graph.
 """
 
 
@@ -80,7 +84,8 @@ def main() -> None:
     page = Path(__file__).parent / "memory.md"
     kept = dict(re.findall(r"^## (\S+)\n\n(.*?)\n(?=\n## |\Z)", page.read_text(), re.M | re.S)) if page.exists() else {}
     for name in options.tables:
-        kept[name] = f"{table(*name.split('/'))}\n\n{circumstances('torch', 'jax')}, one thread."
+        packages = name.split("/")[0].replace("tensorflow", "tensorflow-cpu").split("_")
+        kept[name] = f"{table(*name.split('/'))}\n\n{circumstances(*packages)}, one thread."
         if options.write:
             page.write_text(HEAD + "".join(f"\n## {name}\n\n{kept[name]}\n" for name in every if name in kept))
 

@@ -16,7 +16,7 @@ from interleaved import circumstances, figure, measure, ratio, rounds, section, 
 from torch_jobs import JOBS, Job
 
 import bigbatch.torch as bb
-from bigbatch.torch.memory import PeakMemory
+from bigbatch.engines.torch_memory import PeakMemory
 
 PAGE = Path(__file__).with_suffix(".md")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -64,6 +64,11 @@ def check_micro_batch(micro_batch: Any) -> int:
     )
 
 
+def check_batch_size(batch_size: Any) -> int:
+    """Accepts the number of examples that one update is to see."""
+    return _check_count("batch_size", batch_size, "an integer", "Pass the number of examples that make one update.")
+
+
 def check_at_most(at_most: Any) -> int:
     """Accepts the micro-batches after which a window closes in any case."""
     return _check_count("at_most", at_most, "an integer", "Pass the number of micro-batches that a window may hold.")

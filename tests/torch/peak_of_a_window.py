@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch.torch as bb
-from bigbatch.torch.auto import _Rehearsals
+from bigbatch.torch.auto import _rehearsals
 
 
 class Transformer(nn.Module):
@@ -58,7 +58,7 @@ def main(name, micro_batch, micro_batches):
         return F.cross_entropy(model(batch[0]), batch[1].flatten())
 
     before, started = status("VmRSS"), time.perf_counter()
-    needs = _Rehearsals(loss_fn, (x, y), len(x), torch.float32).needs(micro_batch)
+    needs = _rehearsals(loss_fn, (x, y), len(x), torch.float32).needs(micro_batch)
     seconds, growth = time.perf_counter() - started, status("VmRSS") - before
 
     # One small window, so that what PyTorch makes at its first operations is there.

@@ -109,10 +109,10 @@ def test_it_is_the_micro_batch_that_fits(monkeypatch, caplog):
         sizes.append(len(part))
         return model(part).square().mean()
 
-    room = auto._Rehearsals(loss_fn, x, 4096, torch.float32).needs(820)
+    room = auto._rehearsals(loss_fn, x, 4096, torch.float32).needs(820)
     keep = 2 * sum(p.nbytes for p in model.parameters())
-    monkeypatch.setattr(auto, "_memory", lambda device: Memory(0, room + keep, "the test"))
-    monkeypatch.setattr(auto, "_reserve", lambda device: 0.0)
+    monkeypatch.setattr(auto, "device_memory", lambda device: Memory(0, room + keep, "the test"))
+    monkeypatch.setattr(auto, "reserve", lambda device: 0.0)
     loss = bb.backward(loss_fn, x, micro_batch="auto")
     assert sizes[-5:] == [820, 820, 820, 820, 816]
     found = [p.grad for p in model.parameters()]
@@ -292,7 +292,7 @@ def test_other_errors_are_not_caught(training):
 
 def test_no_memory_for_one_example(monkeypatch):
     training = Training()
-    monkeypatch.setattr(auto, "_memory", lambda device: Memory(0, 1000, "the test"))
+    monkeypatch.setattr(auto, "device_memory", lambda device: Memory(0, 1000, "the test"))
     with pytest.raises(MemoryError, match=r"No micro-batch fits in memory\. A micro-batch of 24 needs .* may be taken"):
         bb.backward(training.loss, training.batch, micro_batch="auto")
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch.torch as bb
+from bigbatch.engines.torch_memory import PeakMemory
 from bigbatch.torch import fused
 from bigbatch.torch.fused import Fused
-from bigbatch.torch.memory import PeakMemory
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch.torch as bb
-from bigbatch.torch.auto import _Rehearsals
-from bigbatch.torch.memory import PeakMemory
+from bigbatch.engines.torch_memory import PeakMemory
+from bigbatch.torch.auto import _rehearsals
 
 WORKER = Path(__file__).parent / "peak_of_a_window.py"
 
@@ -39,12 +39,12 @@ def images(length):
 
 
 def predicted(loss_fn, batch, size, dtype=torch.float32):
-    return _Rehearsals(loss_fn, batch, len(batch[0]), dtype).needs(size)
+    return _rehearsals(loss_fn, batch, len(batch[0]), dtype).needs(size)
 
 
 @pytest.mark.parametrize(("size", "length"), [(64, 64), (64, 128), (10, 64), (1, 2)])
 def test_fake_tensors_need_what_real_ones_do(size, length, monkeypatch):
-    monkeypatch.setattr("bigbatch.torch.rehearsal._workspace", lambda *args: 0)  # which PeakMemory does not see
+    monkeypatch.setattr("bigbatch.engines.torch_rehearsal._workspace", lambda *args: 0)  # which PeakMemory does not see
     model, batch = network(), images(length)
     needs = predicted(loss_of(model), batch, size)
     with PeakMemory() as memory:
@@ -101,7 +101,7 @@ def test_what_a_loss_writes_to_is_known():
         torch._foreach_add_(steps, 1.0)
         return F.cross_entropy(logits, batch[1])
 
-    rehearsals = _Rehearsals(loss_fn, images(8), 8, torch.float32)
+    rehearsals = _rehearsals(loss_fn, images(8), 8, torch.float32)
     rehearsals.needs(4)
     written = {id(ref()) for ref in rehearsals.written}
     assert written == {id(t) for t in (*model.buffers(), queue, norms, *steps)}

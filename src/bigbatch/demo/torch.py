@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bigbatch.torch as bb
 from bigbatch.audit import Audit
 from bigbatch.demo import Job, Result, Way
-from bigbatch.torch.memory import PeakMemory
+from bigbatch.engines.torch_memory import PeakMemory
 
 
 def train(way: Way, job: Job, advance: Callable[[int], None]) -> Result:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bigbatch import host
+from bigbatch.engines.jax_account import ENOUGH, TRIES, device_memory, is_out_of_memory, needs_of
 from bigbatch.jax.batch import Batch
 from bigbatch.jax.devices import are_bound
 from bigbatch.jax.split import value_and_grad
@@ -23,9 +23,6 @@ from bigbatch.plan import Plan, budget, choose, timed
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
 # decides how fast training is, and was made on the user's behalf.
 logger = logging.getLogger("bigbatch.jax")
-
-# Each prediction is a compilation. Whatever takes nine tenths of the room will do.
-TRIES, ENOUGH = 3, 0.9
 
 
 def plan(
@@ -118,7 +115,7 @@ def fitting(
                 # An error comes when the result is waited for, and later it would be the user's.
                 return jax.block_until_ready(door.at(sizes[key])(*args, **kwargs))
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 if sizes[key] == 1:
                     error.add_note(
@@ -181,13 +178,7 @@ def _plan(door: _Door, args: tuple[Any, ...], kwargs: dict[str, Any], memory: An
             args, kwargs = nested(given)
             return run(*args, **kwargs)
 
-        used = jax.jit(call).lower(*arrays).compile().memory_analysis()
-        if used is None:
-            raise NotImplementedError(
-                "This device's compiler does not say what a program needs. Pass micro_batch as a number."
-            )
-        # Arguments are there already. peak_memory_in_bytes leaves the temporaries out on a CPU.
-        return used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
+        return needs_of(jax.jit(call).lower(*arrays).compile())
 
     def seconds(size: int) -> float:
         run = jax.jit(door.at(size * unit))
@@ -202,7 +193,7 @@ def _plan(door: _Door, args: tuple[Any, ...], kwargs: dict[str, Any], memory: An
     params = [args[k] for k in ((door.argnums,) if isinstance(door.argnums, int) else door.argnums)]
     # As Adam has it: even where its state is there already, a step that does not donate it makes it anew.
     keep = 2 * sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params) if hasattr(p, "dtype"))
-    allowed = budget(memory, _memory(), keep=keep)
+    allowed = budget(memory, device_memory(), keep=keep)
     found = choose(
         needs,
         length,
@@ -238,13 +229,3 @@ def _is_array(leaf: Any) -> bool:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _memory() -> host.Memory:
-    """Of the default device: a CPU is the machine's."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return host.memory()
-    held = stats["bytes_in_use"]
-    return host.Memory(held, stats["bytes_limit"] - held, str(device))

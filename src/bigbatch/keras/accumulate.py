@@ -20,7 +20,7 @@ _OVERRIDDEN = ("train_step", "make_train_function", "fit", "train_on_batch")
 
 def accumulate(
     model: keras.Model,
-    micro_batch: int | None = _NOT_GIVEN,
+    micro_batch: int | Literal["auto"] | None = _NOT_GIVEN,
     *,
     every: Every | None = _NOT_GIVEN,
     partial: Literal["apply", "carry", "drop"] = "apply",
@@ -43,6 +43,9 @@ def accumulate(
     Args:
         model: a model whose `train_step` is Keras's own; built and compiled or not yet.
         micro_batch: examples in memory at once. The batch is cut in order; its last micro-batch may be shorter.
+            "auto" plans the number that fits, once for each shape of batch, and says so in one line
+            (`logging.getLogger("bigbatch.keras")`); if memory runs out anyway, the window is done again with half the
+            size (docs/memory.md).
         every: when a window of the stream closes: a number of micro-batches; a callable that takes the update's index
             and returns one (batch-size warm-up); or `bb.items(4096)`, which counts examples.
         partial: for the stream, what becomes of a window that the epoch's end cut short: "apply" makes the update from
@@ -77,7 +80,7 @@ def accumulate(
     errors.check_choice("partial", partial, ("apply", "carry", "drop"))
     if "every" in given:
         given["every"] = as_every(every)
-    else:
+    elif micro_batch != "auto":
         given["micro_batch"] = errors.check_micro_batch(micro_batch)
     measured = one_in(noise)
     if measured:

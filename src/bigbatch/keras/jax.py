@@ -44,21 +44,26 @@ def split_step(model: Any, micro_batch: int) -> Step:
     """`train_step` for a whole batch."""
 
     def train_step(state: Any, data: Any) -> tuple[dict[str, Any], Any]:
-        batch.check(data)
-        leaves = batch.leaves(data)
-        length = leaves[0].shape[0]
-        size = min(micro_batch, length)
-        full = length // size
-        if distribution.distribution() is None:
-            runs = [[leaf[: full * size].reshape(full, size, *leaf.shape[1:]) for leaf in leaves]]
-        else:
-            # Every micro-batch takes examples from every device; a contiguous one would have to move.
-            runs = [[leaf[: full * size].reshape(size, full, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves]]
-        if length % size:
-            runs.append([leaf[None, full * size :] for leaf in leaves])
-        return _window(model, state, data, runs)
+        return _window(model, state, data, cut(data, micro_batch))
 
     return train_step
+
+
+def cut(data: Any, micro_batch: int) -> list[list[Any]]:
+    """A batch's micro-batches: those of one shape stacked, and a shorter last one."""
+    batch.check(data)
+    leaves = batch.leaves(data)
+    length = leaves[0].shape[0]
+    size = min(micro_batch, length)
+    full = length // size
+    if distribution.distribution() is None:
+        runs = [[leaf[: full * size].reshape(full, size, *leaf.shape[1:]) for leaf in leaves]]
+    else:
+        # Every micro-batch takes examples from every device; a contiguous one would have to move.
+        runs = [[leaf[: full * size].reshape(size, full, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves]]
+    if length % size:
+        runs.append([leaf[None, full * size :] for leaf in leaves])
+    return runs
 
 
 def gather(model: Any, window: list[Any]) -> Any:
@@ -105,15 +110,31 @@ def give_back(kept: list[tuple[Any, Any]]) -> None:
 
 def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[dict[str, Any], Any]:
     """One update from the micro-batches of `runs`: leaves of equal shape, stacked along a new first dimension."""
-    trainable, non_trainable, optimizer_variables, metrics = state
+    trainable, _, optimizer_variables, _ = state
     described: list[loss.Term] = []
+    examples = sum(run[0].shape[0] * run[0].shape[1] for run in runs)
+    found = add_up(model, state, like, runs, described)
+    return _update(model, described, examples, trainable, optimizer_variables, *found)
+
+
+def add_up(
+    model: Any, state: Any, like: Any, runs: list[list[Any]], described: list[loss.Term]
+) -> tuple[Sums, Any, Any]:
+    """Forward and backward of all micro-batches: the sums, the non-trainable variables and the metrics'.
+
+    Args:
+        model: the model.
+        state: its four lists of values.
+        like: the nesting of a micro-batch.
+        runs: the micro-batches, as `_window` takes them.
+        described: is filled with the loss's terms.
+    """
+    trainable, non_trainable, optimizer_variables, metrics = state
     micro_step = _micro_step(model, like, trainable, optimizer_variables, described)
     first = [leaf[0] for leaf in runs[0]]
-    examples = sum(run[0].shape[0] * run[0].shape[1] for run in runs)
-    update = functools.partial(_update, model, described, examples, trainable, optimizer_variables)
     if len(runs) == 1 and len(runs[0][0]) == 1:
         # The plain step, with nothing to add up.
-        return update(*micro_step(None, first, non_trainable, metrics))
+        return micro_step(None, first, non_trainable, metrics)
     like_sums = jax.eval_shape(lambda leaves: micro_step(None, leaves, non_trainable, metrics)[0], first)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_sums)
 
@@ -123,13 +144,13 @@ def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[d
     carry = (sums, non_trainable, metrics)
     for run in runs:
         carry, _ = lax.scan(with_fast_convolutions(body), carry, run)
-    return update(*carry)
+    return carry
 
 
 def _update(
     model: Any,
     described: list[loss.Term],
-    examples: int,
+    examples: Any,
     trainable: Any,
     optimizer_variables: Any,
     sums: Sums,

@@ -170,8 +170,11 @@ def closed(
         return ops.where(good, ops.stack(moments), meter.moments.value), meter.windows + number(good)
 
     if window.measured is not False:
-        held = meter.moments + 0, meter.windows + 0
-        taken: Any = measure() if window.measured is True else ops.cond(window.measured, measure, lambda: held)
+        taken: Any = (
+            measure()
+            if window.measured is True
+            else ops.cond(window.measured, measure, lambda: (meter.moments.value * 1, meter.windows.value * 1))
+        )
         moments, windows = taken
         meter.moments.assign(moments)
         meter.windows.assign(windows)

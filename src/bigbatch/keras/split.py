@@ -1,14 +1,19 @@
 """The split door: `fit`'s `batch_size` is the batch, and `train_step` takes it one micro-batch at a time."""
 
 import importlib
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
 
-def open_door(model: Any, micro_batch: int) -> None:
+def open_door(model: Any, micro_batch: int | Literal["auto"]) -> None:
     """Gives the model a `train_step` of its own; all that `fit` builds around it stays Keras's."""
-    model.train_step = backend().split_step(model, micro_batch)
+    if micro_batch == "auto":
+        from bigbatch.keras.memory import open_door  # which cuts as this door does
+
+        open_door(model)
+    else:
+        model.train_step = backend().split_step(model, micro_batch)
 
 
 def backend() -> Any:

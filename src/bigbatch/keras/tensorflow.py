@@ -38,10 +38,11 @@ class Sums(NamedTuple):
     noise: Any
 
 
-def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
-    """`train_step` for a whole batch."""
+def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None = None) -> Callable[[Any], Any]:
+    """`train_step` for a whole batch. It returns what `window` does with the micro-batches: by default, an update."""
+    window = window or _window
 
-    def train_step(data: Any) -> dict[str, Any]:
+    def train_step(data: Any) -> Any:
         static = batch.check(data)
         leaves = [tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)]
         length = loss.length(leaves)
@@ -51,7 +52,7 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
             return [leaf[i * micro_batch : (i + 1) * micro_batch] for leaf in leaves]
 
         if not model.jit_compile:
-            return _window(model, data, [(micro_batches, dynamic)])
+            return window(model, data, [(micro_batches, dynamic)])
 
         # XLA wants static shapes inside a loop: full micro-batches there, and the shorter last one after it.
         size = tf.minimum(micro_batch, length) if static is None else min(micro_batch, length)
@@ -65,8 +66,8 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
 
         runs = [(full, fixed), (1, rest)]
         if static is not None:
-            return _window(model, data, runs if length % size else runs[:1])
-        return tf.cond(length % size > 0, lambda: _window(model, data, runs), lambda: _window(model, data, runs[:1]))
+            return window(model, data, runs if length % size else runs[:1])
+        return tf.cond(length % size > 0, lambda: window(model, data, runs), lambda: window(model, data, runs[:1]))
 
     return train_step
 
@@ -123,6 +124,11 @@ def _pulled(data: Any, lengths: Any) -> tuple[Any, Pull]:
 
 def _window(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> dict[str, Any]:
     """One update from the micro-batches of `runs`, each run a count and a function of the index within it."""
+    return _update(model, *add_up(model, like, runs))
+
+
+def add_up(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> tuple[Sums, list[Any], list[loss.Term]]:
+    """Forward and backward of all micro-batches: the sums, what the items are weighed in, and the loss's terms."""
     first = runs[0][1](0)
     _build(model, batch.nest(like, first))
     described: list[loss.Term] = []
@@ -155,7 +161,7 @@ def _window(model: Any, like: Any, runs: list[tuple[Any, Pull]]) -> dict[str, An
             lambda i, held, count=count: i < count, body, (tf.constant(start), held), parallel_iterations=1
         )
         sums, start = batch.nest(sums, held), 0
-    return _update(model, sums, unit, described)
+    return sums, unit, described
 
 
 def _common(tensors: list[Any]) -> list[int | None]:

@@ -5,7 +5,7 @@ Where the variables are narrower than float32, or the losses count different ite
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,14 +18,15 @@ from bigbatch.keras import batch, loss, noise
 
 def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
     """`train_step` for a whole batch."""
+    return lambda data: window(model, lambda: add_up(model, cut(data, micro_batch)))
 
-    def train_step(data: Any) -> dict[str, Any]:
-        batch.check(data)
-        leaves = batch.leaves(data)
-        starts = range(0, leaves[0].shape[0], micro_batch)
-        return _window(model, (batch.nest(data, [leaf[i : i + micro_batch] for leaf in leaves]) for i in starts))
 
-    return train_step
+def cut(data: Any, micro_batch: int) -> Iterator[Any]:
+    """A batch's micro-batches."""
+    batch.check(data)
+    leaves = batch.leaves(data)
+    starts = range(0, leaves[0].shape[0], micro_batch)
+    return (batch.nest(data, [leaf[i : i + micro_batch] for leaf in leaves]) for i in starts)
 
 
 def gather(model: Any, window: list[Any]) -> Any:
@@ -37,11 +38,7 @@ def gather(model: Any, window: list[Any]) -> Any:
 
 def stream_step(model: Any) -> Callable[[Any], dict[str, Any]]:
     """`train_step` for a window, as `gather` makes it."""
-
-    def train_step(window: list[Any]) -> dict[str, Any]:
-        return _window(model, window)
-
-    return train_step
+    return lambda data: window(model, lambda: add_up(model, data))
 
 
 class _Sums:
@@ -73,20 +70,25 @@ class _Sums:
                     totals[p] = totals[p].add_(grad) if p in totals else grad
 
 
-def _window(model: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
-    """One update. `.grad` is free again afterwards, whatever happened."""
-    variables = model.trainable_variables
-    parameters = [v.value for v in variables]
+def window(model: Any, added: Callable[[], tuple[_Sums, list[loss.Term]]]) -> dict[str, Any]:
+    """One update from what `add_up` found. `.grad` is free again afterwards, whatever happened."""
+    try:
+        found = added()
+        with torch.no_grad():
+            return _update(model, *found)
+    finally:
+        model.zero_grad()
+
+
+def add_up(model: Any, micro_batches: Iterable[Any]) -> tuple[_Sums, list[loss.Term]]:
+    """Forward and backward of all micro-batches. The gradients are in `.grad`, or in the sums."""
+    parameters = [v.value for v in model.trainable_variables]
     sums = _Sums(noise.opened(model))
     described: list[loss.Term] = []
     model.zero_grad()
-    try:
-        for data in micro_batches:
-            described = _take(model, data, parameters, sums)
-        with torch.no_grad():
-            return _update(model, variables, parameters, sums, described)
-    finally:
-        model.zero_grad()
+    for data in micro_batches:
+        described = _take(model, data, parameters, sums)
+    return sums, described
 
 
 def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) -> list[loss.Term]:
@@ -134,9 +136,9 @@ def _move(parameters: list[torch.Tensor], totals: dict[torch.Tensor, torch.Tenso
         totals[p] = totals[p].add_(grad) if p in totals else grad
 
 
-def _update(
-    model: Any, variables: list[Any], parameters: list[torch.Tensor], sums: _Sums, described: list[loss.Term]
-) -> dict[str, Any]:
+def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, Any]:
+    variables = model.trainable_variables
+    parameters = [v.value for v in variables]
     terms_divide, kinds_divide = loss.quotients(described)
     means = []
     for found, divide in zip(sums.losses, terms_divide, strict=True):

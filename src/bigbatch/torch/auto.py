@@ -1,23 +1,19 @@
 """The micro-batch that fits: planned before a window, and lowered after an out-of-memory that came anyway."""
 
 import functools
-import gc
 import logging
-import os
-import sys
 import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bigbatch import errors, host
-from bigbatch.plan import NEVER, Plan, budget, choose, timed
-from bigbatch.torch.rehearsal import FakeTensorMode, Watch, rehearse
+from bigbatch import errors
+from bigbatch.engines.torch_predictions import Rehearsals, State, device_memory, is_out_of_memory, release, reserve
+from bigbatch.plan import Plan, budget, choose, timed
 from bigbatch.torch.split import _cut, _parameters, leaves
 
 Result = TypeVar("Result")
@@ -68,7 +64,7 @@ def plan(
     Twice the parameters are kept free for the state that an optimizer makes at its first step.
     """
     length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
-    return _plan(_Rehearsals(loss_fn, batch, length, dtype), memory, time, first=True)
+    return _plan(_rehearsals(loss_fn, batch, length, dtype), memory, time, first=True)
 
 
 def fitting(
@@ -92,7 +88,7 @@ def fitting(
     """
     choice = _choice(loss_fn, batch, length, dtype)
     while True:
-        kept = _State(choice)
+        kept = State(choice.device, choice.written)
         try:
             return window(choice.micro_batch)
         except (MemoryError, RuntimeError) as error:
@@ -106,120 +102,16 @@ def fitting(
         choice.lower()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: a device's, or the CPU's, which has no exception type of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(
-        error
-    )
+def _rehearsals(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: torch.dtype | None) -> Rehearsals:
+    return Rehearsals(loss_fn, lambda size: _cut(batch, 0, size), _parameters, length, dtype)
 
 
-class _Rehearsals:
-    """Predictions for one loss function and batch, and what was learned on the way."""
-
-    def __init__(self, loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: torch.dtype | None):
-        self.loss_fn, self.batch, self.length, self.dtype = loss_fn, batch, length, dtype
-        self.known: dict[int, int] = {}
-        self.written: list[weakref.ref[Tensor]] = []
-        self.device = torch.device("cpu")
-        self.parameters = 0
-        self.reason: str | None = None
-        self._line: tuple[float, float] | None = None
-
-    def needs(self, size: int) -> int:
-        """Bytes that a window of micro-batches of `size` examples takes beside what is held."""
-        if self.reason is None:
-            try:
-                return self._rehearse(size, fake=True)
-            except _KeptError:
-                raise
-            except Exception as error:
-                if self.known:  # then it is the size: BatchNorm refuses a single example
-                    return NEVER
-                # Whatever has no fake: a value, a shape that depends on one, a foreign library.
-                self.reason = type(error).__name__
-        if self._line is None:
-            few, more = (min(self.length, n) for n in (4, 8))
-            at_few, at_more = self._rehearse(few, fake=False), self._rehearse(more, fake=False)
-            slope = (at_more - at_few) / (more - few) if more > few else at_few / few
-            self._line = at_more - slope * more, slope
-        constant, slope = self._line
-        return round(constant + slope * size)
-
-    def how(self) -> str:
-        """Where the predictions come from."""
-        if self.reason is None:
-            return "predicted from fake tensors"
-        return f"a straight line through runs on 4 and 8 examples, as loss_fn takes no fake tensors ({self.reason})"
-
-    def notes(self) -> tuple[str, ...]:
-        """What to know about the predictions."""
-        inside = (
-            "Copies inside the CPU's convolutions are in."
-            if self.device.type == "cpu"
-            else "Workspaces inside kernels are not in."
-        )
-        return (inside,)
-
-    def _rehearse(self, size: int, *, fake: bool) -> int:
-        mode = FakeTensorMode() if fake else None
-        watch, state = Watch(mode), None if fake else _Random(self.device)
-        # A compiled model is rehearsed as it was written: the compiler may need less, and would be asked for each size.
-        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        try:
-            with eager, mode or nullcontext():
-                needs = rehearse(
-                    watch,
-                    self.loss_fn,
-                    lambda: _cut(self.batch, 0, size),
-                    _parameters,
-                    size < self.length,
-                    self.dtype,
-                )
-        finally:
-            if state is not None:
-                watch.undo()
-                state.give_back()
-        self.device, self.parameters = watch.device or self.device, watch.parameters
-        self.written = [weakref.ref(tensor) for tensor in watch.written]
-        if fake and watch.live:
-            gc.collect()
-            if watch.live:
-                raise _KeptError(
-                    "loss_fn keeps a tensor beyond its call, and the one it has kept now has a shape and no contents, "
-                    f"for memory is planned on such. Received: {watch.live} bytes kept. Run loss_fn once before "
-                    "(if it makes a cache), keep the tensor out of it, or pass micro_batch as a number."
-                )
-        return needs
-
-    def seconds(self, size: int) -> float:
-        """Of one forward and backward: the least of three, each for real."""
-        watch_state, least = _Random(self.device), float("inf")
-        buffers = [(t, t.detach().clone()) for ref in self.written if (t := ref()) is not None]
-        for _ in range(3):
-            started = time.perf_counter()
-            with torch.enable_grad():
-                result = self.loss_fn(_cut(self.batch, 0, size))
-                loss = result[0] if isinstance(result, tuple) else result
-                torch.autograd.grad(loss, _parameters(loss), allow_unused=True)
-            if self.device.type != "cpu":
-                torch.get_device_module(self.device).synchronize(self.device)
-            least = min(least, time.perf_counter() - started)
-        watch_state.give_back()
-        for tensor, before in buffers:
-            tensor.detach().copy_(before)
-        return least
-
-
-class _KeptError(ValueError):
-    """For a loss_fn that holds on to what it computed."""
-
-
-def _plan(rehearsals: _Rehearsals, memory: Any, timing: bool, first: bool) -> Plan:
+def _plan(rehearsals: Rehearsals, memory: Any, timing: bool, first: bool) -> Plan:
     known = rehearsals.known
     if rehearsals.length not in known:
         known[rehearsals.length] = rehearsals.needs(rehearsals.length)  # tells the device as well
     keep = 2 * rehearsals.parameters if first else 0  # as Adam has it
-    allowed = budget(memory, _memory(rehearsals.device), keep=keep, reserve=_reserve(rehearsals.device))
+    allowed = budget(memory, device_memory(rehearsals.device), keep=keep, reserve=reserve(rehearsals.device))
     chosen = choose(
         rehearsals.needs,
         rehearsals.length,
@@ -232,48 +124,10 @@ def _plan(rehearsals: _Rehearsals, memory: Any, timing: bool, first: bool) -> Pl
     return timed(chosen, rehearsals.needs, rehearsals.seconds) if timing else chosen
 
 
-def _memory(device: torch.device) -> host.Memory:
-    if device.type == "cpu":
-        return host.memory()
-    if device.type == "mps":
-        held = torch.mps.driver_allocated_memory()
-        return host.Memory(held, torch.mps.recommended_max_memory() - held, "the device")
-    module = torch.get_device_module(device)
-    free, _ = module.mem_get_info(device)
-    held = module.memory_allocated(device)
-    # What PyTorch's allocator keeps for itself is as good as free.
-    return host.Memory(held, free + module.memory_reserved(device) - held, str(device))
-
-
-def _reserve(device: torch.device) -> float:
-    """The part of the free memory that is left alone.
-
-    glibc's heap keeps holes between tensors of less than 32 MiB: two thirds more than the tensors themselves were
-    measured (benchmarks/memory.md), and more is possible. There are none with another allocator, or with a threshold of
-    one's own for tensors that get pages of their own.
-    """
-    tuned = "MALLOC_MMAP_THRESHOLD_" in os.environ or "LD_PRELOAD" in os.environ
-    return 0.1 if device.type != "cpu" or tuned else 0.45
-
-
-class _Random:
-    """The random states that operations draw from: the CPU's, and the device's."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-    def give_back(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.own is not None:
-            torch.get_device_module(self.device).set_rng_state(self.own, self.device)
-
-
 class _Choice:
     """What is remembered for one loss function and one shape of batch."""
 
-    def __init__(self, rehearsals: _Rehearsals, made: Plan):
+    def __init__(self, rehearsals: Rehearsals, made: Plan):
         self.plan = made
         self.known = rehearsals.known
         self.written = rehearsals.written
@@ -289,22 +143,7 @@ class _Choice:
             f"{failed:,}",
             f"{self.micro_batch:,}",
         )
-        gc.collect()
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).empty_cache()
-
-
-class _State:
-    """What a window changes beside gradients: random states, and the buffers that loss_fn writes to."""
-
-    def __init__(self, choice: _Choice):
-        self.random = _Random(choice.device)
-        self.buffers = [(t, t.detach().clone()) for ref in choice.written if (t := ref()) is not None]
-
-    def give_back(self) -> None:
-        self.random.give_back()
-        for tensor, before in self.buffers:
-            tensor.detach().copy_(before)
+        release(self.device)
 
 
 # Plans, for as long as the code of the loss function is there. A cache: training without it is the same but slower.
@@ -323,7 +162,7 @@ def _choice(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: Any) 
     if choice is not None and all(ref() is not None for ref in choice.written):
         return choice
     started = time.perf_counter()
-    rehearsals = _Rehearsals(loss_fn, batch, length, dtype)
+    rehearsals = _rehearsals(loss_fn, batch, length, dtype)
     choice = choices[key] = _Choice(rehearsals, _plan(rehearsals, None, False, first=not choices))
     logger.warning('micro_batch="auto": %s in %.1f s.', choice.plan, time.perf_counter() - started)
     return choice

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from bigbatch.torch.memory import PeakMemory
+from bigbatch.engines.torch_memory import PeakMemory
 
 BLOCK = 16
 """oneDNN lays out channels in blocks of this many on a CPU with AVX-512, and of fewer elsewhere."""
@@ -27,6 +27,9 @@ class Watch(PeakMemory):
     Args:
         fake: the mode to turn tensors that are there into fake ones with; None to let the operations happen, with
             a copy of everything that they write to.
+
+    Attributes:
+        lives: for each operation the bytes that are held at its end, and what it takes inside.
     """
 
     def __init__(self, fake: FakeTensorMode | None):
@@ -35,6 +38,7 @@ class Watch(PeakMemory):
         self.device: torch.device | None = None
         self.parameters = 0
         self.written: dict[Tensor, Tensor | None] = {}
+        self.lives: list[int] = []
         self._stand_ins: dict[torch.UntypedStorage, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,8 +52,7 @@ class Watch(PeakMemory):
                     if isinstance(tensor, Tensor):
                         self._remember(tensor)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        workspace = _workspace(func, args, result)
-        self.peak = max(self.peak, self.live + workspace)
+        self.lives.append(self.live + _workspace(func, args, result))
         return result
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
@@ -89,8 +92,8 @@ def rehearse(
     parameters_of: Callable[[Tensor], list[Tensor]],
     several: bool,
     dtype: torch.dtype | None,
-) -> int:
-    """The bytes that one micro-batch takes inside a window, beside what was there before.
+) -> list[int]:
+    """The bytes that one micro-batch takes inside a window, beside what was there before: at each operation.
 
     Args:
         watch: is entered, and then knows what was written to.
@@ -121,13 +124,13 @@ def rehearse(
 
         handles = [p.register_hook(add) for p in parameters] if several and in_place else []
         try:
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
         finally:
             for handle in handles:
                 handle.remove()
     # Wide sums are made one by one from the narrow gradients, which are all there by then.
-    ends = 0 if in_place else max(wide.values()) if several else sum(wide.values())
-    needs = standing + max(watch.peak, watch.live + ends)
+    ends = 0 if in_place else max(wide.values(), default=0) if several else sum(wide.values())
+    needs = [standing + held for held in (*watch.lives, watch.live + ends)]
     del gradients
     watch.live += added
     return needs

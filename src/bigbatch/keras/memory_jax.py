@@ -1,0 +1,124 @@
+"""The micro-batch that fits on the JAX backend, by the compiler's own account of Keras's step.
+
+Plain `fit` donates the model's state to its step, and what was donated to a step that failed is gone. So here the
+micro-batches are added up by one program, which is given nothing for good, and the update is made by another.
+"""
+
+import functools
+import math
+import time as clock
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigbatch import host
+from bigbatch.engines import jax_account
+from bigbatch.engines.jax_account import is_out_of_memory as is_out_of_memory
+from bigbatch.keras import batch, loss
+from bigbatch.keras.jax import _update, add_up, cut
+from bigbatch.plan import RESERVE
+
+
+class Programs:
+    """A window's two programs: the sums of a batch's micro-batches, and the update, which the state is donated to."""
+
+    def __init__(self, model: Any):
+        described: list[loss.Term] = []
+
+        def sums(size: int, state: Any, data: Any) -> Any:
+            return add_up(model, state, data, cut(data, size), described)
+
+        def update(state: Any, found: Any, examples: Any) -> Any:
+            trainable, non_trainable, optimizer_variables, metrics = state
+            return _update(model, described, examples, trainable, optimizer_variables, found, non_trainable, metrics)
+
+        self.sums, self.update = jax.jit(sums, static_argnums=0), jax.jit(update, donate_argnums=0)
+        if model.run_eagerly or not model.jit_compile:
+            self.run_sums, self.run_update = sums, update
+        else:
+            self.run_sums, self.run_update = self.sums, self.update
+
+
+def auto_step(model: Any, fitting: Any) -> Callable[[Any, Any], tuple[dict[str, Any], Any]]:
+    """A step on one batch, cut by `fitting`."""
+    programs = Programs(model)
+
+    def step(data: Any, state: Any) -> tuple[dict[str, Any], Any]:
+        data = _arrays(data)
+
+        def attempt(size: int) -> Any:
+            # An error comes when the result is waited for, and later it would be too late.
+            return jax.block_until_ready(programs.run_sums(size, state, data))
+
+        predictions = functools.partial(Predictions, model, data, state, programs)
+        found, non_trainable, metrics = fitting(data, predictions, attempt)
+        trainable, _, optimizer_variables, _ = state
+        state = trainable, non_trainable, optimizer_variables, metrics
+        return programs.run_update(state, found, batch.leaves(data)[0].shape[0])
+
+    return step
+
+
+class Predictions:
+    """What the sizes of one batch's micro-batches need."""
+
+    search = {"tries": jax_account.TRIES, "enough": jax_account.ENOUGH}  # noqa: RUF012
+    reserve = RESERVE
+
+    def __init__(self, model: Any, data: Any, state: Any = None, programs: Programs | None = None):
+        if state is None:
+            model._symbolic_build(data_batch=data)
+            several = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables,
+                       model.metrics_variables)  # fmt: skip
+            state = tuple([v.value for v in variables] for variables in several)
+        self.programs, self.state, self.data = programs or Programs(model), state, _arrays(data)
+        self.length = batch.leaves(data)[0].shape[0]
+        self.compiled = 0
+
+    def device_memory(self, memory: Any) -> host.Memory:
+        """What is held and free."""
+        return jax_account.device_memory()
+
+    def needs(self, size: int) -> int:
+        """Bytes that an update with micro-batches of `size` examples takes beside what is held."""
+        state, data = _abstract(self.state), _abstract(self.data)
+        lowered = self.programs.sums.lower(size, state, data)
+        self.compiled += 1
+        found, non_trainable, metrics = _abstract(lowered.out_info)
+        between = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered.out_info))
+        trainable, _, optimizer_variables, _ = state
+        state = trainable, non_trainable, optimizer_variables, metrics
+        update = self.programs.update.lower(state, found, self.length).compile()
+        return max(jax_account.needs_of(lowered.compile()), between + jax_account.needs_of(update))
+
+    def how(self) -> str:
+        """Where the predictions come from."""
+        return f"by the compiler's account of {self.compiled} programs"
+
+    def notes(self) -> tuple[str, ...]:
+        """What to know about the predictions."""
+        return ()
+
+    def keeping(self) -> Callable[[], Callable[[], None]]:
+        """Nothing has to be given back, for nothing was changed."""
+        return lambda: lambda: None
+
+    def seconds(self, size: int) -> float:
+        """Of one forward and backward: the least of three, after one."""
+        least = math.inf
+        for _ in range(4):
+            started = clock.perf_counter()
+            jax.block_until_ready(self.programs.sums(size, self.state, self.data))
+            least = min(least, clock.perf_counter() - started)
+        return least * size / self.length
+
+
+def _arrays(data: Any) -> Any:
+    """On the device, where the batch is before it is cut."""
+    return batch.nest(data, [jnp.asarray(leaf) for leaf in batch.leaves(data)])
+
+
+def _abstract(nested: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nested)

@@ -1,0 +1,123 @@
+"""The micro-batch that fits on the TensorFlow backend, read off the traced graph of a micro-batch."""
+
+import functools
+import math
+import time as clock
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from bigbatch import host
+from bigbatch.engines import tensorflow_graph
+from bigbatch.engines.tensorflow_graph import bytes_of, peak
+from bigbatch.keras import batch, loss
+from bigbatch.keras.tensorflow import _build, _micro_step, _update, add_up, split_step
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed."""
+    return isinstance(error, tf.errors.ResourceExhaustedError)
+
+
+def auto_step(model: Any, fitting: Any) -> Callable[[Any], dict[str, Any]]:
+    """A step on one batch, cut by `fitting`: one graph adds up, and another makes the update."""
+    described: list[loss.Term] = []
+    graph: Any = functools.partial(tf.function, jit_compile=model.jit_compile, autograph=False)
+
+    @functools.cache
+    def sums(size: int) -> Any:
+        def added(data: Any) -> Any:
+            found, unit, described[:] = split_step(model, size, add_up)(data)
+            return found, unit
+
+        return added if model.run_eagerly else graph(added)
+
+    def updated(found: Any, unit: Any) -> dict[str, Any]:
+        return _update(model, found, unit, described)
+
+    update = updated if model.run_eagerly else graph(updated)
+
+    def step(data: Any) -> dict[str, Any]:
+        data = _tensors(data)
+        return update(*fitting(data, functools.partial(Predictions, model, data), lambda size: sums(size)(data)))
+
+    return step
+
+
+def _tensors(data: Any) -> Any:
+    def tensor(leaf: Any) -> Any:
+        # Keras has one of these where a data set has None.
+        return None if leaf is None or isinstance(leaf, tf.experimental.Optional) else tf.convert_to_tensor(leaf)
+
+    return keras.tree.map_structure(tensor, batch.unpack(data))
+
+
+class Predictions:
+    """What the sizes of one batch's micro-batches need."""
+
+    search: dict[str, Any] = {}  # noqa: RUF012
+    reserve = tensorflow_graph.RESERVE
+
+    def __init__(self, model: Any, data: Any):
+        self.model, self.data = model, _tensors(data)
+        _build(model, self.data)
+        self.leaves = batch.leaves(self.data)
+        self.length = self.leaves[0].shape[0]
+        self.written: list[Any] = []
+
+    def device_memory(self, memory: Any) -> host.Memory:
+        """What is held and free."""
+        return tensorflow_graph.device_memory(memory)
+
+    def needs(self, size: int) -> int:
+        """Bytes that a window of micro-batches of `size` examples takes beside what is held."""
+        traced = self._traced(size)
+        trained = {id(v.value) for v in self.model.trainable_variables}
+        self.written = [v for v in traced.graph.variables if id(v) not in trained]
+        gradients = [g for g in tf.nest.flatten(traced.structured_outputs.gradients) if g is not None]
+        cut = sum(bytes_of((size, *leaf.shape[1:]), leaf.dtype) for leaf in self.leaves)
+        # The cut is a copy, and in a window of several the sums so far lie beside the gradients.
+        several = sum(bytes_of(g.shape, g.dtype) for g in gradients) if size < self.length else 0
+        return cut + peak(traced.graph) + several
+
+    def how(self) -> str:
+        """Where the predictions come from."""
+        return "predicted from the traced graph"
+
+    def notes(self) -> tuple[str, ...]:
+        """What to know about the predictions."""
+        return ("The runtime may order and fuse the graph's operations otherwise.",)
+
+    def keeping(self) -> Callable[[], Callable[[], None]]:
+        """A function that notes what a window writes to, in one call; it returns one that gives it back."""
+        written = self.written
+        read = tf.function(lambda: [tf.identity(v) for v in written])
+
+        def keep() -> Callable[[], None]:
+            values = read()
+
+            def give_back() -> None:
+                for variable, value in zip(written, values, strict=True):
+                    variable.assign(value)
+
+            return give_back
+
+        return keep
+
+    def seconds(self, size: int) -> float:
+        """Of one forward and backward: the least of three, after one."""
+        run, least = self._traced(size), math.inf
+        cut, give_back = [leaf[:size] for leaf in self.leaves], self.keeping()()
+        for _ in range(4):
+            started = clock.perf_counter()
+            run(cut, tf.zeros([0], self.model._loss_tracker.dtype)).losses[0].numpy()  # waits
+            least = min(least, clock.perf_counter() - started)
+        give_back()
+        return least
+
+    def _traced(self, size: int) -> Any:
+        take = tf.function(_micro_step(self.model, self.data, []), autograph=False)
+        specs = [tf.TensorSpec([size, *leaf.shape[1:]], leaf.dtype) for leaf in self.leaves]
+        return take.get_concrete_function(specs, tf.TensorSpec([0], self.model._loss_tracker.dtype))
