@@ -37,9 +37,11 @@ each contender once a round in one process, in an order drawn anew; ratios are m
 
 NOTES = {
     "tensorflow": """\
-Left over the floor: the sums, which are a pass over the weights for each micro-batch, and once a window a division
-and a test for inf. The loop runs one micro-batch at a time, so that one's activations are in memory. TensorFlow's
-default, ten at once, is quicker where a thread would be idle, and holds the activations of those that have begun.
+The large weights' gradients are multiplied out once a window, where by hand and at the floor each micro-batch
+multiplies its own. Left over that: a test for inf once a window, the metrics, and in the stream the micro-batches'
+way from the data set one by one. The loop runs one micro-batch at a time, so that one's activations are in memory.
+TensorFlow's default, ten at once, is quicker where a thread would be idle, and holds the activations of those that
+have begun.
 Keras leaves XLA off where there is no accelerator; *XLA* is `compile(jit_compile=True)`, for ours and for Keras's
 own alike.""",
     "jax": """\

@@ -41,7 +41,7 @@ for layer in (model[0], model[2], model):
     fully_shard(layer)  # bfloat16: mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 loss_fn = nn.CrossEntropyLoss()
-acc = bb.Accumulator(optimizer, every=8, clip_norm=1.0, model=model, sync=args.sync)
+acc = bb.Accumulator(optimizer, every=5, clip_norm=1.0, model=model, sync=args.sync)
 
 
 def state() -> dict:
@@ -59,7 +59,7 @@ if saved:
 
 for epoch in range(first_epoch, args.epochs):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
-    for rows in acc.join(order.split(16)[rank::ranks]):  # one rank may have one more; every forward needs all
+    for rows in acc.join(order.split(24)[rank::ranks]):  # one rank has one more, and every forward needs all
         acc.backward(loss_fn(model(x[rows]), y[rows]), items=len(rows))
     update = acc.flush()
     if rank == 0 and update:

@@ -13,7 +13,7 @@ from keras import layers, ops
 import bigbatch.keras as bb
 from bigbatch.keras.audit import Bench
 from conformance.keras_driver import array
-from conformance.keras_parity import BACKEND, data, float64, mlp
+from conformance.keras_parity import BACKEND, data, float64
 
 from . import zoo
 
@@ -29,8 +29,9 @@ def said(found):
     return found.exact, {cause.kind: cause.where for cause in found.causes}
 
 
-# All of it on PyTorch, where a run costs least; a third elsewhere, of every kind.
-ZOO = zoo.ZOO if BACKEND == "torch" else zoo.ZOO[2::3]
+# All of it on PyTorch, where nothing is compiled; elsewhere one of each kind, for the experiments know no backend.
+EVERYWHERE = ("tokens_with_weights", "dropout", "batch_normalization", "a_sum_added")
+ZOO = [specimen for specimen in zoo.ZOO if BACKEND == "torch" or specimen.name in EVERYWHERE]
 
 
 @pytest.mark.parametrize("specimen", ZOO, ids=lambda specimen: specimen.name)
@@ -41,17 +42,8 @@ def test_the_zoo(specimen):
     assert found.dtype == "float64"
     assert [p.name for p in found.parameters] == [v.path for v in model.trainable_variables]
     assert not any("items)" in cause.remedy for cause in found.causes)  # fit has no loss function that returns them
-
-
-@pytest.mark.parametrize("name", ["a_masked_lstm", "batch_normalization", "a_compute_loss_that_is_a_sum"])
-def test_in_float32_as_keras_comes(name):
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
-    specimen = next(one for one in zoo.ZOO if one.name == name)
-    model, given = specimen.make()
-    found = bb.audit(model, *given, micro_batch=zoo.MICRO_BATCH)
-    assert said(found) == (specimen.exact, specimen.causes), found
-    assert (found.dtype, found.tolerance) == ("float32", 1e-4)
+    assert ("layer.trainable = False" in str(found)) == ("module" in specimen.causes)
+    assert found.verdict.startswith("exact" if specimen.exact else "not exact: ")
 
 
 def test_in_half_precision():
@@ -63,7 +55,7 @@ def test_in_half_precision():
 
 def test_it_is_what_a_window_does():
     """The accumulated gradient is the update of a plain SGD, in either state of things."""
-    for make in (zoo.a_masked_lstm, zoo.batch_normalization):
+    for make in (zoo.tokens_with_weights, zoo.batch_normalization)[: 2 if BACKEND == "torch" else 1]:
         model, given = make()
         model._symbolic_build(data_batch=tuple(map(ops.convert_to_tensor, given)))
         bench = Bench(model, given, zoo.N, zoo.MICRO_BATCH)
@@ -97,7 +89,7 @@ def test_everything_is_left_as_it_was(error):
 
         def fails(**given):
             calls.append(1)
-            if len(calls) == 4:
+            if len(calls) == 2:
                 raise KeyError("mine")
             return type(model).compute_loss(model, **given)
 
@@ -193,18 +185,23 @@ def test_bad_input(make, given, kind, words):
         bb.audit(make(), given.pop("x"), given.pop("y"), **given)
 
 
-def test_the_report():
-    found = bb.audit(*(lambda made: (made[0], *made[1]))(zoo.batch_normalization()), micro_batch=4)
-    assert "layer.trainable = False" in str(found)
-    assert mlp().name not in str(found)
-    assert found.verdict.startswith("not exact: ")
+if BACKEND == "torch":
 
+    @pytest.mark.parametrize("name", ["a_compute_loss_that_is_a_sum", "a_masked_lstm", "batch_normalization"])
+    def test_in_float32_as_keras_comes(name):
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+        specimen = next(one for one in zoo.ZOO if one.name == name)
+        model, given = specimen.make()
+        found = bb.audit(model, *given, micro_batch=zoo.MICRO_BATCH)
+        assert said(found) == (specimen.exact, specimen.causes), found
+        assert (found.dtype, found.tolerance) == ("float32", 1e-4)
 
-def test_the_example(capsys):
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
-    runpy.run_path(str(ROOT / "examples/keras_honest.py"))
-    lines = capsys.readouterr().out
-    assert "not exact: " in lines
-    assert "\nexact to " in lines
-    assert "noise scale: " in lines
+    def test_the_example(capsys):
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+        runpy.run_path(str(ROOT / "examples/keras_honest.py"))
+        lines = capsys.readouterr().out
+        assert "not exact: " in lines
+        assert "\nexact to " in lines
+        assert "noise scale: " in lines

@@ -121,7 +121,7 @@ def test_the_models_own():
 
 
 def test_a_metric_that_is_put_on_a_built_model_is_one_of_its_metrics():
-    model = trained()
+    model = mlp()
     metric = keras.metrics.Mean(name="mine")
     model._metrics.append(metric)
     assert metric in model.metrics

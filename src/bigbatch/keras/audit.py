@@ -52,7 +52,8 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
         # - module (batch_normalization): An example's output of batch_normalization depends on the other examples …
 
     The answer is about this batch. Give it one like those you train on: ragged where they are, with masks that differ.
-    Some dozens of examples are enough; the whole batch must fit in memory, and 10 to 50 passes over it are made.
+    Some dozens of examples are enough; the whole batch must fit in memory, and 10 to 50 passes over it are made, on JAX
+    with a compilation for each size that a micro-batch, or a repetition of examples, has.
 
     Args:
         model: a compiled model. One that is not built yet is built, as `fit` would.

@@ -13,7 +13,9 @@ from bigbatch import host
 from bigbatch.engines import tensorflow_graph
 from bigbatch.engines.tensorflow_graph import bytes_of, peak
 from bigbatch.keras import batch, loss
-from bigbatch.keras.tensorflow import _build, _micro_step, _update, add_up, split_step
+from bigbatch.keras.tensorflow import split_step
+from bigbatch.keras.tensorflow_update import update
+from bigbatch.keras.tensorflow_window import add_up, build, micro_step
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,13 +37,13 @@ def auto_step(model: Any, fitting: Any) -> Callable[[Any], dict[str, Any]]:
         return added if model.run_eagerly else graph(added)
 
     def updated(found: Any, unit: Any) -> dict[str, Any]:
-        return _update(model, found, unit, described)
+        return update(model, found, unit, described)
 
-    update = updated if model.run_eagerly else graph(updated)
+    finish = updated if model.run_eagerly else graph(updated)
 
     def step(data: Any) -> dict[str, Any]:
         data = _tensors(data)
-        return update(*fitting(data, functools.partial(Predictions, model, data), lambda size: sums(size)(data)))
+        return finish(*fitting(data, functools.partial(Predictions, model, data), lambda size: sums(size)(data)))
 
     return step
 
@@ -62,7 +64,7 @@ class Predictions:
 
     def __init__(self, model: Any, data: Any):
         self.model, self.data = model, _tensors(data)
-        _build(model, self.data)
+        build(model, self.data)
         self.leaves = batch.leaves(self.data)
         self.length = self.leaves[0].shape[0]
         self.written: list[Any] = []
@@ -118,6 +120,6 @@ class Predictions:
         return least
 
     def _traced(self, size: int) -> Any:
-        take = tf.function(_micro_step(self.model, self.data, []), autograph=False)
+        take = tf.function(micro_step(self.model, self.data, []), autograph=False)
         specs = [tf.TensorSpec([size, *leaf.shape[1:]], leaf.dtype) for leaf in self.leaves]
         return take.get_concrete_function(specs, tf.TensorSpec([0], self.model._loss_tracker.dtype))

@@ -206,6 +206,8 @@ def noise_scale(model: keras.Model) -> NoiseScale:
 
 def _products(window: Window, gradients: list[list[Any]]) -> Any:
     """The inner products of the kinds' gradients, of shape (kinds²,)."""
+    # One that waits to be multiplied out comes as a function, called only where the window is measured.
+    gradients = [[g() if callable(g) else g for g in several] for several in gradients]
 
     def product(one: list[Any], other: list[Any]) -> Any:
         total = ops.zeros((), window.meter.dtype)

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
+from bigbatch.engines.tensorflow_products import Kept, Product, room_for
 from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, words
-from bigbatch.tensorflow.parts import Kept, Product, Rows, Window, add, finished, joined, part_of, room_for
+from bigbatch.tensorflow.parts import Rows, Window, add, finished, joined, part_of
 from bigbatch.tensorflow.sums import Gradient, scaled, widened
 
 

@@ -27,6 +27,12 @@ def only_if(holds: tf.Tensor, work: Callable[[], tf.Operation], after: Sequence[
     return tf.raw_ops.Merge(inputs=[yes, no]).output.op
 
 
+def done(*operations: tf.Operation) -> tf.Tensor:
+    """True, once they have run: what a branch of a conditional returns, and what others wait for."""
+    with tf.control_dependencies(operations):
+        return tf.constant(True)
+
+
 class Turn:
     """A place in the order of a run: some ops come in this turn, and others after those of them that are fetched.
 

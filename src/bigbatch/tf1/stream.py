@@ -9,7 +9,7 @@ import tensorflow as tf
 from bigbatch import errors
 from bigbatch.every import Every, Items, as_every
 from bigbatch.tf1 import checks
-from bigbatch.tf1.order import only_if
+from bigbatch.tf1.order import done, only_if
 from bigbatch.tf1.sums import make_sum
 from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Lock, Scalars, Window, not_finite
 from bigbatch.tf1.window import Update as Update
@@ -216,7 +216,7 @@ class Accumulator(v1.train.Optimizer):
             emptied = self._window.empty()  # if some of the sums fail, the next micro-batch starts anew
         with tf.control_dependencies([emptied]):
             added = tf.cond(
-                first, lambda: _after(*(s.start(weight) for s in sums)), lambda: _after(*(s.add(weight) for s in sums))
+                first, lambda: done(*(s.start(weight) for s in sums)), lambda: done(*(s.add(weight) for s in sums))
             )
         return after, self._window.write(after, [added])
 
@@ -281,12 +281,6 @@ class Accumulator(v1.train.Optimizer):
         scope = v1.get_variable_scope()
         with v1.variable_scope(scope, reuse=reuse, auxiliary_name_scope=False):
             return self.optimizer.apply_gradients(pairs, global_step)
-
-
-def _after(*operations: tf.Operation) -> tf.Tensor:
-    """True, once they have run: what a branch of a conditional returns, and what others wait for."""
-    with tf.control_dependencies(operations):
-        return tf.constant(True)
 
 
 @contextlib.contextmanager

@@ -3,21 +3,37 @@
 `start` assigns, so that nothing of an earlier window, NaN or the half of a failed one, is ever multiplied or added.
 """
 
+import math
 from typing import Any
 
 import tensorflow as tf
 
+from bigbatch.engines.tensorflow_products import SMALL, Product, factors_of
+from bigbatch.tf1.order import done
+
 v1 = tf.compat.v1
 
 
-def make_sum(grad: tf.Tensor | tf.IndexedSlices, variable: Any, dtype: tf.DType | None) -> "DenseSum | SparseSum":
+def make_sum(grad: tf.Tensor | tf.IndexedSlices, variable: Any, dtype: tf.DType | None) -> Any:
     """The sum for one gradient: at least as wide as `dtype`, on the variable's device."""
     own = variable.dtype.base_dtype
     wide = own if dtype is None or own.size >= dtype.size else dtype
     with tf.device(variable.device):
         if isinstance(grad, tf.IndexedSlices):
             return SparseSum(grad, variable, wide)
-        return DenseSum(grad, variable, wide)
+        product = _product(grad) if grad.dtype == wide else None
+        return DenseSum(grad, variable, wide) if product is None else ProductSum(product, variable)
+
+
+def _product(grad: tf.Tensor) -> Product | None:
+    """A dense layer's inputs and its outputs' gradients, where one example's are much smaller than their product."""
+    while grad.op.type == "Identity":  # as `gate_gradients` puts one after it
+        grad = grad.op.inputs[0]
+    product = factors_of(grad)
+    if product is None or any(side.shape.rank is None for side in product):
+        return None
+    widths = [side.shape.as_list()[1] for side in product]
+    return product if None not in widths and SMALL * sum(widths) <= math.prod(widths) else None
 
 
 class DenseSum:
@@ -53,18 +69,76 @@ class DenseSum:
         return total if factor is None else total * tf.cast(factor, self.dtype)
 
 
+class ProductSum:
+    """A dense layer's gradient, leftᵀ · right: the rows of both, until there are so many that they are multiplied out.
+
+    That is once a window, or more often where rows would take more than three quarters of the gradient's memory, and
+    later, beside the total, more than a quarter.
+    """
+
+    def __init__(self, product: Product, variable: Any):
+        self.product, self.shape, self.dtype = product, variable.shape.as_list(), product.right.dtype
+        self.grad = product.right  # with which the other is there too
+        names = (f"{variable.op.name}/sum_{side}" for side in ("left", "right", "total"))
+        self.left, self.right = (_growing([width], self.dtype, next(names)) for width in self.shape)
+        self.total = _variable(lambda: tf.zeros([1, 1], self.dtype), next(names), tf.TensorShape([None, None]))
+
+    @property
+    def variables(self) -> list[Any]:
+        """What a checkpoint holds."""
+        return [self.left, self.right, self.total]
+
+    def start(self, weight: tf.Tensor) -> tf.Operation:
+        """Begins a window with the gradient times `weight`."""
+        # A copy, as assigning a fed array itself would keep the caller's own memory.
+        left, right = tf.raw_ops.DeepCopy(x=self.product.left), self._weighted(weight)
+        return self._assign(left, right, tf.zeros([1, 1], self.dtype), new=True)
+
+    def add(self, weight: tf.Tensor) -> tf.Operation:
+        """Adds the gradient times `weight`."""
+        left = tf.concat([self.left.read_value(), self.product.left], 0)
+        right = tf.concat([self.right.read_value(), self._weighted(weight)], 0)
+        return self._assign(left, right, self.total.read_value(), new=False)
+
+    def read(self, factor: tf.Tensor | None = None) -> tf.Tensor:
+        """The sum, times `factor`."""
+        left, right, total = (v.read_value() for v in self.variables)
+        factor = tf.ones([], self.dtype) if factor is None else tf.cast(factor, self.dtype)
+        product = tf.linalg.matmul(left, right * factor, transpose_a=True)
+        whole = tf.cond(tf.equal(tf.size(total), 1), lambda: product, lambda: total * factor + product)
+        return tf.ensure_shape(whole, self.shape)
+
+    def _weighted(self, weight: tf.Tensor) -> tf.Tensor:
+        return self.product.right * tf.cast(weight, self.dtype)
+
+    def _assign(self, left: tf.Tensor, right: tf.Tensor, total: tf.Tensor, new: bool) -> tf.Operation:
+        """Takes these rows, all of the window that are not in the total, which is a 1×1 zero where it holds none."""
+        alone, beside_total = (share * math.prod(self.shape) // (4 * sum(self.shape)) for share in (3, 1))
+        room = alone if new else tf.where(tf.equal(tf.size(total), 1), alone, beside_total)
+
+        def keep() -> tf.Tensor:
+            emptied = [self.total.assign(total, read_value=False)] if new else []
+            return done(self.left.assign(left, read_value=False), self.right.assign(right, read_value=False), *emptied)
+
+        def multiply() -> tf.Tensor:
+            multiplied = total + tf.linalg.matmul(left, right, transpose_a=True)
+            return done(
+                self.total.assign(multiplied, read_value=False),
+                self.left.assign(left[:0], read_value=False),
+                self.right.assign(right[:0], read_value=False),
+            )
+
+        return tf.cond(tf.shape(left)[0] <= room, keep, multiply).op
+
+
 class SparseSum:
     """Row numbers, each once, and the rows' sums: as large as what was touched, never as the table."""
 
     def __init__(self, grad: tf.IndexedSlices, variable: Any, dtype: tf.DType):
         self.grad, self.dtype, self.shape = grad, dtype, variable.shape
-        row = self.shape[1:]
-        self.indices = _variable(
-            lambda: tf.zeros([0], grad.indices.dtype), f"{variable.op.name}/sum_indices", tf.TensorShape([None])
-        )
-        self.values = _variable(
-            lambda: tf.zeros([0, *row], dtype), f"{variable.op.name}/sum_values", tf.TensorShape([None, *row])
-        )
+        name = variable.op.name
+        self.indices = _growing([], grad.indices.dtype, f"{name}/sum_indices")
+        self.values = _growing(self.shape[1:], dtype, f"{name}/sum_values")
 
     @property
     def variables(self) -> list[Any]:
@@ -96,6 +170,11 @@ class SparseSum:
         rows, place = tf.unique(indices)
         summed = tf.math.unsorted_segment_sum(values, place, tf.size(rows))
         return tf.group(self.indices.assign(rows, read_value=False), self.values.assign(summed, read_value=False))
+
+
+def _growing(row: Any, dtype: tf.DType, name: str) -> Any:
+    """A variable of any number of rows, none at first."""
+    return _variable(lambda: tf.zeros([0, *row], dtype), name, tf.TensorShape([None, *row]))
 
 
 def _variable(initial: Any, name: str, shape: tf.TensorShape | None = None) -> Any:

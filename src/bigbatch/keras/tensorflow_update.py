@@ -1,0 +1,108 @@
+"""The update on the TensorFlow backend: a window's sums become means over all replicas, for the optimizer."""
+
+import warnings
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from bigbatch.keras import loss, noise
+from bigbatch.keras.tensorflow_window import Owed, Sums, dense
+
+
+def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) -> dict[str, Any]:
+    """Makes the update, and returns the model's logs.
+
+    Args:
+        model: the model.
+        sums: of the window, on this replica.
+        unit: what the gradients' sums are divided by, for each kind of items.
+        described: the terms of any micro-batch's loss.
+    """
+    context = tf.distribute.get_replica_context()
+    items, losses = sums.items, sums.losses
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        items, losses = context.all_reduce(tf.distribute.ReduceOp.SUM, (items, losses))
+    terms_divide, kinds_divide = loss.quotients(described)
+    means = [
+        tf.math.divide_no_nan(total, count) if divide else total
+        for (total, count), divide in zip(map(tf.unstack, losses), terms_divide, strict=True)
+    ]
+    factors = [
+        tf.math.divide_no_nan(u, n) if divide else tf.ones_like(u)
+        for u, n, divide in zip(unit, items, kinds_divide, strict=True)
+    ]
+    total = loss.report(model, described, means, sums.examples)
+    # Before the optimizer counts the update, and does what it likes with the gradients.
+    found = dense(sums.gradients)
+    noise_logs = noise.closed(noise.opened(model), sums.noise, found, factors, sums.examples, total)
+
+    variables = model.trainable_variables
+    gradients: list[Any] = []
+    for i, v in enumerate(variables):
+        # One after the other: TensorFlow would multiply all products out before it adds the first.
+        with tf.control_dependencies([g for g in gradients[-1:] if g is not None]):
+            parts = [_times(g[i], f) for g, f in zip(sums.gradients, factors, strict=True) if g[i] is not None]
+            gradients.append(tf.cast(tf.add_n(parts), v.dtype) if parts else None)
+    if variables:
+        _apply(model, gradients, variables, total)
+    else:
+        warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+    return {**model.get_metrics_result(), **noise_logs}
+
+
+def _times(gradient: Any, factor: tf.Tensor) -> tf.Tensor:
+    return gradient.times(factor) if isinstance(gradient, Owed) else gradient * tf.cast(factor, gradient.dtype)
+
+
+def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -> None:
+    """`optimizer.apply`, unless the window is not finite. Loss scaling asks that itself, and takes note."""
+    optimizer = model.optimizer
+    if model.distribute_strategy.num_replicas_in_sync > 1 and _wants_the_sum(optimizer):
+        gradients = _on_the_first_replica(gradients)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer.apply(gradients, variables)
+        return
+    finite = tf.reduce_all(
+        [tf.math.is_finite(total), *[tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None]]
+    )
+    if model.distribute_strategy.num_replicas_in_sync == 1:
+        tf.cond(finite, lambda: _applied(optimizer, gradients, variables), lambda: tf.constant(False))
+        return
+
+    # A replica may not ask inside a tf.cond, so all replicas ask together.
+    finite = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~finite, tf.int32)) == 0
+
+    def merged(strategy: Any, finite: Any, gradients: list[Any]) -> None:
+        one = strategy.experimental_local_results(finite)[0]
+
+        def apply() -> Any:
+            strategy.extended.call_for_each_replica(_applied, args=(optimizer, gradients, variables))
+            return tf.constant(True)
+
+        tf.cond(one, apply, lambda: tf.constant(False))
+
+    tf.distribute.get_replica_context().merge_call(merged, args=(finite, gradients))
+
+
+def _wants_the_sum(optimizer: Any) -> bool:
+    """Whether it looks at a gradient before Keras sums it over the replicas: to clip, or for loss scaling."""
+    clipping = ("clipnorm", "global_clipnorm", "clipvalue")
+    several = (optimizer, *getattr(optimizer, "optimizers", ()))  # a MultiOptimizer's
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or any(
+        getattr(one, name, None) is not None for one in several for name in clipping
+    )
+
+
+def _on_the_first_replica(gradients: list[Any]) -> list[Any]:
+    """The batch's gradient on one replica and zeros on the others, which Keras's sum over them then leaves as it is."""
+    context: Any = tf.distribute.get_replica_context()
+    present = [g for g in gradients if g is not None]
+    reduced = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, present) if present else [])
+    first = tf.equal(context.replica_id_in_sync_group, 0)
+    return [None if g is None else tf.where(first, r := next(reduced), tf.zeros_like(r)) for g in gradients]
+
+
+def _applied(optimizer: Any, gradients: list[Any], variables: list[Any]) -> Any:
+    optimizer.apply(gradients, variables)
+    return tf.constant(True)

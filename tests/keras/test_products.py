@@ -1,0 +1,153 @@
+"""On TensorFlow, large weights' gradients wait as products to be multiplied out: what they are, and when."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import bigbatch.keras as bb
+from conformance.keras_parity import BACKEND, close, float64, same_logs
+
+MICRO = 2
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(150, 96)), RNG.normal(size=(150, 2))
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    float64()
+
+
+def deep(loss="mse", **options):
+    """Three dense layers, of which the first two have weight gradients much larger than what they are products of."""
+    keras.utils.set_random_seed(0)
+    widths = [layers.Dense(64, activation="tanh", **options) for _ in range(2)]
+    model = keras.Sequential([keras.Input((96,)), *widths, layers.Dense(2)])
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=1.0), loss, metrics=["mae"])
+    return model
+
+
+if BACKEND == "tensorflow":
+    from bigbatch.keras import tensorflow_window
+
+    @pytest.fixture
+    def seen(monkeypatch):
+        """The shapes of the products that were found."""
+        shapes = []
+        look = tensorflow_window.product_of
+
+        def noting(gradient):
+            product = look(gradient)
+            shapes.extend([] if product is None else [product.shape])
+            return product
+
+        monkeypatch.setattr(tensorflow_window, "product_of", noting)
+        return shapes
+
+    # Of micro-batches of 2, thirteen products take three quarters of the gradients' memory, and four a quarter.
+    @pytest.mark.parametrize(
+        ("n", "door"), [(17, "split"), (75, "split"), (75, "one call"), (17, "stream"), (150, "stream")]
+    )
+    def test_products_are_kept_until_their_room_is_full(n, door, seen):
+        plain, model = (
+            deep(),
+            bb.accumulate(deep(), **({"every": -(-n // MICRO)} if door == "stream" else {"micro_batch": MICRO})),
+        )
+        logs = plain.train_on_batch(X[:n], Y[:n], return_dict=True)
+        if door == "one call":
+            ours = model.train_on_batch(X[:n], Y[:n], return_dict=True)
+        else:  # where the graph does not know how many examples there are
+            size = MICRO if door == "stream" else n
+            history = model.fit(X[:n], Y[:n], batch_size=size, shuffle=False, verbose=0).history
+            ours = {name: values[0] for name, values in history.items()}
+        same_logs(ours, logs, 1e-10)
+        close(model, plain, 1e-10)
+        assert seen[:2] == [(96, 64), (64, 64)]
+
+    def test_a_batch_may_be_shorter_than_a_micro_batch():
+        plain, model = deep(), bb.accumulate(deep(), micro_batch=8)
+        for trained in (plain, model):
+            trained.fit(X[:25], Y[:25], batch_size=20, shuffle=False, verbose=0)
+        close(model, plain, 1e-10)
+
+    def test_each_kind_of_items_has_products_of_its_own(seen):
+        def make():
+            keras.utils.set_random_seed(0)
+            x = keras.Input((96,))
+            h = layers.Dense(64, activation="tanh")(layers.Dense(64, activation="tanh")(x))
+            model = keras.Model(x, [layers.Dense(2, name="a")(h), layers.Dense(2, name="b")(h)])
+            weighted = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+            model.compile(
+                keras.optimizers.SGD(0.1), [weighted, keras.losses.MeanSquaredError(reduction="sum")], [0.7, 0.1]
+            )
+            return model
+
+        weight = RNG.uniform(0.1, 3, 40)
+        plain, model = make(), bb.accumulate(make(), micro_batch=MICRO)
+        for trained in (plain, model):
+            trained.fit(X[:40], [Y[:40]] * 2, sample_weight=[weight] * 2, batch_size=40, shuffle=False, verbose=0)
+        close(model, plain, 1e-10)
+        assert seen[:4] == [(96, 64), (64, 64)] * 2
+
+    def test_weights_used_twice_and_regularized_are_added_up_as_they_come(seen):
+        def make():
+            keras.utils.set_random_seed(0)
+            twice = layers.Dense(64, activation="tanh")
+            x = keras.Input((96,))
+            h = twice(twice(layers.Dense(64, activation="tanh", kernel_regularizer="l2")(x)))
+            h = layers.Dense(64, name="on_three_dimensions")(layers.Reshape((1, 64))(h))
+            model = keras.Model(x, layers.Dense(2)(layers.Flatten()(h)))
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+            return model
+
+        plain, model = make(), bb.accumulate(make(), micro_batch=MICRO)
+        for trained in (plain, model):
+            trained.train_on_batch(X[:17], Y[:17])
+        close(model, plain, 1e-10)
+        assert set(seen) == {(64, 64)}
+        assert len(seen) <= 2, "the one on three dimensions, and once more where TensorFlow traces again"
+
+    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+    def test_factors_in_half_precision_are_not_kept(policy, seen):
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(policy)
+        bb.accumulate(deep(), micro_batch=MICRO).train_on_batch(X[:8], Y[:8])
+        assert seen == []
+
+    def test_eager_and_xla_have_none(seen):
+        for options in ({"run_eagerly": True}, {"jit_compile": True}):
+            model = deep()
+            model.compile(keras.optimizers.SGD(0.1), "mse", **options)
+            bb.accumulate(model, micro_batch=MICRO).train_on_batch(X[:8], Y[:8])
+        assert seen == []
+
+    def test_lengths_that_all_differ_are_added_up_as_they_come(seen):
+        lengths = (3, 1, 2, 5, 4)
+        stops = np.cumsum(lengths)
+        cuts = [slice(stop - n, stop) for n, stop in zip(lengths, stops, strict=True)]
+        plain, model = deep(), bb.accumulate(deep(), every=len(cuts))
+        model.fit(((X[c], Y[c]) for c in cuts), steps_per_epoch=len(cuts), shuffle=False, verbose=0)
+        plain.fit(X[:15], Y[:15], batch_size=15, shuffle=False, verbose=0)
+        close(model, plain, 1e-10)
+        assert seen == []
+
+    def test_a_window_that_is_not_finite_leaves_no_trace():
+        model, plain = bb.accumulate(deep(), micro_batch=MICRO), deep()
+        bad = X[:16].copy()
+        bad[9] = np.inf
+        model.train_on_batch(bad, Y[:16])
+        for ours, untouched in zip(model.get_weights(), plain.get_weights(), strict=True):
+            np.testing.assert_array_equal(ours, untouched)
+        model.train_on_batch(X[:16], Y[:16])
+        plain.train_on_batch(X[:16], Y[:16])
+        close(model, plain, 1e-10)
+
+    def test_there_are_never_two_copies_of_the_gradients():
+        command = [sys.executable, str(Path(__file__).with_name("peak.py")), "160", "4"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        copies = float(done.stdout.split()[-2])
+        assert 0.9 < copies < 2.0, done.stdout
