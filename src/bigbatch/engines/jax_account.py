@@ -37,8 +37,9 @@ def _inside_convolutions(program: Jaxpr) -> int:
             most = max(most, sum(v.aval.size * v.aval.dtype.itemsize for v in equation.invars))
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(inner, ClosedJaxpr | Jaxpr):
-                    most = max(most, _inside_convolutions(getattr(inner, "jaxpr", inner)))
+                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+                if isinstance(inner, Jaxpr):
+                    most = max(most, _inside_convolutions(inner))
     return most
 
 
