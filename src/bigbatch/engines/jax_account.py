@@ -54,5 +54,9 @@ def device_memory() -> host.Memory:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a program ended because there was no memory left."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    """Whether a program ended because there was no memory left.
+
+    JAX raises the program's own error where it is called, and a `ValueError` of the same text where several of its
+    results are waited for.
+    """
+    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" in str(error)

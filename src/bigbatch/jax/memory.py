@@ -114,7 +114,7 @@ def fitting(
             try:
                 # An error comes when the result is waited for, and later it would be the user's.
                 return jax.block_until_ready(door.at(sizes[key])(*args, **kwargs))
-            except jax.errors.JaxRuntimeError as error:
+            except (jax.errors.JaxRuntimeError, ValueError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if sizes[key] == 1:

@@ -11,7 +11,7 @@ from bigbatch import host
 from bigbatch.engines import torch_predictions
 from bigbatch.engines.torch_predictions import Rehearsals, State, release
 from bigbatch.engines.torch_predictions import is_out_of_memory as is_out_of_memory
-from bigbatch.keras import batch, loss
+from bigbatch.keras import batch, loss, noise
 from bigbatch.keras.torch import add_up, cut, window
 
 
@@ -41,6 +41,7 @@ class Predictions:
         self.model, data = model, _tensors(data)
         model._symbolic_build(data_batch=data)
         self.parameters = [v.value for v in model.trainable_variables]
+        self.meter = noise.meter_of(model)
         leaves = batch.leaves(data)
         self.length = len(leaves[0])
         self.rehearsals = Rehearsals(
@@ -61,20 +62,24 @@ class Predictions:
 
     def needs(self, size: int) -> int:
         """Bytes that an update with micro-batches of `size` examples takes beside what is held."""
+        gradients = sum(p.nbytes for p in self.parameters)
+        # Where the noise is measured, a micro-batch's gradients lie beside the sums until it is over.
+        measured = gradients if self.meter else 0
         # Once the micro-batches are gone the optimizer takes up to three copies of the gradients, as Keras's Adam does.
-        update = 4 * sum(p.nbytes for p in self.parameters)
-        return max(update, self.rehearsals.needs(size))
+        return max(4 * gradients, measured + self.rehearsals.needs(size))
 
     def keeping(self) -> Callable[[], Callable[[], None]]:
         """A function that notes random states and what a window writes to; it returns one that gives them back."""
-        device, written = self.rehearsals.device, self.rehearsals.written
+        device, written, meter = self.rehearsals.device, self.rehearsals.written, self.meter
 
         def keep() -> Callable[[], None]:
-            state = State(device, written)
+            state, begun = State(device, written), meter.begun if meter else 0
 
             def give_back() -> None:
                 release(device)
                 state.give_back()
+                if meter:
+                    meter.begun = begun
 
             return give_back
 
