@@ -37,20 +37,16 @@ ZOO = [specimen for specimen in zoo.ZOO if BACKEND == "torch" or specimen.name i
 @pytest.mark.parametrize("specimen", ZOO, ids=lambda specimen: specimen.name)
 def test_the_zoo(specimen):
     model, given = specimen.make()
+    before = [array(v) for v in model.variables]
     found = bb.audit(model, *given, micro_batch=zoo.MICRO_BATCH)
     assert said(found) == (specimen.exact, specimen.causes), found
     assert found.dtype == "float64"
+    for v, value in zip(model.variables, before, strict=bool(before)):  # moving statistics and seeds among them
+        np.testing.assert_array_equal(array(v), value)
     assert [p.name for p in found.parameters] == [v.path for v in model.trainable_variables]
     assert not any("items)" in cause.remedy for cause in found.causes)  # fit has no loss function that returns them
     assert ("layer.trainable = False" in str(found)) == ("module" in specimen.causes)
     assert found.verdict.startswith("exact" if specimen.exact else "not exact: ")
-
-
-def test_in_half_precision():
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("mixed_float16")
-    found = bb.audit(zoo.stack(), *zoo.examples(), micro_batch=4)
-    assert (found.dtype, found.exact) == ("float16", True), found
 
 
 def test_it_is_what_a_window_does():
@@ -75,7 +71,7 @@ def everything(model):
     return [array(v).tolist() for v in variables], chance, [layer.trainable for layer in model._flatten_layers()]
 
 
-@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("error", [True] if BACKEND == "jax" else [True, False])
 def test_everything_is_left_as_it_was(error):
     model = zoo.stack(layers.BatchNormalization(), layers.Dropout(0.3), zoo.MeanOfSquares(), metrics=["accuracy"])
     with pytest.warns(UserWarning, match="BatchNormalization"):
@@ -196,6 +192,12 @@ if BACKEND == "torch":
         found = bb.audit(model, *given, micro_batch=zoo.MICRO_BATCH)
         assert said(found) == (specimen.exact, specimen.causes), found
         assert (found.dtype, found.tolerance) == ("float32", 1e-4)
+
+    def test_in_half_precision():
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("mixed_float16")
+        found = bb.audit(zoo.stack(), *zoo.examples(), micro_batch=4)
+        assert (found.dtype, found.exact) == ("float16", True), found
 
     def test_the_example(capsys):
         keras.config.set_floatx("float32")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from keras import ops
 
 import bigbatch.keras as bb
-from bigbatch.keras import noise
+from bigbatch.keras import memory, noise
 from bigbatch.noise import Noise
 from conformance.keras_parity import BACKEND, close, data, float64, mlp
 
@@ -94,11 +95,21 @@ def test_losses_that_count_different_things(door):
     is_close(model, by_hand(contributions))
 
 
+def test_with_the_micro_batch_that_fits(monkeypatch):
+    """Where the micro-batches and the update are two programs."""
+    monkeypatch.setattr(memory, "_planned", lambda *args: SimpleNamespace(micro_batch=4))
+    model = bb.accumulate(linear(), micro_batch="auto", noise=2)
+    logs = model.fit(X, Y, batch_size=14, shuffle=False, epochs=3, verbose=0).history
+    is_close(model, by_hand(of_squares() / 14), windows=2)
+    assert logs["noise_scale"] == pytest.approx([bb.noise_scale(model).scale] * 3)
+
+
 def test_under_loss_scaling():
-    for optimizer in (
+    scaling = [
         keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.0), initial_scale=8.0),
         keras.optimizers.SGD(0.0, loss_scale_factor=4.0),
-    ):
+    ]
+    for optimizer in scaling[: 1 if BACKEND == "jax" else 2]:
         model = bb.accumulate(linear(optimizer), micro_batch=4, noise=1)
         model.fit(X, Y, batch_size=14, shuffle=False, verbose=0)
         is_close(model, by_hand(of_squares() / 14))

@@ -29,12 +29,13 @@ def needs_of(traced: Any) -> int:
     return needs + (_inside_convolutions(traced.jaxpr.jaxpr) if jax.default_backend() == "cpu" else 0)
 
 
-def _inside_convolutions(program: Jaxpr) -> int:
+def _inside_convolutions(program: Any) -> int:
     """What a CPU's convolutions take inside, which the compiler leaves out: a copy of all that one of them reads."""
     most = 0
     for equation in program.eqns:
         if equation.primitive.name == "conv_general_dilated":
-            most = max(most, sum(v.aval.size * v.aval.dtype.itemsize for v in equation.invars))
+            shapes: Any = [v.aval for v in equation.invars]
+            most = max(most, sum(shape.size * shape.dtype.itemsize for shape in shapes))
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner

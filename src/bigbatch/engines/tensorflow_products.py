@@ -48,8 +48,9 @@ class Product(NamedTuple):
 def product_of(gradient: Any) -> Product | None:
     """The two factors, where a graph shows that the gradient is their product and that they are small."""
     product = factors_of(gradient)
-    known = product is not None and all(side.shape.is_fully_defined() for side in product)
-    return product if known and SMALL * product.size <= math.prod(product.shape) else None
+    if product is None or not all(side.shape.is_fully_defined() for side in product):
+        return None
+    return product if SMALL * product.size <= math.prod(product.shape) else None
 
 
 def factors_of(gradient: Any) -> Product | None:

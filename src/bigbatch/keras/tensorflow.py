@@ -29,7 +29,9 @@ def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None =
         full = length // size
 
         def fixed(i: Any) -> list[Any]:
-            return [tf.slice(x, [i * size] + [0] * (len(x.shape) - 1), [size, *ops.shape(x)[1:]]) for x in leaves]
+            shapes: list[Any] = [ops.shape(x) for x in leaves]
+            starts = [[i * size] + [0] * (len(shape) - 1) for shape in shapes]
+            return [tf.slice(x, at, [size, *shape[1:]]) for x, at, shape in zip(leaves, starts, shapes, strict=True)]
 
         def rest(i: Any) -> list[Any]:
             return [leaf[full * size :] for leaf in leaves]
@@ -69,17 +71,17 @@ def _gather(window: list[Any], fixed: bool) -> list[Any]:
     runs: list[Any] = []
     for _, several in itertools.groupby(rows, key=shape):
         several = list(several)
-        longest = max(row[0].shape[0] for row in several)
-        full = [row for row in several if row[0].shape[0] == longest]
+        sizes: list[Any] = [row[0].shape[0] for row in several]
+        full = [row for row, size in zip(several, sizes, strict=True) if size == max(sizes)]
         # Replicas must have one nesting, whatever lengths each has; and so must windows in which all lengths differ.
         if not fixed and (not alone or 2 * len(full) <= len(several)):
             full = []
-        others = [row for row in several if not full or row[0].shape[0] != longest]
+        others = [row for row, size in zip(several, sizes, strict=True) if not full or size != max(sizes)]
         if full:
             runs.append((_joined(window[0], full, tf.stack), None))
         if others:
-            lengths = tf.constant([row[0].shape[0] for row in others])
-            runs.append((_joined(window[0], others, lambda column: tf.concat(column, 0)), lengths))
+            lengths: Any = [row[0].shape[0] for row in others]
+            runs.append((_joined(window[0], others, lambda column: tf.concat(column, 0)), tf.constant(lengths)))
     return sorted(runs, key=lambda run: run[1] is not None)
 
 

@@ -32,7 +32,7 @@ def _product(grad: tf.Tensor) -> Product | None:
     product = factors_of(grad)
     if product is None or any(side.shape.rank is None for side in product):
         return None
-    widths = [side.shape.as_list()[1] for side in product]
+    widths: list[Any] = [side.shape.as_list()[1] for side in product]
     return product if None not in widths and SMALL * sum(widths) <= math.prod(widths) else None
 
 
