@@ -38,8 +38,9 @@ def _inside_convolutions(program: Any) -> int:
             most = max(most, sum(shape.size * shape.dtype.itemsize for shape in shapes))
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(inner, ClosedJaxpr | Jaxpr):
-                    most = max(most, _inside_convolutions(getattr(inner, "jaxpr", inner)))
+                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+                if isinstance(inner, Jaxpr):
+                    most = max(most, _inside_convolutions(inner))
     return most
 
 
