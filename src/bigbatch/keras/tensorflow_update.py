@@ -63,9 +63,7 @@ def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer.apply(gradients, variables)
         return
-    finite = tf.reduce_all(
-        [tf.math.is_finite(total), *[tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None]]
-    )
+    finite = tf.math.is_finite(total) & _all_finite([g for g in gradients if g is not None])
     if model.distribute_strategy.num_replicas_in_sync == 1:
         tf.cond(finite, lambda: _applied(optimizer, gradients, variables), lambda: tf.constant(False))
         return
@@ -83,6 +81,17 @@ def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -
         tf.cond(one, apply, lambda: tf.constant(False))
 
     tf.distribute.get_replica_context().merge_call(merged, args=(finite, gradients))
+
+
+def _all_finite(gradients: list[Any]) -> Any:
+    """Whether no number in them is inf or NaN."""
+
+    def each() -> Any:
+        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+
+    # A sum of squares takes one pass, and is nearly always finite; if not, that may be the squares' fault.
+    squares = [tf.cast(tf.nn.l2_loss(g), tf.float64) for g in gradients]
+    return tf.cond(tf.math.is_finite(tf.add_n(squares)), lambda: tf.constant(True), each) if gradients else True
 
 
 def _wants_the_sum(optimizer: Any) -> bool:
