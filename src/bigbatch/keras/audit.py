@@ -5,6 +5,7 @@ dtype that they were made with, so it is made in that.
 """
 
 import contextlib
+import importlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +25,6 @@ from bigbatch.audit import Audit
 from bigbatch.examine import examine
 from bigbatch.keras import batch, loss, noise, watch
 from bigbatch.keras.accumulate import check_model
-from bigbatch.keras.split import backend
 from bigbatch.probe import Rows, Run
 
 # What to do about each cause in Keras, where `fit` has the loss and no loss function says its items.
@@ -131,7 +131,7 @@ class Bench:
         counts: list[float] = []
         scale *= self.scale
         with self.at_rest(seed, quiet) as reset:
-            differentiate = self.program(backend().gradients, len(parts) == 1, quiet)
+            differentiate = self.program(_own().gradients, len(parts) == 1, quiet)
             for i, rows in enumerate(parts):
                 if fresh:
                     reset()
@@ -156,7 +156,7 @@ class Bench:
     def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows; of several kinds of items, the first one's."""
         with self.at_rest(seed, quiet):
-            found, _ = self.program(backend().losses, False, quiet)(self.take(rows), ops.ones((), self.float))
+            found, _ = self.program(_own().losses, False, quiet)(self.take(rows), ops.ones((), self.float))
             items = next((n for _, n in found if n is not None), len(rows))
             return Run(sum(_number(value) for value, _ in found), _number(items))
 
@@ -218,7 +218,7 @@ class Bench:
 
         random.seed(seed)
         np.random.seed(seed)
-        backend().seed_chance(seed)
+        _own().seed_chance(seed)
         try:
             with watch.resting({name: self.layers[name] for name in quiet}):
                 reset()
@@ -242,9 +242,14 @@ def _chance_kept(model: Any) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
     try:
-        with backend().chance_kept(model):
+        with _own().chance_kept(model):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
+
+
+def _own() -> Any:
+    """The half of this that belongs to the backend that Keras runs on."""
+    return importlib.import_module(f"bigbatch.keras.audit_{keras.backend.backend()}")

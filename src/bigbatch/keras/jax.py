@@ -6,7 +6,6 @@ shape make one scan; a shorter last one is a step of its own. All of it is one c
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -252,58 +251,3 @@ def _micro_step(
         return more, non_trainable, metrics
 
     return micro_step
-
-
-Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
-
-
-def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair, compiled."""
-
-    def run(pure: Callable[[Any], Any], values: Any) -> tuple[Any, Any, Any]:
-        found, back, aux = jax.vjp(pure, values, has_aux=True)
-        several = range(len(found))
-        chosen = [[jnp.full_like(value, j == k) for j, value in enumerate(found)] for k in several]
-        return found, aux, [back(one)[0] for one in chosen]
-
-    return _assigning(model, objective, run)
-
-
-def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """As `gradients`, without them."""
-    return _assigning(model, objective, lambda pure, values: (*pure(values), []))
-
-
-def _assigning(model: Any, objective: Objective, run: Callable[..., tuple[Any, Any, Any]]) -> Callable[..., Any]:
-    """A compiled function of the model's variables, which assigns what it changed."""
-    trainable = model.trainable_variables
-    others = [*model.non_trainable_variables, *model.metrics_variables]
-
-    @jax.jit
-    def compiled(values: Any, held: Any, leaves: list[Any], scale: Any) -> Any:
-        def pure(values: Any) -> tuple[list[Any], Any]:
-            mapping = list(zip([*trainable, *others], [*values, *held], strict=True))
-            with keras.StatelessScope(mapping, collect_losses=True) as scope:
-                found = objective(leaves, scale)
-            changed = [scope.get_current_value(v) for v in others]
-            return [value for value, _ in found], ([items for _, items in found], changed)
-
-        return run(pure, values)
-
-    def call(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
-        values, held = ([v.value for v in variables] for variables in (trainable, others))
-        found, (items, changed), grads = compiled(values, held, leaves, scale)
-        for v, value in zip(others, changed, strict=True):
-            v.assign(value)
-        return list(zip(found, items, strict=True)), grads
-
-    return call
-
-
-def chance_kept(model: Any) -> AbstractContextManager[None]:
-    """JAX draws from keys alone."""
-    return nullcontext()
-
-
-def seed_chance(seed: int) -> None:
-    """JAX draws from keys alone."""

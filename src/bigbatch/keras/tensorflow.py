@@ -2,13 +2,11 @@
 
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import tensorflow as tf
 from keras import ops
 
-from bigbatch.engines import tensorflow_chance
 from bigbatch.keras import batch, loss
 from bigbatch.keras.tensorflow_update import update
 from bigbatch.keras.tensorflow_window import Run, add_up
@@ -109,33 +107,3 @@ def _run(data: Any, lengths: Any) -> Run:
 def _updated(model: Any, like: Any, runs: list[Run]) -> dict[str, Any]:
     """One update from the micro-batches of `runs`."""
     return update(model, *add_up(model, like, runs))
-
-
-Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
-
-
-def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair."""
-    variables = [v.value for v in model.trainable_variables]
-
-    def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
-        with tf.GradientTape(persistent=True) as tape:
-            found = objective(leaves, scale)
-        return found, [tape.gradient(value, variables) for value, _ in found]
-
-    return run
-
-
-def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """As `gradients`, without them."""
-    return lambda leaves, scale: (objective(leaves, scale), [])
-
-
-def chance_kept(model: Any) -> AbstractContextManager[None]:
-    """What TensorFlow draws from is afterwards what it was."""
-    return tensorflow_chance.kept()
-
-
-def seed_chance(seed: int) -> None:
-    """Of what draws past Keras."""
-    tf.random.set_seed(seed)

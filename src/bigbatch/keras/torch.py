@@ -6,13 +6,11 @@ Where the variables are narrower than float32, or the losses count different ite
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 import torch
 
-from bigbatch.engines import torch_chance
 from bigbatch.keras import batch, loss, noise
 
 
@@ -176,42 +174,3 @@ def _finite(total: torch.Tensor, gradients: list[torch.Tensor | None]) -> bool:
     """Whether the loss and all gradients are finite; here the host waits, once a window."""
     norms = torch._foreach_norm([g for g in gradients if g is not None])  # pyright: ignore[reportPrivateImportUsage]
     return bool(torch.stack([total.to(norms[0].dtype), *norms]).isfinite().all()) if norms else True
-
-
-Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
-
-
-def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair; not in `.grad`."""
-    parameters = [v.value for v in model.trainable_variables]
-
-    def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
-        found = objective(leaves, scale)
-        return found, [
-            list(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
-            if value.requires_grad
-            else [None] * len(parameters)
-            for value, _ in found
-        ]
-
-    return run
-
-
-def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """As `gradients`, without them."""
-
-    @torch.no_grad()
-    def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
-        return objective(leaves, scale), []
-
-    return run
-
-
-def chance_kept(model: Any) -> AbstractContextManager[None]:
-    """What PyTorch draws from is afterwards what it was."""
-    return torch_chance.kept([v.value for v in model.variables])
-
-
-def seed_chance(seed: int) -> None:
-    """Of what draws past Keras."""
-    torch.manual_seed(seed)

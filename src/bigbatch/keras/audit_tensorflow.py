@@ -1,0 +1,38 @@
+"""What an audit asks of the TensorFlow backend: losses and gradients of a model's variables, taken eagerly."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import tensorflow as tf
+
+from bigbatch.engines import tensorflow_chance
+
+Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
+
+
+def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
+    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair."""
+    variables = [v.value for v in model.trainable_variables]
+
+    def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
+        with tf.GradientTape(persistent=True) as tape:
+            found = objective(leaves, scale)
+        return found, [tape.gradient(value, variables) for value, _ in found]
+
+    return run
+
+
+def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
+    """As `gradients`, without them."""
+    return lambda leaves, scale: (objective(leaves, scale), [])
+
+
+def chance_kept(model: Any) -> AbstractContextManager[None]:
+    """What TensorFlow draws from is afterwards what it was."""
+    return tensorflow_chance.kept()
+
+
+def seed_chance(seed: int) -> None:
+    """Of what draws past Keras."""
+    tf.random.set_seed(seed)
