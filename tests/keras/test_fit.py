@@ -170,6 +170,23 @@ def test_data_sets(kind):
         close(model, plain)
 
 
+@pytest.mark.parametrize("kind", ["tf.data", "PyDataset"])
+def test_class_weight_with_data_sets(kind):
+    x, _ = data()
+    y = np.random.default_rng(3).integers(0, 3, 22)
+    options = {"epochs": 2, "shuffle": False, "verbose": 0, "class_weight": {0: 1.0, 1: 5.0, 2: 0.3}}
+
+    def make():
+        return mlp(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+    plain = make()
+    plain.fit(sources(x, y, 10)[kind], **options)  # Keras's weights for tf.data are float32, those for arrays are not
+    for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
+        model = bb.accumulate(make(), **door)
+        model.fit(sources(x, y, size)[kind], **options)
+        close(model, plain)
+
+
 def test_validation_callbacks_and_steps():
     class Steps(keras.callbacks.Callback):
         def __init__(self):
