@@ -98,7 +98,7 @@ def audit_table(audit: "Audit", most: int = 20) -> Any:
     from rich.table import Table
 
     shown = Table(box=box.SIMPLE_HEAD, title=audit.verdict, title_justify="left", pad_edge=False)
-    shown.add_column("parameter")
+    shown.add_column("parameter", overflow="fold")  # several may begin alike
     for column in ("full batch", "accumulated", "ratio", "relative error", "angle"):
         shown.add_column(column, justify="right", no_wrap=True)
     chosen = audit.differing or sorted(audit.parameters, key=lambda p: -p.full)
