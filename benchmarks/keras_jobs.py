@@ -62,7 +62,7 @@ class Transformer(keras.Model):
         ]
         self.norm = layers.LayerNormalization(epsilon=1e-5)
 
-    def call(self, tokens):
+    def call(self, tokens, training=None):
         x = self.words(tokens) + self.places(ops.arange(tokens.shape[1]))
         for norm1, attention, norm2, up, down in self.blocks:
             y = norm1(x)
