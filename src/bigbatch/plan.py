@@ -307,3 +307,13 @@ def timed(plan: Plan, needs: Callable[[int], int], seconds: Callable[[int], floa
         known[size] = candidate._replace(seconds=seconds(size)) if plan.fits(candidate) else candidate
     fastest = min(known.values(), key=lambda c: c.seconds_per_example)
     return replace(plan, micro_batch=fastest.micro_batch, candidates=tuple(known[size] for size in sorted(known)))
+
+
+def halved(length: int, micro_batch: int) -> int:
+    """The size at which a batch of this length comes in twice as many micro-batches, for when memory ran out anyway."""
+    return -(-length // (2 * -(-length // micro_batch)))
+
+
+def not_even_one(plan: Plan) -> str:
+    """The note on an out-of-memory of micro-batches of one example."""
+    return f'micro_batch="auto": not even one example at a time fits. Planned was: {plan}'

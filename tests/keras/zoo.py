@@ -3,37 +3,17 @@
 Each entry is a function that returns (model, data for fit), with what an audit must say of it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import keras
 import numpy as np
 from keras import layers, ops
 
+from specimens import Zoo
+
 N, D, CLASSES, MICRO_BATCH = 14, 6, 4, 4  # the last micro-batch is ragged
 
 
-@dataclass(frozen=True)
-class Specimen:
-    make: Callable[[], tuple[Any, tuple[Any, ...]]]
-    exact: bool
-    causes: dict[str, tuple[str, ...]]  # the kinds of cause, and the layers named
-
-    @property
-    def name(self) -> str:
-        return self.make.__name__
-
-
-ZOO: list[Specimen] = []
-
-
-def specimen(exact: bool, **causes: tuple[str, ...]) -> Callable[[Any], Any]:
-    def add(make: Any) -> Any:
-        ZOO.append(Specimen(make, exact, {kind.replace("_", " "): where for kind, where in causes.items()}))
-        return make
-
-    return add
+ZOO = Zoo()
+specimen = ZOO.specimen
 
 
 def rng():

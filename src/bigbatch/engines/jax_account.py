@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import jaxprs_in_params
 
 from bigbatch import host
 
@@ -36,11 +36,7 @@ def _inside_convolutions(program: Any) -> int:
         if equation.primitive.name == "conv_general_dilated":
             shapes: Any = [v.aval for v in equation.invars]
             most = max(most, sum(shape.size * shape.dtype.itemsize for shape in shapes))
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-                if isinstance(inner, Jaxpr):
-                    most = max(most, _inside_convolutions(inner))
+        most = max([most, *map(_inside_convolutions, jaxprs_in_params(equation.params))])
     return most
 
 

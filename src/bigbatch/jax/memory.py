@@ -18,7 +18,7 @@ from bigbatch.engines.jax_account import ENOUGH, TRIES, device_memory, is_out_of
 from bigbatch.jax.batch import Batch
 from bigbatch.jax.devices import are_bound
 from bigbatch.jax.split import value_and_grad
-from bigbatch.plan import Plan, budget, choose, timed
+from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
 # decides how fast training is, and was made on the user's behalf.
@@ -118,13 +118,11 @@ def fitting(
                 if not is_out_of_memory(error):
                     raise
                 if sizes[key] == 1:
-                    error.add_note(
-                        f'micro_batch="auto": not even one example at a time fits. Planned was: {plans[key]}'
-                    )
+                    error.add_note(not_even_one(plans[key]))
                     raise
             # Here, outside the except, the failed frames are gone and with them the arrays that they held.
-            failed, length = sizes[key], plans[key].batch
-            sizes[key] = -(-length // (2 * -(-length // failed)))
+            failed = sizes[key]
+            sizes[key] = halved(plans[key].batch, failed)
             logger.warning(
                 'micro_batch="auto": out of memory at %s; done again with %s.', f"{failed:,}", f"{sizes[key]:,}"
             )

@@ -20,7 +20,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from bigbatch import errors
 from bigbatch.keras import batch
 from bigbatch.keras.accumulate import check_model
-from bigbatch.plan import Plan, budget, choose, timed
+from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
 # decides how fast training is, and was made on the user's behalf.
@@ -161,7 +161,7 @@ class _Choice:
     def lower(self, length: int) -> None:
         """To half the size: twice as many micro-batches."""
         failed = self.size(length)
-        self.micro_batch = -(-length // (2 * -(-length // failed)))
+        self.micro_batch = halved(length, failed)
         logger.warning(
             'micro_batch="auto": out of memory at %s; the window is done again with %s.',
             f"{failed:,}",
@@ -199,9 +199,7 @@ class Fitting:
                 if not _own().is_out_of_memory(error):
                     raise
                 if size == 1:
-                    error.add_note(
-                        f'micro_batch="auto": not even one example at a time fits. Planned was: {choice.plan}'
-                    )
+                    error.add_note(not_even_one(choice.plan))
                     raise
             # Only here, outside the except, are the failed frames gone and with them the tensors that they held.
             give_back()

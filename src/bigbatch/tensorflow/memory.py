@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from bigbatch.engines.tensorflow_graph import RESERVE, bytes_of, device_memory, peak
-from bigbatch.plan import Plan, budget, choose, timed
+from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
 from bigbatch.tensorflow.split import COUNT, Window, _cut, _length, _part, _spec
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
@@ -133,13 +133,13 @@ def fitting(window: Callable[[int], Any], loss_fn: Any, batch: Any, variables: l
             return window(choice.micro_batch)
         except tf.errors.ResourceExhaustedError as error:
             if choice.micro_batch == 1:
-                error.add_note(f'micro_batch="auto": not even one example at a time fits. Planned was: {choice.plan}')
+                error.add_note(not_even_one(choice.plan))
                 raise
         # Here, outside the except, the failed frames are gone and with them the tensors that they held.
         for variable, before in kept:
             variable.assign(before)
-        failed, length = choice.micro_batch, choice.plan.batch
-        choice.micro_batch = -(-length // (2 * -(-length // failed)))
+        failed = choice.micro_batch
+        choice.micro_batch = halved(choice.plan.batch, failed)
         logger.warning(
             'micro_batch="auto": out of memory at %s; the window is done again with %s.',
             f"{failed:,}",

@@ -13,7 +13,7 @@ from torch import nn
 
 from bigbatch import errors
 from bigbatch.engines.torch_predictions import Rehearsals, State, device_memory, is_out_of_memory, release, reserve
-from bigbatch.plan import Plan, budget, choose, timed
+from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
 from bigbatch.torch.split import _cut, _parameters, leaves
 
 Result = TypeVar("Result")
@@ -95,7 +95,7 @@ def fitting(
             if not is_out_of_memory(error):
                 raise
             if choice.micro_batch == 1:
-                error.add_note(f'micro_batch="auto": not even one example at a time fits. Planned was: {choice.plan}')
+                error.add_note(not_even_one(choice.plan))
                 raise
         # Only here, outside the except, are the failed frames gone and with them the tensors that they held.
         kept.give_back()
@@ -137,7 +137,7 @@ class _Choice:
     def lower(self) -> None:
         """To half the size: twice as many micro-batches."""
         failed = self.micro_batch
-        self.micro_batch = -(-self.plan.batch // (2 * -(-self.plan.batch // failed)))
+        self.micro_batch = halved(self.plan.batch, failed)
         logger.warning(
             'micro_batch="auto": out of memory at %s; the window is done again with %s.',
             f"{failed:,}",
