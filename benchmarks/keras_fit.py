@@ -127,7 +127,11 @@ def tensorflow(trial):
         def gradients(x, y):
             with tf.GradientTape() as tape:
                 loss = trained.loss(y, trained(x, training=True))
-            return loss, [tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
+            found = tape.gradient(loss, variables)
+            # An embedding's, once dense, has lost its static shape.
+            return loss, [
+                tf.ensure_shape(tf.convert_to_tensor(g), v.shape) for g, v in zip(found, variables, strict=True)
+            ]
 
         @tf.function
         def step(x, y):

@@ -314,3 +314,53 @@ class TestMistakes:
         tx = bb.accumulate(optax.sgd(1.0), lambda k: answer)
         with pytest.raises((TypeError, ValueError), match="every must be"):
             tx.update(GRADS[0], tx.init(PARAMS), PARAMS, items=1)
+
+
+@pytest.mark.parametrize("partial", ["apply", "carry", "drop"])
+def test_apply_updates_is_optax_s_where_an_update_was_made_and_nothing_elsewhere(partial):
+    tx = bb.accumulate(optax.adam(0.1), every=3, partial=partial)
+    poisoned = [jax.tree.map(lambda g: g * jnp.nan, g) if i == 4 else g for i, g in enumerate(GRADS)]
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads, items):
+        updates, state = tx.update(grads, state, params, items=items)
+        return bb.apply_updates(params, updates, state), state, optax.apply_updates(params, updates)
+
+    params = jax.tree.map(jnp.copy, PARAMS)
+    state = tx.init(params)
+    moved = []
+    for grads, items in zip(poisoned, ITEMS, strict=True):
+        before = jax.tree.map(np.array, params)
+        params, state, expected = step(params, state, grads, items)
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+        moved.append(bool(params["b"] != before["b"]))
+    assert moved == [False, False, True, False, False, False, False, False]  # the second window is not finite
+    updates, after = bb.flush(tx, state, params)
+    flushed = bb.apply_updates(params, updates, after)
+    jax.tree.map(np.testing.assert_array_equal, flushed, optax.apply_updates(params, updates))
+    assert bool(flushed["b"] != params["b"]) == (partial == "apply")
+
+
+def test_apply_updates_copies_no_donated_parameter():
+    params = {"w": jnp.ones((512, 512))}
+    tx = bb.accumulate(optax.sgd(0.1), every=4)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params, items=1)
+        return bb.apply_updates(params, updates, state), state
+
+    state = tx.init(params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * params["w"].nbytes  # the zeros; a copy would be more
+    where = params["w"].unsafe_buffer_pointer()
+    params, state = compiled(params, state, {"w": jnp.ones((512, 512))})
+    assert params["w"].unsafe_buffer_pointer() == where
+
+
+def test_apply_updates_refuses_a_state_that_may_hold_updates_of_others():
+    tx = optax.chain(bb.accumulate(optax.sgd(0.1), every=2), optax.add_decayed_weights(0.1))
+    updates, state = tx.update(GRADS[0], tx.init(PARAMS), PARAMS, items=1)
+    with pytest.raises(
+        TypeError, match=r"state must be the AccumulateState of bb\.accumulate\. Received: state=.*call optax"
+    ):
+        bb.apply_updates(PARAMS, updates, state)

@@ -73,9 +73,10 @@ def accumulate(
         def step(params, opt_state, x, y):
             loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
             updates, opt_state = tx.update(grads, opt_state, params, items=len(x), value=loss)
-            return optax.apply_updates(params, updates), opt_state
+            return bb.apply_updates(params, updates, opt_state), opt_state
 
-    Inside a window the updates are zeros and `tx` does not run: its step count, schedule, decay and clipping happen
+    `bb.apply_updates` is `optax.apply_updates` (which does as well) without its pass over the parameters inside a
+    window, where the updates are zeros. There `tx` does not run: its step count, schedule, decay and clipping happen
     once a window, on the mean over all items. A window whose mean gradient is inf or NaN makes no update and leaves
     nothing behind. `update` takes, beside optax's own arguments:
 
@@ -219,6 +220,32 @@ def has_updated(state: AccumulateState) -> jax.Array:
     Inside a `chain`, find the state with `optax.tree.get(opt_state, "AccumulateState")`.
     """
     return (state.micro_batches == 0) & (state.last.skipped == APPLIED)
+
+
+def apply_updates(params: optax.Params, updates: optax.Updates, state: AccumulateState) -> optax.Params:
+    """`optax.apply_updates` where the last call made an update; elsewhere the parameters as they are.
+
+    Inside a window the updates are zeros, and adding them would be a pass over the parameters for each micro-batch.
+    Under `jit`, donate the parameters: they then stay where they are. The host does not wait.
+
+    Args:
+        params: the parameters.
+        updates: what `tx.update` or `flush` returned, where `tx` is `accumulate(…)` itself. With something around that
+            (a `chain`, a `partition`), which may make updates inside a window too, call `optax.apply_updates`.
+        state: the state returned along with them.
+
+    Returns:
+        The parameters after the update, in their own dtypes.
+
+    Raises:
+        TypeError: `state` is not the state of `accumulate`.
+    """
+    if not isinstance(state, AccumulateState):
+        raise TypeError(
+            f"state must be the AccumulateState of bb.accumulate. {errors.received('state', state)} "
+            "Where accumulate stands inside another transformation, call optax.apply_updates."
+        )
+    return lax.cond(has_updated(state), optax.apply_updates, lambda params, _: params, params, updates)
 
 
 def _add(state: AccumulateState, grads: Any, items: jax.Array, value: Any) -> AccumulateState:
