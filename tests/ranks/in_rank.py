@@ -18,7 +18,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbatch.torch as bb
-from bigbatch.torch import fused, replicas
+from bigbatch.engines import torch_graph
+from bigbatch.torch import replicas
 from bigbatch.torch.shards import whole
 
 WORDS, WIDTH, LENGTH = 11, 6, 9
@@ -129,17 +130,15 @@ def stream(
     """Trains on this rank's own micro-batches, and flushes where they end. None stands for a broken one."""
     options = dict(options or {})
     model, given = wrapped(options.pop("kind", "ddp"))
-    smallest, join = options.pop("fused_from", fused.SMALLEST), options.pop("join", False)
+    smallest, join = options.pop("fused_from", torch_graph.SMALLEST), options.pop("join", False)
     acc = bb.Accumulator(optimizer(model), every=every, model=model, **given, **options)
     updates, mine = [], dealt[dist.get_rank()]
     for tokens in acc.join(mine) if join else mine:
         try:
             if tokens is None:
                 raise OSError("a broken record")
-            with setting(fused, "SMALLEST", smallest):
-                with acc.micro_batch():
-                    loss = loss_of(model, tokens)
-                updates.append(acc.backward(loss, items=tokens_in(tokens)))
+            with setting(torch_graph, "SMALLEST", smallest):
+                updates.append(acc.backward(loss_of(model, tokens), items=tokens_in(tokens)))
         except OSError:
             continue
     updates.append(acc.flush())

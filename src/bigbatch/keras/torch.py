@@ -1,16 +1,19 @@
 """A window on the PyTorch backend: one loop over its micro-batches, one `optimizer.apply`.
 
 The gradients add up where autograd puts them, in `.grad`, with each micro-batch's weight folded into its backward.
-Where the variables are narrower than float32, or the losses count different items, they are taken out after each.
+Those of dense layers' weights and of tables are added there by `bigbatch.engines.torch_graph`, without a temporary.
+Where the variables are narrower than float32, or the losses count different items, all are taken out after each.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import torch
 
+from bigbatch.engines import torch_graph
+from bigbatch.engines.torch_products import Products
 from bigbatch.keras import batch, loss, noise
 
 
@@ -19,12 +22,12 @@ def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
     return lambda data: window(model, lambda: add_up(model, cut(data, micro_batch)))
 
 
-def cut(data: Any, micro_batch: int) -> Iterator[Any]:
-    """A batch's micro-batches."""
+def cut(data: Any, micro_batch: int) -> list[Any]:
+    """A batch's micro-batches, which are views of it."""
     batch.check(data)
     leaves = batch.leaves(data)
     starts = range(0, leaves[0].shape[0], micro_batch)
-    return (batch.nest(data, [leaf[i : i + micro_batch] for leaf in leaves]) for i in starts)
+    return [batch.nest(data, [leaf[i : i + micro_batch] for leaf in leaves]) for i in starts]
 
 
 def gather(model: Any, window: list[Any]) -> Any:
@@ -52,6 +55,8 @@ class _Sums:
         self.items: list[list[torch.Tensor]] = []
         self.losses: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.examples = 0
+        # None where all gradients are to be autograd's.
+        self.products: Products | None = None
         # Where `.grad` cannot hold them: for each kind, the variables' sums.
         self.gradients: list[dict[torch.Tensor, torch.Tensor]] | None = None
 
@@ -78,10 +83,13 @@ def window(model: Any, added: Callable[[], tuple[_Sums, list[loss.Term]]]) -> di
         model.zero_grad()
 
 
-def add_up(model: Any, micro_batches: Iterable[Any]) -> tuple[_Sums, list[loss.Term]]:
+def add_up(model: Any, micro_batches: list[Any]) -> tuple[_Sums, list[loss.Term]]:
     """Forward and backward of all micro-batches. The gradients are in `.grad`, or in the sums."""
     parameters = [v.value for v in model.trainable_variables]
     sums = _Sums(noise.opened(model))
+    large = any(p.numel() >= torch_graph.SMALLEST for p in parameters)
+    if large and len(micro_batches) > 1 and torch_graph.is_alone():  # one adds nothing up
+        sums.products = Products()
     described: list[loss.Term] = []
     model.zero_grad()
     for data in micro_batches:
@@ -101,7 +109,7 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
             sums.unit = [torch.where(n > 0, n, 1) for n in items]
             sums.items, sums.losses = [[] for _ in kinds], [[] for _ in terms]
             if measured or len(kinds) > 1 or any(p.dtype.itemsize < 4 for p in parameters):
-                sums.gradients = [{} for _ in kinds]
+                sums.gradients, sums.products = [{} for _ in kinds], None
             weights = [torch.ones_like(n) for n in items]
         else:
             weights = [n / unit for n, unit in zip(items, sums.unit, strict=True)]
@@ -115,7 +123,13 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
         for k, ((value, _), weight) in enumerate(zip(kinds, weights, strict=True)):
             if value.requires_grad:
                 scaled = model.optimizer.scale_loss(value)
-                scaled.backward(gradient=weight.to(scaled.dtype), retain_graph=k + 1 < len(kinds))
+                weight = weight.to(scaled.dtype)
+                if sums.products is None:
+                    scaled.backward(gradient=weight, retain_graph=k + 1 < len(kinds))
+                else:
+                    graph = torch_graph.read(scaled)
+                    sums.products.room = graph.largest
+                    torch_graph.differentiate(scaled, weight, graph, sums.products)
             if sums.gradients is not None:
                 _move(parameters, own[k] if measured else sums.gradients[k])
         if measured:
@@ -152,6 +166,8 @@ def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, An
         u / torch.where(n == 0, 1, n) if divide else torch.ones_like(u)
         for u, n, divide in zip(sums.unit, totals, kinds_divide, strict=True)
     ]
+    if sums.products is not None:
+        sums.products.settle()
     if sums.gradients is None:
         gradients = [p.grad for p in parameters]
         present = [g for g in gradients if g is not None]

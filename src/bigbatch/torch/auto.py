@@ -14,7 +14,7 @@ from torch import nn
 from bigbatch import errors
 from bigbatch.engines.torch_predictions import Rehearsals, State, device_memory, is_out_of_memory, release, reserve
 from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
-from bigbatch.torch.split import _cut, _parameters, leaves
+from bigbatch.torch.split import _cut, leaves, parameters_of
 
 Result = TypeVar("Result")
 
@@ -103,7 +103,7 @@ def fitting(
 
 
 def _rehearsals(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: torch.dtype | None) -> Rehearsals:
-    return Rehearsals(loss_fn, lambda size: _cut(batch, 0, size), _parameters, length, dtype)
+    return Rehearsals(loss_fn, lambda size: _cut(batch, 0, size), parameters_of, length, dtype)
 
 
 def _plan(rehearsals: Rehearsals, memory: Any, timing: bool, first: bool) -> Plan:

@@ -2,7 +2,7 @@
 
 The gradients add up in `.grad`, so a micro-batch's own is there only for a moment: a hook on each parameter sees it
 before it is added, while it is still in the cache, and takes its norm. The norms stay on the device until the window
-closes. `bigbatch.torch.fused` leaves a weight with a hook to autograd, so a measured window is not a fused one.
+closes. A weight with a hook is left to autograd (`bigbatch.engines.torch_graph`), and so a measured window is.
 """
 
 import weakref

@@ -118,6 +118,7 @@ class Ranks:
             ValueError: the ranks add up in different dtypes.
         """
         loss, items, unit = window.read()
+        window.products.settle()
         held = [window.sums.get(p, p.grad) for p in parameters]
         dense = [grad is not None and not grad.is_sparse for grad in held]
         sparse = [grad is not None and grad.is_sparse for grad in held]

@@ -11,7 +11,11 @@ from bigbatch.torch.window import Window
 
 
 def held(window: Window, parameters: list[Tensor], ranks: Ranks | None) -> dict[str, Any]:
-    """What a window holds, of several ranks this rank's part; gradients by their parameter's place, no copies."""
+    """What a window holds, of several ranks this rank's part, by each parameter's place.
+
+    The gradients are no copies; products that are not multiplied out yet come as their factors.
+    """
+    waiting = window.products.waiting()
     gradients = ((i, window.sums.get(p, p.grad)) for i, p in enumerate(parameters))
     return {
         "ranks": ranks.size if ranks else 1,
@@ -22,6 +26,7 @@ def held(window: Window, parameters: list[Tensor], ranks: Ranks | None) -> dict[
         "loss": window.loss,
         "shards": ranks.shards.held() if ranks and ranks.shards else {},
         "gradients": {i: local(grad) for i, grad in gradients if grad is not None},
+        "waiting": {i: waiting[p] for i, p in enumerate(parameters) if p in waiting},
     }
 
 
@@ -35,6 +40,8 @@ def restore(window: Window, saved: Mapping[str, Any], parameters: list[Tensor], 
             p.grad = spread_like(p, grad, p.dtype)
         else:
             window.sums[p] = spread_like(p, grad, grad.dtype)
+    for i, (left, right) in saved.get("waiting", {}).items():  # older states have none
+        window.products.wait_again(parameters[i], left, right)
     if ranks is not None and ranks.shards is not None:
         ranks.shards.restore(saved["shards"])
 

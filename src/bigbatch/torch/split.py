@@ -9,11 +9,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from bigbatch import errors
+from bigbatch.engines import torch_graph
 from bigbatch.torch.checks import check_items, check_loss
-from bigbatch.torch.fused import Fused
 from bigbatch.torch.ranks import Ranks, Sync, ranks_of
 from bigbatch.torch.window import Window, is_wide, scale_
 
@@ -50,8 +49,9 @@ def backward(
             memory run out anyway, the window is done again with half the size. Not for a fully_shard model.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
-        fused: whether the gradients of `Linear` and `Embedding` weights are added straight into the sums, where that
-            is safe (see `bigbatch.torch.fused`). False leaves all to autograd: slower, and the same numbers.
+        fused: whether the gradients of weights that inputs are multiplied by, or rows are looked up in, go straight
+            into the sums where that is safe (docs/pytorch.md). False leaves all to autograd: slower, and the same
+            numbers.
         model: the DistributedDataParallel or fully_shard model that `loss_fn` calls, where several ranks train one
             model. Each passes its own part of the batch, of any length; all get the mean gradient and loss of the
             whole. The call is then collective.
@@ -119,14 +119,14 @@ def _window(
     before: dict[Tensor, Tensor | None] = {}
     loss_dtype = torch.float32
     sharded = ranks is not None and ranks.shards is not None
-    mode = Fused() if fused and not sharded else None
+    products = fused and not sharded and (ranks is not None or torch_graph.is_alone())
     cuts = None if ranks is None else ranks.cuts(window, length, micro_batch)
     if cuts is None:
         cuts = [(start, min(start + micro_batch, length)) for start in range(0, length, micro_batch)]
+    products = products and len(cuts) > 1  # one alone adds nothing up, and is autograd's to the bit
     try:
         for start, stop in cuts:
-            with mode or nullcontext():
-                result = loss_fn(_cut(batch, start, max(stop, start + 1)))
+            result = loss_fn(_cut(batch, start, max(stop, start + 1)))
             if isinstance(result, tuple) and len(result) != 2:
                 raise errors.not_a_loss(result)
             loss, items = result if isinstance(result, tuple) else (result, None)
@@ -139,13 +139,14 @@ def _window(
                     window.unit = length
             if ranks is not None:
                 ranks.before(window, items, len(cuts))
-            parameters = ranks.parameters if ranks is not None and sharded else _parameters(loss)
+            graph = _read(loss, products, explain=window.micro_batches == 0)
+            parameters = ranks.parameters if ranks is not None and sharded else graph.parameters
             new = [p for p in parameters if p not in before]
             for p in new:
                 before[p], p.grad = p.grad, None
             if window.dtype is None and dtype is not None and is_wide(new, dtype):
                 window.widen(before, dtype)
-            window.backward(loss, check_items(items), parameters, fused=mode)
+            window.backward(loss, check_items(items), parameters, graph=graph if products else None)
             loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
     except BaseException:
         _put_back(before)
@@ -188,26 +189,20 @@ def _add(p: Tensor, before: Tensor | None, mean: Tensor | None) -> None:
         p.grad = before.add_(mean)
 
 
-def _parameters(loss: Tensor) -> list[Tensor]:
-    """The leaves that `loss.backward()` will give a gradient to, read off the autograd graph."""
-    root: Any = get_gradient_edge(loss).node
-    found, nodes, seen = [], [root], {root}
-    for node in nodes:
-        # By the type's name: asking every node for an attribute that few have would take most of the time.
-        kind = type(node).__name__
-        if kind == "AccumulateGrad":
-            found.append(node.variable)
-            continue
-        if kind == "CheckpointFunctionBackward":
-            raise ValueError(
-                "Reentrant checkpointing hides its parameters until the backward runs, so their gradients cannot be "
-                "kept apart from what .grad holds. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
-            )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return found
+def _read(loss: Tensor, products: bool, explain: bool) -> torch_graph.Graph:
+    """The loss's graph, which has to show all leaves that the backward will give a gradient to."""
+    graph = torch_graph.read(loss, products, explain)
+    if "CheckpointFunctionBackward" in graph.functions:
+        raise ValueError(
+            "Reentrant checkpointing hides its parameters until the backward runs, so their gradients cannot be "
+            "kept apart from what .grad holds. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+        )
+    return graph
+
+
+def parameters_of(loss: Tensor) -> list[Tensor]:
+    """The leaves that `loss.backward()` will give a gradient to."""
+    return _read(loss, products=False, explain=False).parameters
 
 
 def children_of(batch: Any) -> list[tuple[str, Any, Any]] | None:

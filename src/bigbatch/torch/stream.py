@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -12,10 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bigbatch import errors
+from bigbatch.engines import torch_graph
 from bigbatch.every import Every, Items, as_every, planned
 from bigbatch.noise import Noise, NoiseScale, UntilNoise
 from bigbatch.torch.checks import check_items, check_loss, check_optimizer, check_scheduler
-from bigbatch.torch.fused import Fused
 from bigbatch.torch.noise import Meter
 from bigbatch.torch.ranks import Met, Ranks, Sync, described, ranks_of
 from bigbatch.torch.saved import check_state, held, restore
@@ -59,7 +58,7 @@ class Accumulator:
         acc.flush()
 
     The update is the big batch's: the mean over all items, clipped, scheduled and decayed once. Between windows
-    `.grad` is None; inside one it holds the running sum, and nobody else should write to it.
+    `.grad` is None; inside one it is the window's, and nobody else should write to it.
 
     Args:
         optimizer: any `torch.optim.Optimizer` whose `step` needs no closure.
@@ -80,6 +79,9 @@ class Accumulator:
             `flush` are then collective.
         sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes), or every "micro_batch"
             (least memory).
+        fused: whether the gradients of weights that inputs are multiplied by, or rows are looked up in, go straight
+            into the sums where that is safe (docs/pytorch.md). False leaves all to autograd: slower, and the same
+            numbers.
         noise: measures the gradient noise scale, for `noise_scale` and the `noise` of an Update. True measures one
             window in twenty, an integer n one in n; such a window takes the norm of every micro-batch's gradient.
 
@@ -100,6 +102,7 @@ class Accumulator:
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
         model: torch.nn.Module | None = None,
         sync: Sync = "window",
+        fused: bool = True,
         noise: bool | int = False,
     ):
         self.optimizer = check_optimizer(optimizer)
@@ -118,10 +121,10 @@ class Accumulator:
             )
         self._index = 0
         self._window: Window | None = None
-        self._repeats = False
+        self._repeats = self._products = False
         self._plan: int | Items | UntilNoise = 0
-        self._fused: Fused | None = None
         self._ranks: Ranks | None = None if model is None else ranks_of(model, sync)
+        self.fused = fused
         if self._ranks is not None:
             if isinstance(every, UntilNoise):
                 raise ValueError(
@@ -205,9 +208,8 @@ class Accumulator:
         try:
             if self._ranks is not None:
                 self._ranks.before(window, items, self._plan)
-            window.backward(
-                loss, items, self._parameters() if window.dtype is not None else (), self.scaler, self._fused
-            )
+            graph = torch_graph.read(loss, explain=window.micro_batches == 0) if self._products else None
+            window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler, graph)
             self._window = window
             window.repeats += self._repeats
             self._meter.take(window, items)
@@ -216,25 +218,6 @@ class Accumulator:
         except BaseException:
             self.reset()
             raise
-
-    def micro_batch(self) -> AbstractContextManager[Any]:
-        """A context for the forward, which makes the backward of large `Linear` and `Embedding` weights faster.
-
-        Their gradients then go straight into the window's sums, without a temporary of the weight's size::
-
-            with acc.micro_batch():
-                loss = loss_fn(model(x), y)
-            acc.backward(loss, items=len(x))
-
-        The gradients are the same. Where it would not be safe, a weight is left to autograd, and the logger
-        `bigbatch.torch.fused` says why at DEBUG: hooks on the parameter, `torch.compile`, tensor subclasses,
-        parametrizations, transforms of `torch.func`, a reduction of DistributedDataParallel's, fully_shard.
-        """
-        if self._ranks is not None and self._ranks.shards is not None:
-            return nullcontext()  # a shard's sums are not where its weights are
-        if self._fused is None:
-            self._fused = Fused()
-        return self._fused
 
     def join(self, loader: Iterable[T]) -> Iterator[T]:
         """The loader's micro-batches, for ranks of a fully_shard model that have unequally many of them.
@@ -351,9 +334,15 @@ class Accumulator:
     def _open(self) -> Window:
         self._plan = self.every if isinstance(self.every, UntilNoise) else planned(self.every, self._index)
         dtype = self.dtype if is_wide(self._parameters(), self.dtype) else None
+        self._products = self._plan != 1 and self._takes_products()
         if isinstance(self._plan, Items):
             return Window(unit=self._plan.count, dtype=dtype)
         return Window(planned=self._plan if isinstance(self._plan, int) else 1, dtype=dtype)
+
+    def _takes_products(self) -> bool:
+        """Whether it is worth looking for weights' gradients in each loss's graph, and safe to take them."""
+        free = torch_graph.is_alone() if self._ranks is None else self._ranks.shards is None
+        return self.fused and free and any(p.numel() >= torch_graph.SMALLEST for p in self._parameters())
 
     def _is_full(self, window: Window) -> bool:
         if isinstance(self._plan, UntilNoise):

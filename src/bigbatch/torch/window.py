@@ -7,6 +7,8 @@ The gradients add up where autograd puts them, in `.grad`, with the weight nᵢ 
 Parameters narrower than the accumulation's dtype cannot: bf16 has eight bits, and a sum of 4,096 gradients in it
 is wrong by 18 %. Then every gradient is taken out of `.grad` after its backward and added to a wide accumulator,
 and the weight is applied there, where it can neither round nor underflow.
+
+Where `bigbatch.engines.torch_graph` finds that a weight's gradient is a product, the sum takes its factors instead.
 """
 
 import math
@@ -16,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bigbatch.torch.fused import Fused
+from bigbatch.engines import torch_graph
+from bigbatch.engines.torch_products import Products, table
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
@@ -53,6 +56,7 @@ class Window:
         self.items: float | Tensor = 0.0
         self.loss = torch.zeros(())
         self.sums: dict[Tensor, Tensor] = {}
+        self.products = Products()
 
     def backward(
         self,
@@ -60,9 +64,17 @@ class Window:
         items: float | Tensor,
         parameters: Iterable[Tensor],
         scaler: Any = None,
-        fused: Fused | None = None,
+        graph: torch_graph.Graph | None = None,
     ) -> None:
-        """Differentiates one micro-batch's mean loss and adds the gradients. Never waits for the device."""
+        """Differentiates one micro-batch's mean loss and adds the gradients. Never waits for the device.
+
+        Args:
+            loss: the mean loss.
+            items: what it is the mean over.
+            parameters: those whose gradients may have to leave `.grad`.
+            scaler: multiplies the loss, or None.
+            graph: the loss's, where weights' gradients may be taken from autograd.
+        """
         if self.unit is None:
             # A masked micro-batch on the device may hold 0 items; the unit may be anything but that.
             first = items.clamp(min=1) if isinstance(items, Tensor) else items
@@ -80,10 +92,13 @@ class Window:
         else:
             # new_full is a kernel on the device; torch.tensor(weight, device=…) would be a copy the host waits for.
             folded = loss.new_full((), weight)
-        if fused is None:
+        if graph is None:
             loss.backward(gradient=folded)
+        elif self.dtype is None:
+            self.products.room = graph.largest
+            torch_graph.differentiate(loss, folded, graph, self.products)
         else:
-            fused.backward(loss, folded, self)
+            torch_graph.differentiate(loss, folded, graph, self)
         if self.dtype is not None:
             self._take(parameters)
 
@@ -99,6 +114,7 @@ class Window:
 
     def widen(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
         """From here on in wide accumulators, which start from what `.grad` holds."""
+        self.products.settle()
         self.dtype, self.weight = dtype, 1.0
         self._take(parameters)
 
@@ -109,36 +125,29 @@ class Window:
             if grad is not None:
                 self.add(p, grad)
 
-    def held(self, p: Tensor) -> Tensor | None:
-        """The sum so far of one parameter's gradients."""
-        return p.grad if self.dtype is None else self.sums.get(p)
+    def product(self, p: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds a gradient leftᵀ·right to a wide sum."""
+        self.add(p, left.t().mm(right))
 
-    def in_place(self, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, float] | None:
-        """A dense sum of this dtype and the factor for what is added, where there is one and the host knows it."""
-        held = self.held(p)
-        if held is None or held.dtype != dtype or held.is_sparse or isinstance(self.weight, Tensor):
-            return None
-        return held, self.weight
+    def rows(self, p: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> None:
+        """Adds the gradient of a table that rows were looked up in to a wide sum."""
+        self.add(p, table(p, indices, gradients, padding))
 
     @torch.no_grad()
     def add(self, p: Tensor, grad: Tensor) -> None:
-        """Adds one micro-batch's gradient, which nobody else holds, to a parameter's sum."""
-        held, dtype = self.held(p), p.dtype if self.dtype is None else widened(p, self.dtype)
-        grad, weight = grad.to(dtype), self.weight
+        """Adds one micro-batch's gradient, which nobody else holds, to a wide sum."""
+        grad, weight, held = grad.to(widened(p, self.dtype or p.dtype)), self.weight, self.sums.get(p)
         if isinstance(weight, Tensor):
             grad, weight = grad * weight.to(grad.device), 1.0
         if held is not None and not held.is_sparse:
             held.add_(grad, alpha=weight)
             return
         grad = grad if weight == 1.0 else grad * weight
-        total = grad if held is None else grad + held
-        if self.dtype is None:
-            p.grad = total
-        else:
-            self.sums[p] = total
+        self.sums[p] = grad if held is None else grad + held
 
     def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """The summed gradients, dense: of a sparse one, the values of its distinct rows. Writing to them is allowed."""
+        self.products.settle()
         gradients = []
         for p in parameters:
             grad = self.sums.get(p, p.grad)

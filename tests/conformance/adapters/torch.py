@@ -1,9 +1,10 @@
-"""PyTorch's two doors, driven as a PyTorch user would: with every gradient autograd's, and with those of `F.linear` and
-`F.embedding` straight into the sums."""
+"""PyTorch's two doors, driven as a PyTorch user would: with every gradient autograd's, and with those of weights taken
+from it, straight into the sums or as rows that wait."""
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigbatch.torch as bb
+from bigbatch.engines import torch_graph, torch_products
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
 from conformance.mistakes import at_the_split_door, at_the_stream_door
@@ -250,20 +252,34 @@ class PlainLinear(Plain):
     model_class = LinearModel
 
 
+@contextmanager
+def small_ones_too() -> Iterator[None]:
+    """Takes the gradients of small weights too, and has room for their rows."""
+    with (
+        mock.patch.object(torch_graph, "SMALLEST", 0),
+        mock.patch.object(torch_graph.Graph, "largest", 1 << 20),
+        mock.patch.object(torch_products, "ROWS", 8),
+    ):
+        yield
+
+
 class FusedStream(Stream):
     model_class = LinearModel
 
     def feed(self, micro_batch: MicroBatch) -> bb.Update | None:
-        with mock.patch("bigbatch.torch.fused.SMALLEST", 0), self.acc.micro_batch():
-            loss = self.model.loss(self.tensors(micro_batch))
-        return self.acc.backward(loss, items=jobs.items(micro_batch))
+        with small_ones_too():
+            return super().feed(micro_batch)
+
+    def load(self, saved: bytes) -> None:
+        with small_ones_too():
+            super().load(saved)
 
 
 class FusedSplit(Split):
     model_class, fused = LinearModel, True
 
     def door(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        with mock.patch("bigbatch.torch.fused.SMALLEST", 0):
+        with small_ones_too():
             return super().door(micro_batches)
 
 

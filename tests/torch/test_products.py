@@ -1,6 +1,7 @@
-"""Weight gradients straight into the sums: the same gradients as autograd's, and autograd's where it must be."""
+"""Weight gradients straight into the sums, some of them late: autograd's numbers, and its work where it must be."""
 
 import copy
+import io
 import logging
 import pickle
 
@@ -15,14 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch.torch as bb
+from bigbatch.engines import torch_graph, torch_products
 from bigbatch.engines.torch_memory import PeakMemory
-from bigbatch.torch import fused
-from bigbatch.torch.fused import Fused
 
 
 @pytest.fixture(autouse=True)
 def whatever_its_size(monkeypatch):
-    monkeypatch.setattr(fused, "SMALLEST", 0)
+    """Rows of weights as small as these would take more room than a gradient, so there is room for a few rows only."""
+    monkeypatch.setattr(torch_graph, "SMALLEST", 0)
+    monkeypatch.setattr(torch_products, "ROWS", 4)
 
 
 class Calls(TorchDispatchMode):
@@ -70,14 +72,9 @@ def by(door, model, loss_fn, batch, micro_batch, **options):
         def step(self, closure=None):
             found.update(gradients(model))
 
-    acc = bb.Accumulator(Look(model.parameters(), lr=1.0), every=10**6, **options)
+    acc = bb.Accumulator(Look(model.parameters(), lr=1.0), every=10**6, fused=on, **options)
     for part in zip(*(t.split(micro_batch) for t in batch), strict=True):
-        if on:
-            with acc.micro_batch():
-                loss = loss_fn(part)
-        else:
-            loss = loss_fn(part)
-        acc.backward(loss, items=len(part[0]))
+        acc.backward(loss_fn(part), items=len(part[0]))
     acc.flush()
     return found
 
@@ -207,18 +204,161 @@ def test_a_table_with_sparse_gradients_that_is_also_multiplied_by(tokens):
     agree(by("split", model, loss_fn, tokens, 3, on=True), wanted, torch.float64)
 
 
-def test_no_temporary_of_the_weights_size_after_the_first_micro_batch():
+def called(acc, model, rows=2):
+    """The products of one micro-batch's backward."""
+    loss = model(torch.randn(rows, 8)).square().mean()
+    with Calls() as calls:
+        acc.backward(loss, items=rows)
+    return [name for name in calls.names if "mm" in name]
+
+
+def test_the_first_product_is_the_sum_and_the_others_wait_until_they_are_many():
     model = nn.Linear(8, 8, bias=False)
-    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=3)
-    called = []
-    for _ in range(3):
-        with acc.micro_batch():
-            loss = model(torch.randn(2, 8)).square().mean()
-        with Calls() as calls:
-            acc.backward(loss, items=2)
-        called.append(calls.names)
-    assert ("mm" in called[0], "addmm_" in called[0]) == (True, False)
-    assert [("mm" in names, names.count("addmm_")) for names in called[1:]] == [(False, 1)] * 2
+    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=7)
+    # Two rows each, and room for four: the fourth micro-batch has to make room, and so has the sixth.
+    assert [called(acc, model) for _ in range(6)] == [["mm"], [], [], ["addmm_"], [], ["addmm_"]]
+    assert called(acc, model) == ["addmm_"]  # the end
+
+
+def test_products_of_many_rows_do_not_wait():
+    model = nn.Linear(8, 8, bias=False)
+    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
+    assert [called(acc, model, rows=3) for _ in range(3)] == [["mm"], ["addmm_"], ["addmm_"]]
+
+
+def test_what_waits_takes_no_more_than_the_largest_weight():
+    """Rows of 8 + 8 numbers, four of them, fill one weight's 64: the second weight has no room left."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=10)
+    assert [called(acc, model).count("addmm_") for _ in range(3)] == [0, 1, 1]
+
+
+def test_a_window_of_one_is_the_plain_step_to_the_bit(tokens):
+    wanted, found = [], []
+    for results, on in ((wanted, None), (found, True)):
+        torch.manual_seed(0)
+        model = Tied()
+        optimizer = torch.optim.AdamW(model.parameters())
+        acc = bb.Accumulator(optimizer, every=1)
+        for part in zip(*(t.split(3) for t in tokens), strict=True):
+            if on:
+                acc.backward(language(model)(part), items=3)
+            else:
+                language(model)(part).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        results += model.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_saved_while_rows_wait_it_goes_on_to_the_bit(stop):
+    def run(resumed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8))
+        acc = bb.Accumulator(torch.optim.Adam(model.parameters()), every=7)
+        for i, part in enumerate(torch.randn(14, 2, 8)):
+            if resumed and i == stop:
+                file = io.BytesIO()
+                torch.save(acc.state_dict(), file)
+                file.seek(0)
+                acc.reset()
+                acc = bb.Accumulator(acc.optimizer, every=7)
+                acc.load_state_dict(torch.load(file, weights_only=True))
+            acc.backward(model(part).square().mean(), items=2)
+        return list(model.parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+@pytest.mark.parametrize("broken", ["error", "nan", "reset", "drop"])
+def test_rows_that_wait_never_reach_the_next_window(broken):
+    def window(acc, model, parts):
+        return [acc.backward(model(part).square().mean(), items=2) for part in parts][-1]
+
+    results = []
+    for trouble in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8)
+        acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.1), every=3, partial="drop")
+        parts = torch.randn(6, 2, 8)
+        if trouble and broken == "nan":
+            assert window(acc, model, [parts[0], parts[1] * torch.nan, parts[2]]).skipped
+        elif trouble:
+            window(acc, model, parts[:2])
+            if broken == "error":
+                loss = model(parts[0]).square().mean()
+                torch.autograd.grad(loss, model.weight)
+                with pytest.raises(RuntimeError, match="a second time"):
+                    acc.backward(loss, items=2)
+            elif broken == "reset":
+                acc.reset()
+            else:
+                assert "dropped" in acc.flush().skipped
+        window(acc, model, parts[3:])
+        results.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inputs_may_be_written_over_while_their_rows_wait():
+    """A loader may fill one buffer again and again."""
+    model, found = nn.Linear(8, 8).double(), []
+    x = torch.randn(5, 2, 8, dtype=torch.float64)
+    for reused in (False, True):
+        acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.0), every=10)
+        buffer = torch.empty(2, 8, dtype=torch.float64)
+        for part in x:
+            acc.backward(model(buffer.copy_(part) if reused else part).square().mean(), items=2)
+        acc._window.gradients([])
+        found.append(gradients(model))
+        acc.reset()
+    agree(found[1], found[0], torch.float64)
+
+
+WAYS = {
+    "x @ W": lambda x, w: x @ w,
+    "x @ W.t()": lambda x, w: x @ w.t(),
+    "x @ W.T": lambda x, w: x @ w.T,
+    "x @ W.mT": lambda x, w: x @ w.mT,
+    "transpose": lambda x, w: x @ w.transpose(-1, 0),
+    "transposed twice": lambda x, w: x @ w.t().transpose(0, 1),
+    "transposed to itself": lambda x, w: x @ w.transpose(1, -1),
+    "permute": lambda x, w: x @ w.permute(-1, 0),
+    "permuted to itself": lambda x, w: x @ w.permute(0, 1),
+    "addmm": lambda x, w: torch.addmm(w[0], x, w),
+    "addmm, scaled": lambda x, w: torch.addmm(w[0].detach(), x, w, alpha=2.0, beta=3.0),
+    "W @ x": lambda x, w: w @ x.t(),
+    "W @ W": lambda x, w: x @ (w @ w),
+    "cast": lambda x, w: (x.float() @ w.float()).double(),
+    "a part": lambda x, w: x[:, :3] @ w[:3],
+    "einsum": lambda x, w: torch.einsum("ni,io->no", x, w),
+    "into a view": lambda x, w: torch.zeros(len(x) + 1, 6, dtype=x.dtype)[1:].addmm_(x, w),
+    "a sparse input": lambda x, w: torch.sparse.mm(x.detach().to_sparse(), w),
+    "frozen beside": lambda x, w: x @ w.detach() + x @ w,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_to_multiply_by_a_weight(way):
+    weight = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+    model = nn.ParameterList([weight])
+    x = torch.randn(9, 6, dtype=torch.float64)
+
+    def loss_fn(b):
+        return torch.tanh(WAYS[way](b[0], weight)).square().mean()
+
+    wanted = by("split", model, loss_fn, (x,), 2, on=False)
+    tolerance = torch.float32 if way == "cast" else torch.float64
+    agree(by("split", model, loss_fn, (x,), 2, on=True), wanted, tolerance)
+
+
+def test_the_ways_that_models_are_written_in_are_taken():
+    weight = nn.Parameter(torch.randn(6, 6))
+    taken = [name for name, way in WAYS.items() if torch_graph.read(way(torch.randn(2, 6), weight).sum()).uses]
+    for name in ("x @ W", "x @ W.t()", "x @ W.T", "x @ W.mT", "transpose", "permute", "transposed twice"):
+        assert name in taken
+    for name in ("addmm, scaled", "W @ x", "W @ W", "a part", "into a view", "a sparse input"):
+        assert name not in taken
 
 
 def test_what_is_in_grad_before_is_added_to(tokens):
@@ -244,30 +384,8 @@ def test_gradients_of_gradients_inside_the_loss(tokens):
     agree(by("split", model, loss_fn, (x,), 3, on=True), wanted, torch.float64)
 
 
-def test_outside_a_window_the_backward_is_autograds():
-    model = nn.Linear(4, 3)
-    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=2)
-    x = torch.randn(5, 4)
-    with acc.micro_batch():
-        loss = model(x).square().mean()
-    loss.backward()
-    found = gradients(model)
-    model.zero_grad()
-    model(x).square().mean().backward()
-    assert all(torch.equal(found[name], g) for name, g in gradients(model).items())
-
-
-def test_the_backward_may_stand_inside_the_context_too():
-    model = nn.Linear(4, 3)
-    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=2)
-    for _ in range(2):
-        with acc.micro_batch():
-            update = acc.backward(model(torch.randn(5, 4)).square().mean(), items=5)
-    assert update.micro_batches == 2
-
-
 @pytest.mark.parametrize("door", ["split", "stream"])
-def test_checkpointing_meets_the_same_functions_again(door, tokens):
+def test_what_is_checkpointed_is_autograds(door, tokens):
     model = Tied().double()
     first, rest = model.embedding, nn.Sequential(model.middle, nn.Tanh(), model.out)
 
@@ -319,14 +437,38 @@ def column_by_column(model):
     return model, lambda: True
 
 
+class Twice(torch.autograd.Function):
+    """Its backward could be anything, a reentrant checkpoint's too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return 2 * grads[0]
+
+
+def with_a_function(model):
+    model.register_forward_hook(lambda module, args, output: Twice.apply(output))
+    return model, lambda: True
+
+
+def used_elsewhere(model):
+    model.register_forward_hook(lambda module, args, output: output + module.weight.sum())
+    return model, lambda: True
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (hook_on_the_gradient, "hooks"),
         (hook_after_accumulation, "hooks"),
-        (parametrized, "parametrization"),
+        (parametrized, "not only"),
         (subclass, "subclass"),
         (column_by_column, "layout"),
+        (with_a_function, "TwiceBackward"),
+        (used_elsewhere, "not only"),
     ],
 )
 def test_where_it_would_not_be_safe_it_is_autograds_and_says_why(change, reason, caplog):
@@ -336,7 +478,7 @@ def test_where_it_would_not_be_safe_it_is_autograds_and_says_why(change, reason,
     def loss_fn(b):
         return model(b[0]).as_subclass(torch.Tensor).square().mean()
 
-    with caplog.at_level(logging.DEBUG, "bigbatch.torch.fused"):
+    with caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
         found = by("split", model, loss_fn, (x,), 2, on=True)
     assert seen()
     assert [reason in record.message for record in caplog.records if "(4, 4)" in record.message] == [True]
@@ -344,9 +486,9 @@ def test_where_it_would_not_be_safe_it_is_autograds_and_says_why(change, reason,
 
 
 def test_small_weights_are_autograds(monkeypatch, caplog):
-    monkeypatch.setattr(fused, "SMALLEST", 17)
+    monkeypatch.setattr(torch_graph, "SMALLEST", 17)
     model = nn.Linear(4, 4)
-    with caplog.at_level(logging.DEBUG, "bigbatch.torch.fused"):
+    with caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
         by("split", model, lambda b: model(b[0]).mean(), (torch.randn(4, 4),), 2, on=True)
     assert "fewer than 17" in caplog.text
 
@@ -361,17 +503,6 @@ def test_special_embeddings_are_autograds(options, tokens):
         torch.testing.assert_close(found[name].to_dense(), w.to_dense(), rtol=1e-12, atol=1e-14)
 
 
-def test_positional_options_of_an_embedding_are_seen_too():
-    table = torch.randn(5, 3, requires_grad=True)
-    with Fused():
-        plain = F.embedding(torch.tensor([1]), table)
-        sparse = F.embedding(torch.tensor([1]), table, None, None, 2.0, False, True)
-        with pytest.raises(AssertionError, match="num_embeddings"):
-            F.embedding(torch.tensor([1]), table, padding_idx=9)
-    assert "_Embedding" in type(plain.grad_fn).__name__
-    assert "_Embedding" not in type(sparse.grad_fn).__name__
-
-
 def test_transforms_of_torch_func_inside_the_loss():
     model = nn.Linear(4, 3).double()
     x = torch.randn(6, 4, dtype=torch.float64)
@@ -384,29 +515,78 @@ def test_transforms_of_torch_func_inside_the_loss():
     agree(by("split", model, loss_fn, (x,), 4, on=True), wanted, torch.float64)
 
 
-def test_distributed_data_parallel_sees_the_gradients_that_it_reduces():
+def test_where_other_ranks_may_wait_for_a_gradient_all_are_autograds():
+    """A wrapper that bigbatch was not told of, such as DistributedDataParallel of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = DistributedDataParallel(nn.Linear(4, 3))
-        with Fused():
-            reduced = model(torch.randn(2, 4))
-            with model.no_sync():
-                kept = model(torch.randn(2, 4))
-        assert "_Linear" not in type(reduced.grad_fn).__name__
-        assert "_Linear" in type(kept.grad_fn).__name__
+        model = DistributedDataParallel(nn.Linear(8, 8, bias=False))
+        seen = []
+        model.register_comm_hook(None, lambda _, bucket: seen.append(bucket) or _done(bucket))
+        acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=3)
+        assert [called(acc, model) for _ in range(2)] == [["mm"], ["mm"]]
+        assert len(seen) == 2
     finally:
         dist.destroy_process_group()
 
 
-def test_without_gradients_nothing_is_different():
-    model = nn.Linear(4, 3)
-    x = torch.randn(2, 4)
-    with Fused(), torch.no_grad():
-        inside = model(x)
-    assert torch.equal(inside, model(x))
-    model.requires_grad_(False)
-    with Fused():
-        assert not model(x).requires_grad
+def _done(bucket):
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_hooks_on_what_a_layer_returns_are_seen_first():
+    model = nn.Linear(6, 5).double()
+    x = torch.randn(8, 6, dtype=torch.float64)
+
+    def loss_fn(b):
+        y = model(b[0])
+        y.register_hook(lambda grad: 3 * grad)
+        return y.square().mean()
+
+    wanted = by("split", model, loss_fn, (x,), 2, on=False)
+    agree(by("split", model, loss_fn, (x,), 2, on=True), wanted, torch.float64)
+
+
+def test_leaves_that_are_no_parameters_get_their_gradients_too():
+    model, x = nn.Linear(6, 5).double(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.0), every=2)
+    acc.backward(model(x).square().mean(), items=4)
+    found, x.grad = x.grad, None
+    model(x).square().mean().backward()
+    torch.testing.assert_close(found, x.grad / 2)
+
+
+def test_a_graph_that_is_kept_has_no_hooks_left():
+    model = nn.Linear(6, 5)
+    loss = model(torch.randn(4, 6)).square().mean()
+    graph = torch_graph.read(loss)
+    assert len(graph.uses) == 1
+    taken = []
+
+    class Sums:
+        def product(self, weight, left, right):
+            taken.append(weight)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        torch_graph.differentiate(loss, None, graph, Sums())
+    assert graph.uses[0].node.next_functions  # alive, and could be run by somebody else
+    loss = model(torch.randn(4, 6)).square().mean()
+    loss.backward()
+    assert len(taken) == 1
+
+
+def test_a_loss_from_a_reentrant_checkpoint(tokens):
+    model = Tied().double()
+    middle = nn.Sequential(model.middle, nn.Tanh())
+
+    def loss_of(middle):
+        return lambda b: F.cross_entropy(model.out(middle(model.embedding(b[0]))).flatten(0, 1), b[1].flatten())
+
+    wanted = by("stream", model, loss_of(middle), tokens, 3, on=False)
+    reentrant = loss_of(lambda x: checkpoint(middle, x, use_reentrant=True))
+    agree(by("stream", model, reentrant, tokens, 3, on=True), wanted, torch.float64)
 
 
 def test_the_module_is_as_it_was_also_after_an_error(tokens):
@@ -422,9 +602,10 @@ def test_the_module_is_as_it_was_also_after_an_error(tokens):
 
     with pytest.raises(RuntimeError, match="broken"):
         bb.backward(broken, tokens, micro_batch=3)
-    with pytest.raises(RuntimeError, match="broken"), acc.micro_batch():
+    acc.backward(language(model)(tokens), items=10)
+    with pytest.raises(RuntimeError, match="broken"):
         broken(tokens)
-    assert type(model(tokens[0]).grad_fn).__name__ == "ViewBackward0"
+    acc.reset()
     assert {name: dict(vars(m)) for name, m in model.named_modules()} == attributes
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -444,8 +625,8 @@ def test_an_error_in_the_backward_leaves_nothing_behind(tokens):
         def backward(ctx, *grads):
             raise RuntimeError("broken")
 
-    with acc.micro_batch():
-        loss = F.cross_entropy(model.out(Broken.apply(model.embedding(tokens[0]))).flatten(0, 1), tokens[1].flatten())
+    acc.backward(language(model)(tokens), items=10)
+    loss = F.cross_entropy(model.out(Broken.apply(model.embedding(tokens[0]))).flatten(0, 1), tokens[1].flatten())
     with pytest.raises(RuntimeError, match="broken"):
         acc.backward(loss, items=10)
     assert all(p.grad is None for p in model.parameters())
@@ -453,12 +634,15 @@ def test_an_error_in_the_backward_leaves_nothing_behind(tokens):
 
 
 def test_private_names_are_where_they_were():
-    p = nn.Parameter(torch.ones(2))
+    p = nn.Parameter(torch.ones(2, 2))
     assert p._backward_hooks is None
     assert p._post_accumulate_grad_hooks is None
-    assert torch._C._functorch.maybe_current_level() is None
-    assert torch.func.vmap(lambda x: x * torch._C._functorch.maybe_current_level())(torch.ones(2)).tolist() == [1, 1]
-    assert DistributedDataParallel._get_active_ddp_module() is None
+    node = (torch.ones(1, 2) @ p).grad_fn
+    assert node._raw_saved_self.unpack_hook is None
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert (torch.ones(1, 2) @ p).grad_fn._raw_saved_self.unpack_hook is not None
+    looked_up = F.embedding(torch.tensor([1]), p).grad_fn
+    assert torch_graph._signed(looked_up._saved_padding_idx) == -1
 
 
 @pytest.mark.parametrize("door", ["split", "stream"])
@@ -477,9 +661,7 @@ def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_lo
             elif door == "stream":
                 acc = bb.Accumulator(optimizer, every=n)
                 for part in x.split(1):
-                    with acc.micro_batch():
-                        loss = model(part).square().mean()
-                    acc.backward(loss, items=1)
+                    acc.backward(model(part).square().mean(), items=1)
             else:
                 for part in x.split(1):
                     (model(part).square().mean() / n).backward()

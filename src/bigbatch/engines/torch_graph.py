@@ -1,0 +1,217 @@
+"""What autograd's graph of a loss says: its leaves, and which weights' gradients are single products.
+
+A weight that inputs are multiplied by has the gradient leftᵀ·right, of the inputs and of the outputs' gradients; a
+table that rows are looked up in has a gradient in those rows only. Autograd makes each in a tensor of the weight's own
+size and then adds that to `.grad`: one allocation and one pass over the weights a micro-batch too many. The graph names
+the node that would do so. So the backward is run without those weights, and the factors are handed on as the engine
+comes by each node, to be added where the sum lies.
+
+Nothing of the forward is touched, neither modules nor weights: all is read after the loss is there.
+"""
+
+import logging
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+log = logging.getLogger("bigbatch.torch.products")
+
+# Numbers in a weight. Below this the pass that is spared takes less than reading the graph for it.
+SMALLEST = 1 << 17
+
+
+class Sums(Protocol):
+    """Where weights' gradients add up."""
+
+    def product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds leftᵀ·right; both have one row for each of the weight's uses. They are the caller's: copy to keep."""
+        ...
+
+    def rows(self, weight: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> None:
+        """Adds the gradient of each row that was looked up to that row, but for the row `padding` (-1: none)."""
+        ...
+
+
+class Use(NamedTuple):
+    """A node that would make a weight's gradient, or one of several parts of it."""
+
+    node: Any
+    weight: Tensor
+    place: int  # of the weight among the node's inputs
+    turned: bool  # whether the weight was multiplied by as its transpose, as `Linear` does
+
+
+class Graph(NamedTuple):
+    """A loss's graph, as `read` finds it."""
+
+    leaves: list[Tensor]  # which autograd is to give their gradients
+    uses: list[Use]  # of all other weights
+    functions: set[str]  # the names of `torch.autograd.Function`s in it
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that the backward gives a gradient to."""
+        return [*self.leaves, *dict.fromkeys(use.weight for use in self.uses)]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest weight that is taken from autograd."""
+        return max((use.weight.nbytes for use in self.uses), default=0)
+
+
+# Which of a node's inputs is a weight, and the name under which it saved the other factor.
+_FACTORS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self"), "EmbeddingBackward0": (0, "indices")}
+
+
+def is_alone() -> bool:
+    """Whether this process is no rank of several, whose wrappers wait for every gradient that autograd makes."""
+    return not (dist.is_available() and dist.is_initialized())
+
+
+def read(loss: Tensor, products: bool = True, explain: bool = False) -> Graph:
+    """Goes through the graph once.
+
+    Args:
+        loss: has a graph.
+        products: whether weights are to be taken from autograd. Those with hooks, of a subclass or with another use
+            are left to it, and with a `torch.autograd.Function` in the graph all are: a reentrant checkpoint's
+            backward, for one, may not be run for some of the leaves only.
+        explain: whether the logger `bigbatch.torch.products` says at DEBUG what is left to autograd, and why.
+    """
+    root: Any = get_gradient_edge(loss).node
+    leaves: list[Tensor] = []
+    uses: list[Use] = []
+    functions: set[str] = set()
+    nodes, seen = [root], {root}
+    for node in nodes:
+        # By the type's name: asking every node for an attribute that few have would take most of the time.
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            leaves.append(node.variable)
+            continue
+        following = node.next_functions
+        use = _use(node, kind, following) if products and kind in _FACTORS else None
+        if use is not None:
+            uses.append(use)
+            following = [edge for i, edge in enumerate(following) if i != use.place]
+        elif isinstance(node, BackwardCFunction):
+            functions.add(kind)
+        for ahead, _ in following:
+            if ahead is not None and ahead not in seen:
+                seen.add(ahead)
+                nodes.append(ahead)
+    if uses:
+        # A leaf that autograd comes to on any way gets all of its gradient from it.
+        elsewhere = set(leaves)
+        if functions:
+            leaves += dict.fromkeys(use.weight for use in uses if use.weight not in elsewhere)
+            uses = []
+        uses = [use for use in uses if use.weight not in elsewhere]
+    if products and explain and log.isEnabledFor(logging.DEBUG):
+        _explain(leaves, functions)
+    return Graph(leaves, uses, functions)
+
+
+def differentiate(loss: Tensor, gradient: Tensor | None, graph: Graph, sums: Sums) -> None:
+    """`loss.backward(gradient)`, with the gradients of the weights in `graph.uses` added to `sums`."""
+    if not graph.uses:
+        loss.backward(gradient=gradient)
+        return
+    # A node whose factors are taken has to be run even where nothing before it needs a gradient.
+    edges = [GradientEdge(use.node, 0) for use in graph.uses]
+    handles = [use.node.register_prehook(_taking(use, sums)) for use in graph.uses]
+    try:
+        torch.autograd.backward(loss, gradient, inputs=[*graph.leaves, *edges])
+    finally:
+        # A hook refers to its node, which holds it.
+        for handle in handles:
+            handle.remove()
+
+
+def _taking(use: Use, sums: Sums) -> Any:
+    node, weight = use.node, use.weight
+
+    def take_product(grads: tuple[Tensor | None, ...]) -> None:
+        if (grad := grads[0]) is not None:
+            inputs = _saved(node, "mat1" if use.place == 2 else "self")
+            left, right = (grad, inputs) if use.turned else (inputs, grad)
+            sums.product(weight, left, right)
+
+    def take_rows(grads: tuple[Tensor | None, ...]) -> None:
+        if (grad := grads[0]) is not None:
+            sums.rows(weight, _saved(node, "indices"), grad, _signed(node._saved_padding_idx))
+
+    return take_product if use.place else take_rows
+
+
+def _use(node: Any, kind: str, following: Any) -> Use | None:
+    place, factor = _FACTORS[kind]
+    ahead = following[place][0]
+    turned = False
+    while ahead is not None and (between := type(ahead).__name__) != "AccumulateGrad":
+        # What may stand between a weight and its product: it is turned, and cast by autocast.
+        if between == "TBackward0":
+            turned = not turned
+        elif between == "PermuteBackward0":
+            turned ^= ahead._saved_dims[0] % 2 == 1
+        elif between == "TransposeBackward0":
+            turned ^= (ahead._saved_dim0 - ahead._saved_dim1) % 2 == 1
+        elif between != "ToCopyBackward0":
+            return None
+        ahead = ahead.next_functions[0][0]
+    if ahead is None or _reason(ahead.variable) is not None:
+        return None
+    if kind == "EmbeddingBackward0":
+        special = turned or node._saved_scale_grad_by_freq or node._saved_sparse
+    else:
+        special = kind == "AddmmBackward0" and node._saved_alpha != 1
+    # With hooks around what was saved, asking for it may be dear, and under checkpointing is allowed only once.
+    # PyTorch documents `_saved_…` and `_raw_saved_…`; that the latter tells its hook is held by a test.
+    if special or getattr(getattr(node, f"_raw_saved_{factor}"), "unpack_hook", True) is not None:
+        return None
+    saved = _saved(node, factor)
+    if type(saved) not in (Tensor, torch.nn.Parameter) or saved.layout != torch.strided:
+        return None
+    return Use(node, ahead.variable, place, turned)
+
+
+def _saved(node: Any, name: str) -> Tensor:
+    return getattr(node, f"_saved_{name}")
+
+
+def _signed(number: int) -> int:
+    """A number that PyTorch shows without its sign."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _reason(weight: Tensor) -> str | None:
+    """Why this weight's gradient is left to autograd, whatever its use; None where it need not be."""
+    if weight.numel() < SMALLEST:
+        return f"it has fewer than {SMALLEST} numbers, which are added faster than asked for"
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        return "tensor subclasses have their own products"
+    if weight.ndim != 2 or not weight.is_floating_point():
+        return "it is no matrix of real numbers"
+    if weight.layout != torch.strided or not weight.is_contiguous():
+        return "its layout is not that of a matrix, row by row"
+    # No public name says these two; tests fail when they move.
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:  # pyright: ignore[reportAttributeAccessIssue]
+        return "it has hooks, which must see each gradient"
+    return None
+
+
+def _explain(leaves: list[Tensor], functions: set[str]) -> None:
+    """Says once of each reason and shape why autograd is to make the gradient."""
+    explained: set[tuple[str, torch.Size]] = set()
+    for leaf in leaves:
+        reason = _reason(leaf)
+        if reason is None:
+            several = ", ".join(sorted(functions))
+            reason = f"the graph has {several}" if functions else "it is not only multiplied by, or looked up in"
+        if (reason, leaf.shape) not in explained:
+            explained.add((reason, leaf.shape))
+            log.debug("The gradient of a weight of shape %s is left to autograd: %s.", tuple(leaf.shape), reason)
