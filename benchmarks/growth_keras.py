@@ -10,7 +10,7 @@ PACKAGES = ["keras", {"tensorflow": "tensorflow-cpu"}.get(BACKEND, BACKEND)]
 
 def windows(width, n, size=16):
     """One window of each way."""
-    trial = Trial(Job("", lambda: mlp(width), digits, size, n), 1, lambda: keras.optimizers.SGD(1e-3))
+    trial = Trial(Job("", lambda: mlp(width), digits, size, n), 1, keras.optimizers.SGD)
     bare, loop, _ = WAYS(trial)
     streamed = bare(trial.stream(), size, pulled=n)
     streamed.correction = lambda: -(trial.x.nbytes + trial.y.nbytes)  # pulled inside, and joined

@@ -3,7 +3,7 @@
 KERAS_BACKEND=tensorflow python benchmarks/keras_fit.py [mlp-16 transformer …] [--repetitions 15] [--write]
 KERAS_BACKEND=tensorflow python benchmarks/keras_fit.py mlp-16 --peaks     the memory alone, in a process of its own
 
-And with jax, and torch: each writes its own part of keras_fit.md for each job.
+And with jax, and torch: each writes its own parts of keras_fit.md, one a job.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from keras_ways import BACKEND, WAYS, Trial
 
 PAGE = Path(__file__).with_suffix(".md")
 GOALS = {"tensorflow": 0.50, "jax": 0.36, "torch": 0.70}  # of the MLP at micro-batch 16
+NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 PACKAGES = {"tensorflow": "tensorflow-cpu", "jax": "jax", "torch": "torch"}
 HEAD = """# Keras: one window
 
@@ -28,8 +29,8 @@ each contender once a round in one process, in an order drawn anew; ratios are m
 - *by hand* is what an expert writes with the same model and optimizer: a `tf.while_loop`, a `lax.scan` or a Python loop
   over the micro-batches, then one update. It keeps no metrics, weighs no micro-batch, and takes inf as it comes.
 - *floor* is the same with nothing added up: each gradient replaces the one before.
-- *peak MiB* is the most that a window holds beyond the model, the optimizer's state and the data: on PyTorch of tensors,
-  on JAX by XLA's plan for the compiled step, and on TensorFlow, which keeps no account on a CPU, what a process of its
+- *peak MiB* is the most that a window holds beyond model, optimizer state and data: of tensors on PyTorch,
+  by XLA's plan for the compiled step on JAX, and on TensorFlow, which keeps no account on a CPU, what a process of its
   own holds more (`resident.py`), to half a MiB. Keras's accumulators stand between windows too, and are counted.
 
 Each window, on a GPU too, ends when the host has read a weight that the update made.
@@ -70,7 +71,7 @@ def contenders(trial) -> dict:
         "by hand": loop(trial.model(), add=True),
         "floor": loop(trial.model(), add=False),
         "full batch, fit": trial.fit(trial.model(), batch),
-        **more,
+        **more(),
     }
 
 
@@ -97,12 +98,12 @@ def peaks(name, runs) -> dict[str, int]:
     """Bytes of those that are not `fit`, by the backend's own way."""
     if BACKEND == "tensorflow":
         return resident.asked_of(__file__, name)
-    bare = {way: run for way, run in runs.items() if not way.endswith("fit")}
     if BACKEND == "jax":
-        return {way: run.bytes[1] for way, run in bare.items()}
-    from torch_jobs import peak
-
-    return {way: peak(run) + getattr(run, "correction", lambda: 0)() for way, run in bare.items()}
+        size = lambda run: run.bytes[1]  # noqa: E731
+    else:
+        from torch_jobs import peak as size
+    bare = {way: run for way, run in runs.items() if not way.endswith("fit")}
+    return {way: size(run) + getattr(run, "correction", lambda: 0)() for way, run in bare.items()}
 
 
 def main() -> None:
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
     parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 25 seconds")
     parser.add_argument("--peaks", action="store_true", help="on TensorFlow: only measure what a window holds")
-    parser.add_argument("--write", action="store_true", help="write this backend's part of benchmarks/keras_fit.md")
+    parser.add_argument("--write", action="store_true", help="write this backend's parts of benchmarks/keras_fit.md")
     options = parser.parse_args()
     for name in options.jobs or JOBS:
         job = JOBS[name]
@@ -126,7 +127,7 @@ def main() -> None:
             timing.seconds[:] = [seconds / trial.windows for seconds in timing.seconds]
         held = peaks(name, runs)
         columns = {"peak MiB": {way: f"{held[way] / 2**20:.1f}" if way in held else "" for way in runs}}
-        title = f"{BACKEND}, {job.title}"
+        title = f"{NAMES[BACKEND]}: {job.title}"
         part = (
             f"{job.micro_batches} micro-batches a window, {trial.windows} windows at a time, {repetitions} rounds.\n\n"
             f"{table(timings, ['Keras, fit', 'Keras, bare', 'by hand', 'floor'], columns)}\n\n"

@@ -239,8 +239,8 @@ def main():
         if options.write:
             figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"tensorflow-{name}.png"))
             body = (
-                f"{job.micro_batches} micro-batches a window, Adam, float32, on {ON}; {repetitions} rounds.\n\n{shown}\n\n"
-                f"![times](tensorflow-{name}.png)\n\n{circumstances('tensorflow-cpu', 'keras')}.\n\n"
+                f"{job.micro_batches} micro-batches a window, Adam, float32, on {ON}; {repetitions} rounds.\n\n"
+                f"{shown}\n\n![times](tensorflow-{name}.png)\n\n{circumstances('tensorflow-cpu', 'keras')}.\n\n"
                 f"    python benchmarks/tensorflow_window.py {name} --repetitions {repetitions} --write\n"
             )
             section(PAGE, HEAD, job.title, body)

@@ -1,4 +1,4 @@
-"""The three jobs of PyTorch's benchmarks: a model, a batch, what a micro-batch is of each, and how a window is measured."""
+"""The three jobs of PyTorch's benchmarks: a model, a batch, what a micro-batch is, and how a window is measured."""
 
 import time
 from collections.abc import Callable
