@@ -48,8 +48,8 @@ def table(found, heads) -> str:
 def figure(times, peaks, path):
     drawn, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for several, ax, label in ((times, axes[0], "ms a micro-batch"), (peaks, axes[1], "peak MiB")):
-        for name in several[0]:
-            ax.plot(COUNTS, [row[name] for row in several], marker=".", label=name)
+        for name, style in zip(several[0], ("-", "--", ":"), strict=False):  # one may lie on another
+            ax.plot(COUNTS, [row[name] for row in several], style, marker=".", label=name)
         ax.set(xscale="log", xlabel="micro-batches a window", ylabel=label, ylim=(0, None))
     axes[0].legend()
     drawn.savefig(path, dpi=110)
@@ -89,7 +89,7 @@ def main():
         figure(times[: len(COUNTS)], peaks[: len(COUNTS)], PAGE.with_name(f"growth-{name}.png"))
         body = (
             "\n\n".join(parts) + f"\n\n![growth](growth-{name}.png)\n\n"
-            f"{circumstances(*module.PACKAGES)}.\n\n    python benchmarks/growth.py {name} --write\n"
+            f"On {module.ON}. {circumstances(*module.PACKAGES)}.\n\n    python benchmarks/growth.py {name} --write\n"
         )
         section(PAGE, HEAD, TITLES[name], body)
 

@@ -9,6 +9,7 @@ from jax_jobs import dense, digits, mlp_loss
 import bigbatch.jax as bb
 
 PACKAGES = ["jax"]
+ON = f"a {jax.default_backend().upper()}"
 
 
 class Window:

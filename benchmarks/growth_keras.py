@@ -3,9 +3,10 @@
 import keras
 import resident
 from keras_jobs import Job, digits, mlp
-from keras_ways import BACKEND, WAYS, Trial
+from keras_ways import BACKEND, WAYS, Trial, on
 
 PACKAGES = ["keras", {"tensorflow": "tensorflow-cpu"}.get(BACKEND, BACKEND)]
+ON = on()
 
 
 def windows(width, n, size=16):

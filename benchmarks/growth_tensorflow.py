@@ -7,6 +7,7 @@ import tensorflow_window
 
 WAYS = {"by hand": "hand-written", "ours, stream": "ours, stream", "ours, split": "ours, split"}
 PACKAGES = ["tensorflow-cpu"]
+ON = tensorflow_window.ON
 
 
 def windows(width, n, size=16):

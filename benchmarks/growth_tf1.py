@@ -6,6 +6,7 @@ from tf1_jobs import Job, digits, mlp, sgd
 import tf1
 
 PACKAGES = ["tensorflow-cpu"]
+ON = tf1.ON
 
 
 def windows(width, n, size=16):

@@ -2,10 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from torch_jobs import DEVICE, digits, mlp, peak, timed
+from torch_jobs import DEVICE, ON, digits, mlp, peak, timed
 
 import bigbatch.torch as bb
 
+__all__ = ["ON", "PACKAGES", "peaks", "windows"]
 PACKAGES = ["torch"]
 
 

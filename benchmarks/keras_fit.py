@@ -12,7 +12,7 @@ from pathlib import Path
 import resident
 from interleaved import circumstances, figure, measure, ratio, rounds, section, table
 from keras_jobs import JOBS
-from keras_ways import BACKEND, WAYS, Trial
+from keras_ways import BACKEND, WAYS, Trial, on
 
 PAGE = Path(__file__).with_suffix(".md")
 GOALS = {"tensorflow": 0.50, "jax": 0.36, "torch": 0.70}  # of the MLP at micro-batch 16
@@ -129,7 +129,8 @@ def main() -> None:
         columns = {"peak MiB": {way: f"{held[way] / 2**20:.1f}" if way in held else "" for way in runs}}
         title = f"{NAMES[BACKEND]}: {job.title}"
         part = (
-            f"{job.micro_batches} micro-batches a window, {trial.windows} windows at a time, {repetitions} rounds.\n\n"
+            f"{job.micro_batches} micro-batches a window, {trial.windows} windows at a time, on {on()}; "
+            f"{repetitions} rounds.\n\n"
             f"{table(timings, ['Keras, fit', 'Keras, bare', 'by hand', 'floor'], columns)}\n\n"
             f"{ratios(timings, GOALS[BACKEND] if name == 'mlp-16' else None)}\n\n"
             + (f"{NOTES[BACKEND]}\n\n" if name == "mlp-16" else "")

@@ -62,6 +62,21 @@ class Clock(keras.callbacks.Callback):
         self.seconds = time.perf_counter() - self.started
 
 
+def on():
+    """What it runs on, for the page."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return "a GPU" if tf.config.list_physical_devices("GPU") else "a CPU"
+    if BACKEND == "jax":
+        import jax
+
+        return f"a {jax.default_backend().upper()}"
+    from torch_jobs import DEVICE
+
+    return f"a {'GPU' if DEVICE.type == 'cuda' else 'CPU'}"
+
+
 def accumulators(model):
     """The bytes of Keras's own sums, which stand between windows; float32, as the model is."""
     sums = [v for v in model.optimizer.variables if "gradient_accumulator" in v.path]
@@ -77,7 +92,7 @@ def tensorflow(trial):
     """Train functions called on a data set that is there already, and loops by hand."""
     import tensorflow as tf
 
-    def bare(trained, size, pulled=1):
+    def bare(trained, size, pulled=None):
         trained.make_train_function()
         if size == len(trial.x):
             pairs = tf.data.Dataset.from_tensors((trial.x, trial.y))  # no copy
@@ -86,7 +101,7 @@ def tensorflow(trial):
         iterator = iter(pairs.repeat())
 
         def run():
-            for _ in range(len(trial.x) // size // pulled):
+            for _ in range(len(trial.x) // size // (pulled or 1)):
                 trained.train_function(iterator)
             wait(trained)
 
@@ -143,7 +158,7 @@ def jax(trial):
     import jax
     from jax import numpy as jnp
 
-    def bare(trained, size, pulled=1):
+    def bare(trained, size, pulled=None):
         trained.make_train_function()
         parts = ["trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables"]
         state = trained._get_jax_state(**dict.fromkeys(parts, True), purge_model_variables=True)
@@ -151,12 +166,12 @@ def jax(trial):
         def run():
             nonlocal state
             iterator = iter(trial.batches(size))
-            for _ in range(len(trial.x) // size // pulled):
+            for _ in range(len(trial.x) // size // (pulled or 1)):
                 _, state = trained.train_function(state, iterator)
             jax.block_until_ready(state)
 
-        x, y = trial.batches(size * pulled)[0]
-        given = (x, y) if pulled == 1 else [tuple(a.reshape(pulled, size, *a.shape[1:]) for a in (x, y))]
+        x, y = trial.batches(size * (pulled or 1))[0]
+        given = (x, y) if pulled is None else [tuple(a.reshape(pulled, size, *a.shape[1:]) for a in (x, y))]
         run.bytes = needs(jax.jit(trained.train_step, donate_argnums=0), state, given)
         run.correction = lambda: accumulators(trained)
         return run
@@ -206,14 +221,14 @@ def torch(trial):
     """Train functions called on tensors, and the loop by hand."""
     import torch
 
-    def bare(trained, size, pulled=1):
+    def bare(trained, size, pulled=None):
         trained.make_train_function()
         pairs = [tuple(map(torch.from_numpy, pair)) for pair in trial.batches(size)]
 
         def run():
             iterator = iter(pairs)
-            for _ in range(len(trial.x) // size // pulled):
-                trained.train_function(list(itertools.islice(iterator, pulled)))
+            for _ in range(len(trial.x) // size // (pulled or 1)):
+                trained.train_function(list(itertools.islice(iterator, pulled or 1)))
             wait(trained)
 
         run.correction = lambda: accumulators(trained)

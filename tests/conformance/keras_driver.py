@@ -336,14 +336,6 @@ class SplitProducts(Split):
     model_class = WideModel
 
 
-class StreamProducts(Stream):
-    model_class = WideModel
-
-
-class PlainFitWide(PlainFit):
-    model_class = WideModel
-
-
 def array(v: Any) -> np.ndarray:
     return np.array(keras.ops.convert_to_numpy(v)).astype(np.float64)
 
@@ -386,8 +378,5 @@ class Adapter:
 
 
 ADAPTERS = [Adapter("split", Split, Plain), Adapter("stream", Stream, PlainFit)]
-if BACKEND == "tensorflow":  # where products can wait
-    ADAPTERS += [
-        Adapter("split-products", SplitProducts, PlainWide),
-        Adapter("stream-products", StreamProducts, PlainFitWide),
-    ]
+if BACKEND == "tensorflow":  # where products can wait: in what both doors hand their micro-batches to
+    ADAPTERS.append(Adapter("split-products", SplitProducts, PlainWide))
