@@ -165,13 +165,13 @@ def goals(timings, live, of_all: bool) -> list[tuple[str, float, str]]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
-    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 20 seconds")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 15 seconds")
     parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/jax_window.md")
     options = parser.parse_args()
     for name in options.jobs or JOBS:
         job = JOBS[name]
         measured = contenders(job)
-        repetitions = options.repetitions or rounds(measured, 20)
+        repetitions = options.repetitions or rounds(measured, 15)
         timings = measure(measured, repetitions)
         live = {name: c.mebibytes for name, c in measured.items()}
         against = ["optax.MultiSteps", "scan by hand", "stream by hand", "floor"]

@@ -110,7 +110,7 @@ def main() -> None:
     """Measures and prints the backend's part of the page, and with --write writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
-    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 25 seconds")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 15 seconds")
     parser.add_argument("--peaks", action="store_true", help="on TensorFlow: only measure what a window holds")
     parser.add_argument("--write", action="store_true", help="write this backend's parts of benchmarks/keras_fit.md")
     options = parser.parse_args()
@@ -121,7 +121,7 @@ def main() -> None:
             continue
         trial = Trial(job, {"mlp-1": 8, "mlp-16": 4}.get(name, 1))
         runs = contenders(trial)
-        repetitions = options.repetitions or rounds(runs, 25)
+        repetitions = options.repetitions or rounds(runs, 15)
         timings = measure(runs, repetitions)
         for timing in timings.values():
             timing.seconds[:] = [seconds / trial.windows for seconds in timing.seconds]

@@ -208,7 +208,7 @@ def contenders(job: Job):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
-    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 30 seconds")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 25 seconds")
     parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/pytorch.md")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -216,7 +216,7 @@ def main():
     for name in options.jobs or JOBS:
         job = JOBS[name]
         runs = contenders(job)
-        repetitions = options.repetitions or rounds(runs, 30)
+        repetitions = options.repetitions or rounds(runs, 25)
         timings = measure(runs, repetitions)
         peaks = {way: f"{peak(run) / 2**20:.1f}" for way, run in runs.items()}  # the optimizer's state stands by now
         shown = table(timings, ["hand-written", "accelerate", "Lightning", "floor"], {"peak MiB": peaks})

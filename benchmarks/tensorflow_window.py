@@ -218,7 +218,7 @@ PAGE = Path(__file__).with_suffix(".md")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
-    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 25 seconds")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 15 seconds")
     parser.add_argument("--peaks", action="store_true", help="only measure what each contender holds in a window")
     parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/tensorflow_window.md")
     options = parser.parse_args()
@@ -228,7 +228,7 @@ def main():
             resident.told(contenders(job, xla=False))
             continue
         runs = contenders(job)
-        repetitions = options.repetitions or rounds(runs, 25)
+        repetitions = options.repetitions or rounds(runs, 15)
         timings = measure(runs, repetitions)
         sizes = resident.asked_of(__file__, name)
         peaks = {way: f"{sizes[way] / 2**20:.1f}" if way in sizes else "" for way in runs}

@@ -151,7 +151,7 @@ def big_table() -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {[*JOBS, 'table']}; all of them without")
-    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 20 seconds")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 10 seconds")
     parser.add_argument("--peaks", action="store_true", help="only measure what each contender holds in a window")
     parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/tf1.md")
     options = parser.parse_args()
@@ -164,7 +164,7 @@ def main():
             if options.peaks:
                 resident.told(runs)
                 continue
-            repetitions = options.repetitions or rounds(runs, 20)
+            repetitions = options.repetitions or rounds(runs, 10)
             timings = measure(runs, repetitions)
             peaks = {way: f"{size / 2**20:.1f}" for way, size in resident.asked_of(__file__, name).items()}
             shown = table(timings, ["three ops", "three ops, guarded", "floor"], {"peak MiB": peaks})
