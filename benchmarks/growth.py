@@ -82,7 +82,7 @@ def main():
             f"Peak MiB:\n\n{table(peaks[some], heads)}"
         )
     last, two = COUNTS.index(1024), COUNTS.index(2)
-    grown = ", ".join(f"{way} {peaks[last][way] / peaks[two][way]:.2f}" for way in peaks[0])
+    grown = ", ".join(f"{way} {peaks[last][way] / peaks[two][way]:.3f}" for way in peaks[0])
     parts.append(f"Peak at N = 1,024 over N = 2 (wanted: at most 1.02): {grown}.")
     print("\n\n".join(parts))
     if options.write:
