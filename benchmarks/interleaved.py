@@ -105,7 +105,7 @@ def figure(timings: Mapping[str, Timing], title: str, path: Path) -> None:
     axes.barh(names, medians, xerr=errors, color=colours, error_kw={"elinewidth": 1, "ecolor": "dimgray"})
     if "floor" in timings:
         axes.axvline(timings["floor"].median * 1e3, color="black", linestyle=":", label="floor")
-        axes.legend(loc="lower right")
+        shown.legend(loc="outside lower right", frameon=False)
     axes.set_xlabel("ms a window (median, quartiles)")
     shown.suptitle(textwrap.fill(title, 90), fontsize=10)
     shown.savefig(path, dpi=110)

@@ -32,8 +32,8 @@ def loss() -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def mlp() -> keras.Model:
-    widths = [(1024, "relu"), (1024, "relu"), (10, None)]
+def mlp(width: int = 1024) -> keras.Model:
+    widths = [(width, "relu"), (width, "relu"), (10, None)]
     return keras.Sequential([keras.Input((784,)), *(layers.Dense(*width) for width in widths)])
 
 

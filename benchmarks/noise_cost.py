@@ -27,7 +27,7 @@ def contenders(job):
             for a, b in parts:
                 acc.backward(job.loss(model, a, b), items=len(a))
 
-        return run
+        return torch_jobs.timed(run)
 
     return {
         "not measured": window(False, True),
@@ -53,8 +53,8 @@ def main():
     if options.write:
         Path(__file__).with_suffix(".md").write_text(
             f"# What measuring the noise scale costs\n\n{job.title}, {job.micro_batches} micro-batches a window, Adam, "
-            "float32, on a CPU. Every contender once a round, in an order drawn anew; a ratio is the median over "
-            f"rounds of both times in one round. {options.repetitions} rounds.\n\n{shown}\n\n{verdict}\n\n"
+            f"float32, on {torch_jobs.ON}. Every contender once a round, in an order drawn anew; a ratio is the median "
+            f"over rounds of both times in one round. {options.repetitions} rounds.\n\n{shown}\n\n{verdict}\n\n"
             f"{circumstances('torch')}.\n\n"
             f"    python benchmarks/noise_cost.py --repetitions {options.repetitions} --write\n"
         )

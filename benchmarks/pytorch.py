@@ -1,25 +1,26 @@
-"""PyTorch: one window of three jobs, ours against the loop an expert writes, accelerate, and the floor.
+"""PyTorch: one window of three jobs, ours against the loop an expert writes, accelerate, Lightning, and the floor.
 
     python benchmarks/pytorch.py [mlp-16 transformer …] [--repetitions 60] [--write]
 
 The floor is N forwards and backwards and one update, each gradient thrown away before the next comes. It makes each
 weight's gradient in a tensor of its own, as autograd does; adding it straight into the sum can be faster than that.
-On a GPU, where there is one: each window ends in a synchronization.
+On a GPU, where there is one: timed by its events.
 """
 
 import argparse
+import logging
+import warnings
 from pathlib import Path
 
+import lightning
 import torch
 from accelerate import Accelerator
 from interleaved import circumstances, figure, measure, ratio, rounds, section, table
-from torch_jobs import JOBS, Job
+from torch_jobs import DEVICE, JOBS, ON, Job, Stopwatch, peak, timed
 
 import bigbatch.torch as bb
-from bigbatch.engines.torch_memory import PeakMemory
 
 PAGE = Path(__file__).with_suffix(".md")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEAD = """# PyTorch
 
 Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one round.
@@ -29,6 +30,9 @@ Every contender once a round, in an order drawn anew; a ratio is the median over
 the gradient's norm, seen by the host before the step. *From a batch* cuts the batch itself and reads the mean loss, as
 the split door does. *Stream* is `acc.backward(…)` alone, and *in micro_batch()* with the forward inside
 `with acc.micro_batch():`. *Floor* is the forwards and backwards and one update, each gradient thrown away.
+*Lightning* is its Trainer with `barebones=True` (no logger, checkpoints, bars or checks) and
+`accumulate_grad_batches`, over a list of micro-batches that are there already: an epoch of several windows, divided by
+their number, without what `fit` does before and after it.
 
 The allocator is kept from giving memory back between windows (glibc's `MALLOC_TRIM_THRESHOLD_` and
 `MALLOC_MMAP_THRESHOLD_`, which `make bench` sets): page faults would otherwise be up to a tenth of the time, another
@@ -36,8 +40,48 @@ tenth in each contender.
 """
 
 
+class Lightning(lightning.LightningModule):
+    """A job's model as Lightning has it."""
+
+    def __init__(self, job, model, optimizer):
+        super().__init__()
+        self.job, self.model, self.optimizer = job, model, optimizer
+
+    def training_step(self, batch):
+        return self.job.loss(self.model, *batch)
+
+    def configure_optimizers(self):
+        return self.optimizer
+
+
+class Loader:
+    """Micro-batches that are there already; of a list Lightning would make as many loaders."""
+
+    def __init__(self, micro_batches):
+        self.micro_batches = micro_batches
+
+    def __len__(self):
+        return len(self.micro_batches)
+
+    def __iter__(self):
+        return iter(self.micro_batches)
+
+
+class Clock(lightning.Callback):
+    """The seconds of an epoch."""
+
+    def __init__(self):
+        self.watch = Stopwatch()
+
+    def on_train_epoch_start(self, trainer, module):
+        self.watch.start()
+
+    def on_train_epoch_end(self, trainer, module):
+        self.seconds = self.watch.stop()
+
+
 def contenders(job: Job):
-    x, y = (t.to(DEVICE) for t in job.batch())
+    x, y = job.batch()
     n, size = job.micro_batches, job.size
 
     def parts():
@@ -104,6 +148,19 @@ def contenders(job: Job):
 
         return run
 
+    def lightning_loop(model, optimizer, windows=4):
+        module, clock = Lightning(job, model, optimizer), Clock()
+
+        def run():
+            trainer = lightning.Trainer(
+                accelerator=DEVICE.type, devices=1, max_epochs=1, accumulate_grad_batches=n, barebones=True,
+                callbacks=[clock],
+            )  # fmt: skip
+            trainer.fit(module, Loader(micro_batches * windows))
+            return clock.seconds / windows
+
+        return run
+
     def stream(model, optimizer):
         acc = bb.Accumulator(optimizer, every=n)
 
@@ -144,52 +201,34 @@ def contenders(job: Job):
         "ours, split": split,
     }
 
-    def timed(run):
-        def whole():
-            run()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-
-        return whole
-
-    def make(way):
-        model, optimizer = job.make()
-        return timed(way(model.to(DEVICE), optimizer))
-
-    return {name: make(way) for name, way in ways.items()}
-
-
-def peaks(runs) -> dict[str, str]:
-    """MiB of each contender's window; they have all run before, so the optimizer's state stands."""
-    found = {}
-    for name, run in runs.items():
-        with PeakMemory() as memory:
-            run()
-        found[name] = f"{memory.peak / 2**20:.1f}"
-    return found
+    made = {name: timed(way(*job.make())) for name, way in ways.items()}
+    return {**made, "Lightning": lightning_loop(*job.make())}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
-    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about a minute")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 25 seconds")
     parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/pytorch.md")
     options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     for name in options.jobs or JOBS:
         job = JOBS[name]
         runs = contenders(job)
-        repetitions = options.repetitions or rounds(runs, 60)
+        repetitions = options.repetitions or rounds(runs, 25)
         timings = measure(runs, repetitions)
-        shown = table(timings, ["hand-written", "accelerate", "floor"], {"peak MiB": peaks(runs)})
+        peaks = {way: f"{peak(run) / 2**20:.1f}" for way, run in runs.items()}  # the optimizer's state stands by now
+        shown = table(timings, ["hand-written", "accelerate", "Lightning", "floor"], {"peak MiB": peaks})
         print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}")
         for ours in ("ours, stream", "ours, stream in micro_batch()", "ours, split"):
             print(", ".join(f"{ours} / {to}: {ratio(timings, ours, to):.3f}" for to in timings if "ours" not in to))
         if options.write:
             figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"pytorch-{name}.png"))
             body = (
-                f"{job.micro_batches} micro-batches a window, Adam, float32, on a {DEVICE.type.upper()}; "
+                f"{job.micro_batches} micro-batches a window, Adam, float32, on {ON}; "
                 f"{repetitions} rounds.\n\n{shown}\n\n![times](pytorch-{name}.png)\n\n"
-                f"{circumstances('torch', 'accelerate')}.\n\n"
+                f"{circumstances('torch', 'accelerate', 'lightning')}.\n\n"
                 "    MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=1073741824 \\\n"
                 f"    python benchmarks/pytorch.py {name} --repetitions {repetitions} --write\n"
             )

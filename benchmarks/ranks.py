@@ -212,13 +212,17 @@ def main():
     parser.add_argument("parts", nargs="*", default=["times", "kills"], choices=["times", "kills"])
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the points at which ranks are killed")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     for part in args.parts:
-        title, body = times(args.repetitions) if part == "times" else killed(args.kills, args.epochs, args.seed)
-        body += f"\n\n{circumstances('torch')}.\n\n    python benchmarks/ranks.py {' '.join(sys.argv[1:])}"
+        if part == "times":
+            (title, body), given = times(args.repetitions), f"--repetitions {args.repetitions}"
+        else:
+            title, body = killed(args.kills, args.epochs, args.seed)
+            given = f"--kills {args.kills} --epochs {args.epochs} --seed {args.seed}"
+        body += f"\n\n{circumstances('torch')}.\n\n    python benchmarks/ranks.py {part} {given} --write"
         print(f"## {title}\n\n{body}\n", flush=True)
         if args.write:
             section(HERE / "ranks.md", HEAD, title, body)
@@ -233,7 +237,7 @@ def times(repetitions):
     ddp = {name: timing for name, timing in timings.items() if "FSDP2" not in name}
     fsdp = {name: timing for name, timing in timings.items() if "FSDP2" in name}
     body = [
-        f"Two gloo ranks on one machine, one thread each. A window is {N} micro-batches of {MICRO_BATCH} on each rank: "
+        f"Two gloo ranks on one CPU, one thread each. A window is {N} micro-batches of {MICRO_BATCH} on each rank: "
         f"MLP 784-{WIDTH}-{WIDTH}-10, Adam, float32, clipped. Every contender once a round, in an order drawn anew; a "
         f"ratio is the median over rounds of both times in one round. {repetitions} rounds. Reductions of gradients, "
         "and their bytes, are those of one window on one rank, as c10d's operators see them.",

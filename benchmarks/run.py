@@ -7,17 +7,24 @@ python benchmarks/run.py pytorch      some
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SHARED = {"run", "interleaved", "torch_jobs", "jax_jobs", "keras_jobs"}
-SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in SHARED)
+# What other scripts import.
+SHARED = {"run", "interleaved", "resident", "keras_ways"}
+SCRIPTS = sorted(
+    path.stem
+    for path in HERE.glob("*.py")
+    if path.stem not in SHARED and not path.stem.endswith("_jobs") and not path.stem.startswith("growth_")
+)
 
-# Keras takes its backend from the environment when it is imported.
-SEVERAL = {"keras_fit": [{"KERAS_BACKEND": backend} for backend in ("tensorflow", "jax", "torch")]}
-
-# One framework a process.
-PARTS = {"growth": [["torch"], ["jax"]]}
+# One framework a process, and Keras takes its backend from the environment when it is imported.
+GROWTH = ["torch", "jax", "tensorflow", "tf1", "keras_tensorflow", "keras_jax", "keras_torch"]
+PARTS = {
+    "growth": [([framework], {}) for framework in GROWTH],
+    "keras_fit": [([], {"KERAS_BACKEND": backend}) for backend in ("tensorflow", "jax", "torch")],
+}
 
 # glibc gives memory back between windows and takes it again, at the cost of thousands of page faults a window.
 ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(8 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30), **os.environ}
@@ -29,12 +36,14 @@ def main(asked: list[str]) -> int:
         sys.exit(f"unknown benchmarks {sorted(unknown)}; there are {SCRIPTS}")
     failed = []
     for name in asked or SCRIPTS:
-        for more in SEVERAL.get(name, [{}]):
-            for part in PARTS.get(name, [[]]):
-                print("==", name, *part, *more.values(), flush=True)
-                script = [sys.executable, HERE / f"{name}.py", *part, "--write"]
-                if subprocess.run(script, cwd=HERE.parent, env=ENVIRONMENT | more).returncode:
-                    failed.append(" ".join([name, *part, *more.values()]))
+        for arguments, more in PARTS.get(name, [([], {})]):
+            part = " ".join([name, *arguments, *more.values()])
+            print("==", part, flush=True)
+            started = time.perf_counter()
+            script = [sys.executable, HERE / f"{name}.py", *arguments, "--write"]
+            if subprocess.run(script, cwd=HERE.parent, env=ENVIRONMENT | more).returncode:
+                failed.append(part)
+            print("==", part, f"took {time.perf_counter() - started:.0f} s", flush=True)
     print("failed: " + ", ".join(failed) if failed else "all ran", flush=True)
     return bool(failed)
 

@@ -1,6 +1,7 @@
-"""TensorFlow: one window of each job, ours against the loop an expert writes, with and without XLA, and the floor.
+"""TensorFlow: one window of each job, ours against the loop an expert writes, Keras's own way, XLA, and the floor.
 
     python benchmarks/tensorflow_window.py [mlp-16 transformer …] [--repetitions 25] [--write]
+    python benchmarks/tensorflow_window.py mlp-16 --peaks         the memory alone, as asked for in a process of its own
 
 The floor is N forwards and backwards in one graph call each, every gradient thrown away, and one update.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import resident
 import tensorflow as tf
 from interleaved import circumstances, figure, measure, ratio, rounds, section, table
 from keras_jobs import JOBS
@@ -22,10 +24,11 @@ import bigbatch.tensorflow as bb
 class Contender:
     """A model and its optimizer."""
 
-    def __init__(self, job, jit):
+    def __init__(self, job, optimizer, jit=False):
         self.job, self.model, self.loss = job, job.make(), cross_entropy()
         self.variables = self.model.trainable_variables
-        self.optimizer = tf.keras.optimizers.Adam()
+        self.optimizer = optimizer
+        self.sums = []  # what a way keeps between windows
         self.optimizer.build(self.variables)
         self.x, self.y = map(tf.constant, job.batch())
         n = job.micro_batches
@@ -63,11 +66,28 @@ def stream(c):
         loss, gradients = c.gradients(x, y)
         return acc.apply_gradients(zip(gradients, c.variables, strict=True), items=c.job.size, loss=loss)
 
+    acc.build(c.variables)
+    others = {id(v) for v in [*c.variables, *(v.value for v in c.optimizer.variables)]}
+    c.sums = [v for v in acc.variables if id(v) not in others]
+
     return lambda: [step(*part) for part in c.parts][-1].loss
 
 
+def every_part(c):
+    """The optimizer takes every micro-batch's gradients, and accumulates them itself."""
+    c.sums = [v.value for v in c.optimizer.variables if "gradient_accumulator" in v.path]
+
+    @tf.function(**c.jit)
+    def step(x, y):
+        loss, gradients = c.gradients(x, y)
+        c.apply(gradients)
+        return loss
+
+    return lambda: [step(*part) for part in c.parts][-1]
+
+
 def hand_written(c):
-    sums = [tf.Variable(tf.zeros_like(v)) for v in c.variables]
+    sums = c.sums = [tf.Variable(tf.zeros_like(v)) for v in c.variables]
 
     @tf.function(**c.jit)
     def accumulate(x, y):
@@ -91,7 +111,7 @@ def hand_written(c):
 
 
 def hand_written_eager(c):
-    sums = [tf.Variable(tf.zeros_like(v)) for v in c.variables]
+    sums = c.sums = [tf.Variable(tf.zeros_like(v)) for v in c.variables]
 
     def window():
         for part in c.parts:
@@ -133,27 +153,37 @@ def full_batch(c):
 
 
 WAYS = {
-    "ours, split": (split, False),
-    "ours, stream": (stream, False),
-    "hand-written": (hand_written, False),
-    "hand-written, eager": (hand_written_eager, False),
-    "floor": (floor, False),
-    "the full batch at once": (full_batch, False),
-    "ours, split, XLA": (split, True),
-    "ours, stream, XLA": (stream, True),
-    "hand-written, XLA": (hand_written, True),
-    "floor, XLA": (floor, True),
+    "ours, split": split,
+    "ours, stream": stream,
+    "hand-written": hand_written,
+    "hand-written, eager": hand_written_eager,
+    "Keras": every_part,
+    "floor": floor,
+    "the full batch at once": full_batch,
 }
+WITH_XLA = ["ours, split", "ours, stream", "hand-written", "Keras", "floor"]
 
 
-def contenders(job):
-    def waiting(window):
-        def run():
-            float(window())  # of the loss
+def contenders(job, xla=True):
+    def made(name, jit):
+        steps = job.micro_batches if name == "Keras" else None
+        contender = Contender(job, tf.keras.optimizers.Adam(gradient_accumulation_steps=steps), jit)
+        return whole(contender, WAYS[name](contender))
 
-        return run
+    with_xla = {f"{name}, XLA": made(name, True) for name in WITH_XLA if xla}
+    return {name: made(name, False) for name in WAYS} | with_xla
 
-    return {name: waiting(way(Contender(job, jit))) for name, (way, jit) in WAYS.items()}
+
+def whole(contender, window):
+    """A window that waits until the device has done it, and says what it keeps until the next."""
+
+    def run():
+        float(window())  # of the loss
+        if ON_GPU:
+            tf.test.experimental.sync_devices()
+
+    run.correction = lambda: sum(v.dtype.size * v.shape.num_elements() for v in contender.sums)
+    return run
 
 
 RATIOS = [
@@ -162,7 +192,9 @@ RATIOS = [
     ("ours, split, XLA", "hand-written, XLA"),
     ("ours, split", "floor"),
     ("ours, split, XLA", "floor, XLA"),
+    ("ours, split", "Keras"),
     ("ours, stream", "hand-written"),
+    ("ours, stream", "Keras"),
     ("ours, stream, XLA", "hand-written, XLA"),
 ]
 HEAD = """# TensorFlow: one window, ours and theirs
@@ -170,33 +202,45 @@ HEAD = """# TensorFlow: one window, ours and theirs
 Every contender once a round in one process, in an order drawn anew; medians, quartiles, and the medians of each round's
 ratios.
 
-*hand-written* keeps accumulators and calls one `tf.function` a micro-batch, and one to apply; *eager* is the same with
-no `tf.function`; *floor* is the same calls with every gradient thrown away. *XLA* is `jit_compile=True`. The split door
-is one call, and multiplies the weight gradients of many micro-batches out at once, so it can be under that floor.
+*Hand-written* keeps accumulators and calls one `tf.function` a micro-batch, and one to apply; *eager* is the same with
+no `tf.function`; *floor* is the same calls with every gradient thrown away. *Keras* is the same loop with
+`Adam(gradient_accumulation_steps=16)`. *XLA* is `jit_compile=True`. The split door is one call, and multiplies the
+weight gradients of many micro-batches out at once, so it can be under that floor.
+
+*Peak* is the most that a window holds beyond the parameters, the optimizer's state and the data. TensorFlow keeps no
+account on a CPU, so it is what a process of its own holds more (`benchmarks/resident.py`), to half a MiB.
 """
+ON_GPU = bool(tf.config.list_physical_devices("GPU"))
+ON = "a GPU, each window ending in a synchronization" if ON_GPU else "a CPU"
 PAGE = Path(__file__).with_suffix(".md")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
-    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 40 seconds")
+    parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 15 seconds")
+    parser.add_argument("--peaks", action="store_true", help="only measure what each contender holds in a window")
     parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/tensorflow_window.md")
     options = parser.parse_args()
     for name in options.jobs or JOBS:
         job = JOBS[name]
+        if options.peaks:
+            resident.told(contenders(job, xla=False))
+            continue
         runs = contenders(job)
-        repetitions = options.repetitions or rounds(runs, 40)
+        repetitions = options.repetitions or rounds(runs, 15)
         timings = measure(runs, repetitions)
-        shown = table(timings, ["hand-written", "floor"])
+        sizes = resident.asked_of(__file__, name)
+        peaks = {way: f"{sizes[way] / 2**20:.1f}" if way in sizes else "" for way in runs}
+        shown = table(timings, ["hand-written", "Keras", "floor"], {"peak MiB": peaks})
         ratios = "\n".join(f"| {a} / {b} | {ratio(timings, a, b):.2f} |" for a, b in RATIOS)
         shown += f"\n\n| | ratio |\n| --- | ---: |\n{ratios}"
         print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}", flush=True)
         if options.write:
             figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"tensorflow-{name}.png"))
             body = (
-                f"{job.micro_batches} micro-batches a window, Adam, float32; {repetitions} rounds.\n\n{shown}\n\n"
-                f"![times](tensorflow-{name}.png)\n\n{circumstances('tensorflow-cpu', 'keras')}.\n\n"
+                f"{job.micro_batches} micro-batches a window, Adam, float32, on {ON}; {repetitions} rounds.\n\n"
+                f"{shown}\n\n![times](tensorflow-{name}.png)\n\n{circumstances('tensorflow-cpu', 'keras')}.\n\n"
                 f"    python benchmarks/tensorflow_window.py {name} --repetitions {repetitions} --write\n"
             )
             section(PAGE, HEAD, job.title, body)

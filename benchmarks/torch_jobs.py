@@ -1,11 +1,59 @@
-"""The three jobs of PyTorch's benchmarks: a model, a batch, and what a micro-batch is of each."""
+"""The three jobs of PyTorch's benchmarks: a model, a batch, what a micro-batch is, and how a window is measured."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bigbatch.engines.torch_memory import PeakMemory
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON = f"an {torch.cuda.get_device_name()}, timed by its events" if DEVICE.type == "cuda" else "a CPU"
+
+
+class Stopwatch:
+    """Seconds from `start` to `stop`: by the device's own events on a GPU, by the host's clock on a CPU."""
+
+    def start(self) -> None:
+        if DEVICE.type == "cuda":
+            self.started, self.stopped = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.started.record()
+        else:
+            self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        if DEVICE.type == "cuda":
+            self.stopped.record()
+            self.stopped.synchronize()
+            return self.started.elapsed_time(self.stopped) / 1e3
+        return time.perf_counter() - self.began
+
+
+def timed(run: Callable[[], None]) -> Callable[[], float]:
+    """A window that keeps its own time."""
+    watch = Stopwatch()
+
+    def whole() -> float:
+        watch.start()
+        run()
+        return watch.stop()
+
+    return whole
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes that tensors held at once in `run`, beyond those that stood before."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with PeakMemory() as memory:
+        run()
+    return memory.peak
 
 
 @dataclass(frozen=True)
@@ -21,11 +69,12 @@ class Job:
 
     def batch(self, micro_batches: int | None = None) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
-        return self.example(self.size * (micro_batches or self.micro_batches))
+        x, y = self.example(self.size * (micro_batches or self.micro_batches))
+        return x.to(DEVICE), y.to(DEVICE)
 
     def make(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = self.model()
+        model = self.model().to(DEVICE)
         return model, torch.optim.Adam(model.parameters())
 
 

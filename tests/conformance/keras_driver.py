@@ -20,6 +20,7 @@ from keras.src.backend.common import dtypes
 import bigbatch.keras as bb
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
+from conformance.wide import WIDTH, is_wide, narrowed, widened
 
 BACKEND = keras.backend.backend()
 DTYPES = {"float64": "float64", "float32": "float32", "half": "bfloat16"}
@@ -122,6 +123,23 @@ class Model(keras.Model):
         return {**super().get_config(), "job": self.job, "shapes": self.shapes, "shrink": self.shrink}
 
 
+@keras.saving.register_keras_serializable("bigbatch")
+class WideModel(Model):
+    """The same on matrices so large that on TensorFlow their gradients wait as products."""
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if not is_wide(self.job):
+            return super().call(x, training)
+        Model.calls += 1
+        ops = keras.ops
+        if self.job == "dropout":
+            x = self.dropout(x, training=training)
+        x = ops.pad(x, [[0, 0], [0, WIDTH - x.shape[1]]])
+        if self.job == "net":
+            return ops.matmul(ops.tanh(ops.matmul(x, self.a) + self.b), self.c)[:, 0]
+        return ops.matmul(x, self.w)[:, 0]
+
+
 class Waits(Mode):
     """Counts what makes the host wait for a device; inside a compiled function nothing can."""
 
@@ -137,14 +155,18 @@ class Waits(Mode):
 
 
 class KerasRun:
+    model_class = Model
+
     def __init__(self, spec: Spec):
         self.spec = spec
+        self.wide = self.model_class is WideModel and is_wide(spec.job)
+        values = {name: widened(name, p) if self.wide else p for name, p in spec.params.items()}
         self.floatx = "float64" if spec.dtype == "float64" else "float32"
         keras.config.set_floatx(self.floatx)
         keras.utils.set_random_seed(spec.seed)
-        shapes = {name: p.shape for name, p in spec.params.items()}
-        self.model = Model(spec.job, shapes, spec.shrink, dtype=DTYPES[spec.dtype])
-        for name, value in spec.params.items():
+        shapes = {name: p.shape for name, p in values.items()}
+        self.model = self.model_class(spec.job, shapes, spec.shrink, dtype=DTYPES[spec.dtype])
+        for name, value in values.items():
             getattr(self.model, name).assign(value)
         options = {"adamw": {"weight_decay": spec.decay}, "momentum": {"momentum": 0.9}}.get(spec.optimizer, {})
         kind = {"adamw": keras.optimizers.AdamW, "overwriting": Overwriting}.get(spec.optimizer, keras.optimizers.SGD)
@@ -208,7 +230,11 @@ class KerasRun:
         return keras.tree.map_structure(keras.ops.convert_to_tensor, self.arrays(m))
 
     def params(self) -> Params:
-        return {name: array(getattr(self.model, name)) for name in self.spec.params}
+        return self.narrow({name: array(getattr(self.model, name)) for name in self.spec.params})
+
+    def narrow(self, values: Params) -> Params:
+        """In the shapes that the law gave."""
+        return narrowed(values, self.spec.params) if self.wide else values
 
     def held(self) -> list[np.ndarray]:
         return [array(v) for v in self.model.optimizer.variables]
@@ -218,7 +244,7 @@ class KerasRun:
 
     def ema(self) -> Params:
         averages = self.model.optimizer._model_variables_moving_average
-        return {name: array(v) for name, v in zip(self.spec.params, averages, strict=True)}
+        return self.narrow({name: array(v) for name, v in zip(self.spec.params, averages, strict=True)})
 
     def save(self) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -302,6 +328,14 @@ class Stream(KerasRun):
         self.model.train_step([self.tensors(m) for m in micro_batches])
 
 
+class PlainWide(Plain):
+    model_class = WideModel
+
+
+class SplitProducts(Split):
+    model_class = WideModel
+
+
 def array(v: Any) -> np.ndarray:
     return np.array(keras.ops.convert_to_numpy(v)).astype(np.float64)
 
@@ -324,7 +358,7 @@ class Adapter:
         keras.config.set_floatx("float32")
         self.model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
         self.model.compile("sgd", "mse")
-        self.options: dict[str, Any] = {"micro_batch": 2} if name == "split" else {"every": 2}
+        self.options: dict[str, Any] = {"every": 2} if name.startswith("stream") else {"micro_batch": 2}
 
     def mistakes(self) -> dict[str, Callable[[], Any]]:
         x, y = np.ones((8, 2), "float32"), np.ones((7, 1), "float32")
@@ -344,3 +378,5 @@ class Adapter:
 
 
 ADAPTERS = [Adapter("split", Split, Plain), Adapter("stream", Stream, PlainFit)]
+if BACKEND == "tensorflow":  # where products can wait: in what both doors hand their micro-batches to
+    ADAPTERS.append(Adapter("split-products", SplitProducts, PlainWide))

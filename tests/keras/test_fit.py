@@ -61,7 +61,7 @@ def test_masks_count_valid_steps_and_ignored_labels_do_not_count():
             [
                 keras.Input((6,)),
                 layers.Embedding(9, 4, mask_zero=True),
-                layers.SimpleRNN(5, return_sequences=True),
+                layers.Dense(5, activation="tanh"),
                 layers.Dense(9),
             ]
         )
@@ -83,7 +83,7 @@ def test_several_outputs_with_losses_weights_masks_add_loss_and_regularizers():
         keras.utils.set_random_seed(0)
         x = keras.Input((5,))
         h = layers.Embedding(7, 4, mask_zero=True, embeddings_regularizer=keras.regularizers.L2(0.01))(x)
-        h = layers.SimpleRNN(4, return_sequences=True, activity_regularizer=keras.regularizers.L1(0.1))(h)
+        h = layers.Dense(4, activation="tanh", activity_regularizer=keras.regularizers.L1(0.1))(h)
         steps = layers.Dense(2, name="steps", kernel_regularizer="l2")(h)
         last = layers.GlobalAveragePooling1D()(h)
         outputs = {

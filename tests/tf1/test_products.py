@@ -6,6 +6,8 @@ import tensorflow as tf
 
 import bigbatch.tf1 as bb
 from bigbatch.tf1.sums import DenseSum, ProductSum
+from conformance import jobs
+from conformance.adapters import tf1 as adapters
 
 v1 = tf.compat.v1
 WIDTHS = (96, 64, 64, 2)
@@ -158,3 +160,9 @@ def test_what_is_no_product_of_its_own_or_narrower_than_the_sum_is_dense():
     acc = bb.Accumulator(v1.train.GradientDescentOptimizer(1.0), 2)
     acc.minimize(tf.cast(loss, tf.float32), items=2)
     assert [type(s) for s, _ in acc._sums] == [DenseSum, DenseSum]
+
+
+def test_the_laws_run_with_products_and_without():
+    for run, products in ((adapters.Stream, 0), (adapters.StreamProducts, 2)):
+        sums = run(jobs.Spec("net", jobs.params("net"))).acc._sums
+        assert sum(isinstance(s, ProductSum) for s, _ in sums) == products

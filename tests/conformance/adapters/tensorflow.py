@@ -1,9 +1,13 @@
-"""TensorFlow 2's two doors in custom loops, driven as their users would: a tf.function a step, Keras optimizers."""
+"""TensorFlow 2's two doors in custom loops, driven as their users would: a tf.function a step, Keras optimizers.
+
+The split door also on matrices so large that their gradients wait as products.
+"""
 
 import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +20,7 @@ import bigbatch.tensorflow as bb
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
 from conformance.mistakes import at_the_split_door, at_the_stream_door
+from conformance.wide import WIDTH, is_wide, narrowed, widened
 
 # Two CPUs for the tests of tf.distribute: it has to be said before TensorFlow runs anything.
 tf.config.set_logical_device_configuration(
@@ -54,6 +59,25 @@ class Model(tf.Module):
         return tf.tensordot(self(m), m["weight"] / tf.reduce_sum(m["weight"]), 1)
 
 
+class WideModel(Model):
+    """The same on wide matrices, where the job has one."""
+
+    def __init__(self, spec: Spec):
+        wide = {name: widened(name, value) for name, value in spec.params.items()}
+        super().__init__(replace(spec, params=wide if is_wide(spec.job) else spec.params))
+
+    def __call__(self, m: dict[str, tf.Tensor]) -> tf.Tensor:
+        if not is_wide(self.job):
+            return super().__call__(m)
+        x, p = m["x"], self.weights
+        if self.job == "dropout":
+            x = tf.where(self.noise.uniform(tf.shape(x)) < 0.5, 2 * x, 0)
+        x = tf.pad(x, [[0, 0], [0, WIDTH - x.shape[1]]])
+        if self.job == "net":
+            return ((tf.tanh(x @ p["a"] + p["b"]) @ p["c"])[:, 0] - m["y"]) ** 2 / 2
+        return (x @ p["w"])[:, 0]
+
+
 class Rates(tf.keras.optimizers.schedules.LearningRateSchedule):
     def __init__(self, rates: tuple[float, ...]):
         self.rates = tf.constant(rates)
@@ -90,9 +114,11 @@ def counted(owner: type, method: str) -> Iterator[list[str]]:
 
 
 class TensorFlowRun:
+    model_class = Model
+
     def __init__(self, spec: Spec):
         self.spec = spec
-        self.model = Model(spec)
+        self.model = self.model_class(spec)
         self.variables = list(self.model.weights.values())
         options: dict[str, Any] = {"learning_rate": Rates(spec.rates), "global_clipnorm": spec.clip_norm}
         if spec.ema is not None:
@@ -109,7 +135,12 @@ class TensorFlowRun:
         return {name: tf.constant(a, tf.int32 if name == "ids" else DTYPES[self.spec.dtype]) for name, a in m.items()}
 
     def params(self) -> Params:
-        return {name: v.numpy().astype(np.float64) for name, v in self.model.weights.items()}
+        return self.narrow({name: v.numpy().astype(np.float64) for name, v in self.model.weights.items()})
+
+    def narrow(self, values: Any) -> Any:
+        """In the shapes that the law gave."""
+        wide = self.model_class is WideModel and is_wide(self.spec.job)
+        return narrowed(values, self.spec.params) if wide else values
 
     def held(self) -> list[np.ndarray]:
         return [v.numpy() for v in self.optimizer.variables]
@@ -119,7 +150,7 @@ class TensorFlowRun:
 
     def ema(self) -> Params:
         averages = self.optimizer._model_variables_moving_average
-        return {name: v.numpy() for name, v in zip(self.model.weights, averages, strict=True)}
+        return self.narrow({name: v.numpy() for name, v in zip(self.model.weights, averages, strict=True)})
 
     def save(self) -> Path:
         return Path(self.checkpoint.write(str(Path(tempfile.mkdtemp()) / "checkpoint")))
@@ -226,7 +257,7 @@ class Split(TensorFlowRun):
 
     def gradient(self, micro_batches: Sequence[MicroBatch]) -> dict[str, np.ndarray | None]:
         _, gradients = self.door(self.tensors(jobs.join(micro_batches)), len(micro_batches[0]["x"]))
-        return dict(zip(self.model.weights, gradients, strict=True))
+        return self.narrow(dict(zip(self.model.weights, gradients, strict=True)))
 
     def window(self, micro_batches: Sequence[MicroBatch]) -> SimpleNamespace:
         batch = jobs.join(micro_batches)
@@ -235,13 +266,20 @@ class Split(TensorFlowRun):
         return SimpleNamespace(micro_batches=len(micro_batches), items=jobs.items(batch), loss=loss, skipped=skipped)
 
 
+class PlainWide(Plain):
+    model_class = WideModel
+
+
+class SplitProducts(Split):
+    model_class = WideModel
+
+
 class Adapter:
     absent, half = True, "bfloat16"
     refusal = tf.errors.InvalidArgumentError
-    plain = Plain
 
-    def __init__(self, door: str, start: type[TensorFlowRun]):
-        self.name, self.door, self.start = f"tensorflow-{door}", door, start
+    def __init__(self, name: str, door: str, start: type[TensorFlowRun], plain: type[TensorFlowRun] = Plain):
+        self.name, self.door, self.start, self.plain = f"tensorflow-{name}", door, start, plain
         self.kernel = tf.Variable(tf.ones([2, 1]))
         self.optimizer = tf.keras.optimizers.SGD(1.0)
 
@@ -268,4 +306,8 @@ class Adapter:
         return {"kernel": self.kernel.numpy().copy()}
 
 
-ADAPTERS = [Adapter("split", Split), Adapter("stream", Stream)]
+ADAPTERS = [
+    Adapter("split", "split", Split),
+    Adapter("stream", "stream", Stream),
+    Adapter("split-products", "split", SplitProducts, PlainWide),
+]

@@ -1,4 +1,7 @@
-"""TensorFlow 1's door, driven as a user of graphs and sessions would. TensorFlow 2 behavior stays on."""
+"""TensorFlow 1's door, driven as a user of graphs and sessions would. TensorFlow 2 behavior stays on.
+
+Also on matrices so large that their gradients wait as products.
+"""
 
 import pickle
 import tempfile
@@ -13,6 +16,7 @@ import bigbatch.tf1 as bb
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
 from conformance.mistakes import at_the_stream_door
+from conformance.wide import WIDTH, is_wide, narrowed, widened
 
 v1 = tf.compat.v1
 DTYPES = {"float64": tf.float64, "float32": tf.float32, "half": tf.bfloat16}
@@ -70,6 +74,7 @@ class Averaged(v1.train.Optimizer):
 class TF1Run:
     """A session, and a graph that is built once for all sessions of a spec."""
 
+    wide = False
     graphs: ClassVar[dict[Any, dict[str, Any]]] = {}
 
     def __init__(self, spec: Spec):
@@ -89,6 +94,7 @@ class TF1Run:
         with self.graph.as_default():
             v1.set_random_seed(spec.seed)
             self.step = v1.train.get_or_create_global_step()
+            self.wide = self.wide and is_wide(spec.job)
             self.vars = {name: self.variable(name, value) for name, value in spec.params.items()}
             self.feeds = {name: self.placeholder(name) for name in ("x", "weight", *EXTRAS.get(spec.job, ()))}
             self.items = tf.reduce_sum(tf.cast(self.feeds["weight"], tf.float64))
@@ -101,7 +107,7 @@ class TF1Run:
     def variable(self, name: str, value: np.ndarray) -> Any:
         shrink = self.spec.shrink
         constraint = None if shrink is None else lambda v: v * shrink
-        initial = tf.constant(value, self.dtype)
+        initial = tf.constant(widened(name, value) if self.wide else value, self.dtype)
         return v1.get_variable(name, initializer=initial, constraint=constraint)
 
     def placeholder(self, name: str) -> tf.Tensor:
@@ -110,7 +116,9 @@ class TF1Run:
 
     def mean_loss(self, m: dict[str, tf.Tensor]) -> tf.Tensor:
         x, v, job = m["x"], self.vars, self.spec.job
-        if job == "net":
+        if self.wide:
+            losses = self.wide_losses(m)
+        elif job == "net":
             h = tf.tanh(x @ v["a"] + v["b"])
             losses = (tf.linalg.matvec(h, v["c"]) - m["y"]) ** 2 / 2
         elif job == "missing":
@@ -119,6 +127,18 @@ class TF1Run:
         else:
             losses = tf.linalg.matvec(v1.nn.dropout(x, rate=0.5) if job == "dropout" else x, v["w"])
         return tf.reduce_sum(losses * m["weight"]) / tf.reduce_sum(m["weight"])
+
+    def wide_losses(self, m: dict[str, tf.Tensor]) -> tf.Tensor:
+        v, job = self.vars, self.spec.job
+        x = v1.nn.dropout(m["x"], rate=0.5) if job == "dropout" else m["x"]
+        x = tf.pad(x, [[0, 0], [0, WIDTH - x.shape[1]]])
+        if job == "net":
+            return ((tf.tanh(x @ v["a"] + v["b"]) @ v["c"])[:, 0] - m["y"]) ** 2 / 2
+        return (x @ v["w"])[:, 0]
+
+    def narrow(self, values: Params) -> Params:
+        """In the shapes that the law gave."""
+        return narrowed(values, self.spec.params) if self.wide else values
 
     def make_optimizer(self) -> v1.train.Optimizer:
         spec, rates = self.spec, self.spec.rates
@@ -147,7 +167,7 @@ class TF1Run:
         return self.session.run(fetches, feed)
 
     def params(self) -> Params:
-        return {name: np.asarray(v, np.float64) for name, v in self.session.run(self.vars).items()}
+        return self.narrow({name: np.asarray(v, np.float64) for name, v in self.session.run(self.vars).items()})
 
     def held(self) -> list[np.ndarray]:
         return [np.asarray(v, np.float64) for v in self.session.run([self.step, *self.optimizer.variables()])]
@@ -156,7 +176,8 @@ class TF1Run:
         return int(self.session.run(self.step))
 
     def ema(self) -> Params:
-        return self.session.run({name: self.optimizer.average.average(v) for name, v in self.vars.items()})
+        averages = {name: self.optimizer.average.average(v) for name, v in self.vars.items()}
+        return self.narrow(self.session.run(averages))
 
     def save(self) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as directory, self.graph.as_default():
@@ -229,12 +250,20 @@ class Stream(TF1Run):
         self.fed = self.pending
 
 
+class PlainWide(Plain):
+    wide = True
+
+
+class StreamProducts(Stream):
+    wide = True
+
+
 class Adapter:
-    name, door, absent, half = "tf1-stream", "stream", True, "bfloat16"
-    start, plain = Stream, Plain
+    door, absent, half = "stream", True, "bfloat16"
     refusal = tf.errors.InvalidArgumentError  # items are a tensor in the graph
 
-    def __init__(self):
+    def __init__(self, name: str, start: type[TF1Run], plain: type[TF1Run]):
+        self.name, self.start, self.plain = f"tf1-{name}", start, plain
         self.graph = tf.Graph()
         with self.graph.as_default():
             x = tf.ones([8, 2])
@@ -260,4 +289,4 @@ class Adapter:
         return {"w": self.session.run(self.w), "operations": np.array(len(self.graph.get_operations()))}
 
 
-ADAPTERS = [Adapter()]
+ADAPTERS = [Adapter("stream", Stream, Plain), Adapter("stream-products", StreamProducts, PlainWide)]
