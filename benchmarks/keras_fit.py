@@ -50,10 +50,9 @@ own alike.""",
 Left over the floor: the sums. XLA writes each gradient and adds it in a pass of its own. The division is part of
 the update's own pass, and the test for inf reads the sums once a window.""",
     "torch": """\
-Left over the floor: autograd adds each gradient in a pass of its own, and a window has a pass to divide and one to
-test for inf. Every contender pays for Keras's own Python in each layer and loss. `bigbatch.torch` spares the
-adding with a `TorchFunctionMode`; Keras asks tensors for their shape, type and device so often that here the mode
-cost as much as it spared.""",
+The large weights' gradients are taken from autograd, and the rows of many micro-batches multiplied together; by hand
+and at the floor each micro-batch makes its own. Left over that: a window has a pass to divide and one to test for
+inf. Every contender pays for Keras's own Python in each layer and loss.""",
 }
 
 

@@ -28,8 +28,8 @@ Every contender once a round, in an order drawn anew; a ratio is the median over
 
 *Hand-written* is the loop with `loss / N`. *Guarded* is the same with what our update also does: the window's loss and
 the gradient's norm, seen by the host before the step. *From a batch* cuts the batch itself and reads the mean loss, as
-the split door does. *Stream* is `acc.backward(…)` alone, and *in micro_batch()* with the forward inside
-`with acc.micro_batch():`. *Floor* is the forwards and backwards and one update, each gradient thrown away.
+the split door does. *Floor* is the forwards and backwards and one update, each gradient thrown away. With
+*fused=False* ours leave all gradients to autograd.
 *Lightning* is its Trainer with `barebones=True` (no logger, checkpoints, bars or checks) and
 `accumulate_grad_batches`, over a list of micro-batches that are there already: an epoch of several windows, divided by
 their number, without what `fit` does before and after it.
@@ -161,23 +161,12 @@ def contenders(job: Job):
 
         return run
 
-    def stream(model, optimizer):
-        acc = bb.Accumulator(optimizer, every=n)
+    def stream(model, optimizer, fused=True):
+        acc = bb.Accumulator(optimizer, every=n, fused=fused)
 
         def run():
             for a, b in micro_batches:
                 acc.backward(job.loss(model, a, b), items=len(a))
-
-        return run
-
-    def stream_fused(model, optimizer):
-        acc = bb.Accumulator(optimizer, every=n)
-
-        def run():
-            for a, b in micro_batches:
-                with acc.micro_batch():
-                    loss = job.loss(model, a, b)
-                acc.backward(loss, items=len(a))
 
         return run
 
@@ -196,7 +185,7 @@ def contenders(job: Job):
         "hand-written, from a batch": hand_written_split,
         "accelerate": accelerate,
         "ours, stream": stream,
-        "ours, stream in micro_batch()": stream_fused,
+        "ours, stream, fused=False": lambda model, optimizer: stream(model, optimizer, fused=False),
         "ours, split, fused=False": lambda model, optimizer: split(model, optimizer, fused=False),
         "ours, split": split,
     }
@@ -221,7 +210,7 @@ def main():
         peaks = {way: f"{peak(run) / 2**20:.1f}" for way, run in runs.items()}  # the optimizer's state stands by now
         shown = table(timings, ["hand-written", "accelerate", "Lightning", "floor"], {"peak MiB": peaks})
         print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}")
-        for ours in ("ours, stream", "ours, stream in micro_batch()", "ours, split"):
+        for ours in ("ours, stream", "ours, split"):
             print(", ".join(f"{ours} / {to}: {ratio(timings, ours, to):.3f}" for to in timings if "ours" not in to))
         if options.write:
             figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"pytorch-{name}.png"))

@@ -336,6 +336,20 @@ class SplitProducts(Split):
     model_class = WideModel
 
 
+class SplitSmallProducts(Split):
+    def train(self, micro_batches: Sequence[MicroBatch]) -> float:
+        from conformance.torch_products import small_ones_too
+
+        with small_ones_too():
+            return super().train(micro_batches)
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        from conformance.torch_products import small_ones_too
+
+        with small_ones_too():
+            super().step(micro_batches)
+
+
 def array(v: Any) -> np.ndarray:
     return np.array(keras.ops.convert_to_numpy(v)).astype(np.float64)
 
@@ -380,3 +394,5 @@ class Adapter:
 ADAPTERS = [Adapter("split", Split, Plain), Adapter("stream", Stream, PlainFit)]
 if BACKEND == "tensorflow":  # where products can wait: in what both doors hand their micro-batches to
     ADAPTERS.append(Adapter("split-products", SplitProducts, PlainWide))
+if BACKEND == "torch":
+    ADAPTERS.append(Adapter("split-products", SplitSmallProducts, Plain))

@@ -122,7 +122,7 @@ def differentiate(loss: Tensor, gradient: Tensor | None, graph: Graph, sums: Sum
         loss.backward(gradient=gradient)
         return
     # A node whose factors are taken has to be run even where nothing before it needs a gradient.
-    edges = [GradientEdge(use.node, 0) for use in graph.uses]
+    edges: Any = [GradientEdge(use.node, 0) for use in graph.uses]
     handles = [use.node.register_prehook(_taking(use, sums)) for use in graph.uses]
     try:
         torch.autograd.backward(loss, gradient, inputs=[*graph.leaves, *edges])

@@ -125,13 +125,13 @@ class Window:
             if grad is not None:
                 self.add(p, grad)
 
-    def product(self, p: Tensor, left: Tensor, right: Tensor) -> None:
+    def product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
         """Adds a gradient leftᵀ·right to a wide sum."""
-        self.add(p, left.t().mm(right))
+        self.add(weight, left.t().mm(right))
 
-    def rows(self, p: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> None:
+    def rows(self, weight: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> None:
         """Adds the gradient of a table that rows were looked up in to a wide sum."""
-        self.add(p, table(p, indices, gradients, padding))
+        self.add(weight, table(weight, indices, gradients, padding))
 
     @torch.no_grad()
     def add(self, p: Tensor, grad: Tensor) -> None:

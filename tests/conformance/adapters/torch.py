@@ -3,11 +3,9 @@ from it, straight into the sums or as rows that wait."""
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -15,10 +13,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_graph, torch_products
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
 from conformance.mistakes import at_the_split_door, at_the_stream_door
+from conformance.torch_products import small_ones_too
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "half": torch.bfloat16}
 
@@ -250,17 +248,6 @@ class Split(TorchRun):
 
 class PlainLinear(Plain):
     model_class = LinearModel
-
-
-@contextmanager
-def small_ones_too() -> Iterator[None]:
-    """Takes the gradients of small weights too, and has room for their rows."""
-    with (
-        mock.patch.object(torch_graph, "SMALLEST", 0),
-        mock.patch.object(torch_graph.Graph, "largest", 1 << 20),
-        mock.patch.object(torch_products, "ROWS", 8),
-    ):
-        yield
 
 
 class FusedStream(Stream):
