@@ -171,6 +171,29 @@ if BACKEND == "tensorflow":
         plain.train_on_batch(X[:16], Y[:16])
         close(model, plain, 1e-10)
 
+    def test_a_window_of_one_takes_rows_times_a_matrix_turned_over_as_keras_does(monkeypatch):
+        """Seven rows, which TensorFlow's two ways round differently; larger windows take the other way."""
+        keras.config.set_floatx("float32")
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(7, 300)).astype("float32")
+
+        def trained(ours):
+            keras.utils.set_random_seed(0)
+            dense = [layers.Dense(300, activation="tanh") for _ in range(3)]
+            model = keras.Sequential([keras.Input((300,)), *dense])
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+            if ours:
+                bb.accumulate(model, micro_batch=7)
+            model.fit(x, x, batch_size=14, shuffle=False, verbose=0)
+            return model.get_weights()
+
+        plain = trained(ours=False)
+        for w, v in zip(trained(ours=True), plain, strict=True):
+            np.testing.assert_array_equal(w, v)
+        turn = tensorflow_window.turn
+        monkeypatch.setattr(tensorflow_window, "turn", lambda graph, several: turn(graph, True))
+        assert any(np.any(w != v) for w, v in zip(trained(ours=True), plain, strict=True))
+
     def test_there_are_never_two_copies_of_the_gradients():
         command = [sys.executable, str(Path(__file__).with_name("peak.py")), "50", "16"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras import tree
 
 from bigbatch.engines.tensorflow_products import Kept, Product, product_of, room_for
+from bigbatch.engines.tensorflow_turned import turn
 from bigbatch.keras import batch, loss, noise
 
 Take = Callable[[list[Any], Any], "Sums"]
@@ -93,7 +94,8 @@ def add_up(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], lis
     described: list[loss.Term] = []
     alone = len(runs) == 1 and isinstance(runs[0].count, int) and runs[0].count == 1
     in_loops = not (alone or model.run_eagerly or model.jit_compile)
-    take = micro_step(model, like, described, products=in_loops)
+    several = sum(run.count for run in runs) > 1
+    take = micro_step(model, like, described, products=in_loops, several=in_loops and several)
     none = tf.zeros([0], model._loss_tracker.dtype)
     sums, unit = _in_loops(take, runs, none) if in_loops else _after_the_first(take, runs, none, alone)
     return sums, unit, described
@@ -261,10 +263,11 @@ def _while(body: Callable[..., Any], start: Any, stop: Any, state: Open) -> Open
     )[1]
 
 
-def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool = False) -> Take:
+def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool = False, several: Any = False) -> Take:
     """A function of one micro-batch's arrays and the unit that returns its sums, and fills `described`.
 
-    With `products`, a gradient that is one of small factors comes as a `Product`.
+    With `products`, a gradient that is one of small factors comes as a `Product`. Where the window has `several`
+    micro-batches, slow products are turned (see `bigbatch.engines.tensorflow_turned`).
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
     variables = [v.value for v in model.trainable_variables]
@@ -285,6 +288,7 @@ def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool
             weight = tf.where(unit[k] > 0, tf.math.divide_no_nan(tf.cast(items, unit.dtype), unit[k]), 1)
             found = tape.gradient(value, variables, output_gradients=[tf.cast(weight, value.dtype)])
             gradients.append([_kept_as(g, products) for g in found])
+        turn(tf.compat.v1.get_default_graph(), several)
         loss.update_metrics(model, x, y, y_pred, sample_weight)
         return Sums(
             gradients,

@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from bigbatch import errors
 from bigbatch.engines.tensorflow_products import Kept, Product, room_for
-from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, words
+from bigbatch.engines.tensorflow_turned import turn
+from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
 from bigbatch.tensorflow.parts import Rows, Window, add, finished, joined, part_of
 from bigbatch.tensorflow.sums import Gradient, scaled, widened
 
@@ -129,7 +130,14 @@ def _eager(part: Callable[..., Window], batch: Any, length: int, micro_batch: in
 def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: int, variables: list[Any]) -> Window:
     """In a tf.function: a loop over the micro-batches of full size, then what is left."""
     full, rest = length // micro_batch, length % micro_batch
-    step = tf.function(part)
+    several = not under_xla() and length > micro_batch
+
+    def turning(cut: Any, unit: tf.Tensor) -> Window:
+        window = part(cut, unit)
+        turn(tf.compat.v1.get_default_graph(), several)
+        return window
+
+    step = tf.function(turning)
     # Traced before the loop, to learn which gradients are missing, sparse or products: a loop has to know beforehand.
     spec = tf.nest.map_structure(lambda leaf: None if leaf is None else _spec(leaf, micro_batch), batch)
     like = step.get_concrete_function(spec, tf.TensorSpec((), COUNT)).structured_outputs

@@ -14,7 +14,7 @@ from bigbatch.noise import NoiseScale, UntilNoise, one_in
 from bigbatch.tensorflow import replicas
 from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
 from bigbatch.tensorflow.noise import Meter, WindowNoise, looked_at, nothing
-from bigbatch.tensorflow.sums import LOCAL, DenseSum, Gradient, SparseSum, cast, widened
+from bigbatch.tensorflow.sums import LOCAL, DenseSum, Gradient, cast, kind, widened
 from bigbatch.tensorflow.update import CARRIED, DROPPED, EMPTY, MADE, NOT_FINITE, OPEN
 from bigbatch.tensorflow.update import Update as Update
 
@@ -217,13 +217,13 @@ class Accumulator(tf.Module):
                 f"{new[0][0].name} had no gradient when apply_gradients was first traced, and has one now. "
                 "Graphs traced before would leave it out. Call build(variables) before the first apply_gradients."
             )
-        dense = self._distributed or under_xla()
+        xla = under_xla()
 
         def make() -> None:
             for v, sparse in new:
-                kind = SparseSum if sparse and not dense else DenseSum
+                made = DenseSum if self._distributed else kind(v, sparse and not xla)
                 with contextlib.nullcontext() if self._distributed else tf.device(v.handle.device):
-                    one = kind(tf.TensorShape(v.shape), widened(v.dtype, self.dtype))
+                    one = made(tf.TensorShape(v.shape), widened(v.dtype, self.dtype))
                 self._host.places[id(v)] = len(self._sums)
                 self._host.variables.append(v)
                 self._sums.append(one)
@@ -301,7 +301,7 @@ class Accumulator(tf.Module):
             return self._micro_batches >= tf.cast(planned, tf.int64)
 
     def _is_enough(self, every: UntilNoise) -> tf.Tensor:
-        means = [one.mean(self._unit / self._items) for one in self._sums]
+        means = self._means(self._unit / self._items)
         now = self._noise(tf.convert_to_tensor(self._items), tf.cast(tf.linalg.global_norm(means), COUNT))
         return every.is_enough(now.items, now.trace, now.squared_norm)
 
@@ -320,7 +320,7 @@ class Accumulator(tf.Module):
             apply = functools.partial(share, self._apply_means)
         else:
             items, loss, factor = tf.identity(self._items), tf.identity(self._loss), self._unit / self._items
-            means = [one.mean(factor) for one in self._sums]
+            means = self._means(factor)
             norm = tf.cast(tf.linalg.global_norm(means), COUNT) if means else tf.zeros((), COUNT)
             finite, apply = tf.math.is_finite(norm), functools.partial(self._apply_means, means)
         noise = self._noise(items, norm)
@@ -339,6 +339,14 @@ class Accumulator(tf.Module):
             self._index.assign_add(tf.cast(update.made, tf.int64))
             self._micro_batches.assign(0)
         return update
+
+    def _means(self, factor: tf.Tensor) -> list[Gradient]:
+        means: list[Gradient] = []
+        for one in self._sums:
+            # One after the other: TensorFlow would multiply all products out before it adds the first.
+            with tf.control_dependencies(tf.nest.flatten(means[-1:], expand_composites=True)):
+                means.append(one.mean(factor))
+        return means
 
     def _apply_means(self, means: list[Gradient]) -> None:
         variables = self._host.variables

@@ -1,8 +1,12 @@
 """Running sums of one variable's gradients, Σ wᵢ·gᵢ, in variables that checkpoints and SavedModels find."""
 
+import math
 from typing import Any
 
 import tensorflow as tf
+
+from bigbatch.engines.tensorflow_products import SMALL, Product, factors_of
+from bigbatch.tensorflow.checks import under_xla
 
 Gradient = tf.Tensor | tf.IndexedSlices
 
@@ -69,6 +73,54 @@ class DenseSum(tf.Module):
         return scaled(tf.convert_to_tensor(self.total), factor)
 
 
+class ProductSum(DenseSum):
+    """The same for a large matrix: gradients that are products of a few rows wait as these rows.
+
+    They are multiplied out once a window, or more often where they would take more than a quarter of the sum's memory.
+    XLA, which knows no growing variables, adds gradients up as they come; rows that it finds it counts.
+    """
+
+    def __init__(self, shape: tf.TensorShape, dtype: tf.DType):
+        super().__init__(shape, dtype)
+        sides: Any = shape.as_list()
+        rows, columns = sides
+        self.left = tf.Variable(tf.zeros([0, rows], dtype), shape=[None, rows], **LOCAL)
+        self.right = tf.Variable(tf.zeros([0, columns], dtype), shape=[None, columns], **LOCAL)
+        self._room = rows * columns // (4 * (rows + columns))
+
+    def clear(self) -> None:
+        """Assigns zeros, and forgets the rows."""
+        super().clear()
+        for side in (self.left, self.right):
+            side.assign(tf.zeros_like(side) if under_xla() else side[:0])
+
+    def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
+        """Adds weight · gradient."""
+        product = None if under_xla() or gradient.dtype != self.total.dtype else factors_of(gradient)
+        if product is None:
+            super().add(gradient, weight)
+            return
+        left = tf.concat([self.left, product.left], 0)
+        right = tf.concat([self.right, product.right * tf.cast(weight, product.right.dtype)], 0)
+
+        def keep() -> None:
+            self.left.assign(left)
+            self.right.assign(right)
+
+        def multiply() -> None:
+            self.total.assign_add(Product(left, right).multiplied())
+            self.left.assign(left[:0])
+            self.right.assign(right[:0])
+
+        tf.cond(tf.shape(left)[0] <= self._room, keep, multiply)
+
+    def mean(self, factor: tf.Tensor) -> Gradient:
+        """The sum times `factor`."""
+        mean: Any = super().mean(factor)
+        product = Product(tf.identity(self.left), tf.identity(self.right))
+        return tf.cond(tf.shape(product.left)[0] > 0, lambda: mean + product.times(factor), lambda: mean)
+
+
 class SparseSum(tf.Module):
     """A sum of the rows that were touched, each held once."""
 
@@ -99,3 +151,11 @@ class SparseSum(tf.Module):
         """The sum times `factor`, each row once."""
         values, rows = tf.convert_to_tensor(self.values), tf.convert_to_tensor(self.indices)
         return scaled(tf.IndexedSlices(values, rows, tf.constant(self._shape.as_list(), tf.int64)), factor)
+
+
+def kind(variable: Any, sparse: bool) -> Any:
+    """Which of the three sums a variable's gradients have."""
+    shape = variable.shape.as_list()
+    # A matrix so large that an example's rows are much smaller.
+    large = len(shape) == 2 and SMALL * sum(shape) <= math.prod(shape)
+    return SparseSum if sparse else ProductSum if large else DenseSum

@@ -1,6 +1,6 @@
 """TensorFlow 2's two doors in custom loops, driven as their users would: a tf.function a step, Keras optimizers.
 
-The split door also on matrices so large that their gradients wait as products.
+Both also on matrices so large that their gradients wait as products.
 """
 
 import contextlib
@@ -274,6 +274,10 @@ class SplitProducts(Split):
     model_class = WideModel
 
 
+class StreamProducts(Stream):
+    model_class = WideModel
+
+
 class Adapter:
     absent, half = True, "bfloat16"
     refusal = tf.errors.InvalidArgumentError
@@ -310,4 +314,5 @@ ADAPTERS = [
     Adapter("split", "split", Split),
     Adapter("stream", "stream", Stream),
     Adapter("split-products", "split", SplitProducts, PlainWide),
+    Adapter("stream-products", "stream", StreamProducts, PlainWide),
 ]
