@@ -16,6 +16,7 @@ from bigbatch.engines import torch_graph
 from bigbatch.noise import Noise, NoiseScale
 from bigbatch.torch.window import numbers
 from conformance.adapters.torch import Waits
+from conformance.torch_products import takes_products
 from documentation import run_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,7 @@ def test_sparse_and_tied_weights():
     close(update.noise, wanted)
 
 
+@takes_products
 def test_beside_fused_weight_gradients():
     """A measured window is left to autograd, so that every gradient is seen; the next one is fused again."""
     model = network()

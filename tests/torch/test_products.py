@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import bigbatch.torch as bb
 from bigbatch.engines import torch_graph, torch_products
 from bigbatch.engines.torch_memory import PeakMemory
+from conformance.torch_products import takes_products
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +213,7 @@ def called(acc, model, rows=2):
     return [name for name in calls.names if "mm" in name]
 
 
+@takes_products
 def test_the_first_product_is_the_sum_and_the_others_wait_until_they_are_many():
     model = nn.Linear(8, 8, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=7)
@@ -220,12 +222,14 @@ def test_the_first_product_is_the_sum_and_the_others_wait_until_they_are_many():
     assert called(acc, model) == ["addmm_"]  # the end
 
 
+@takes_products
 def test_products_of_many_rows_do_not_wait():
     model = nn.Linear(8, 8, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
     assert [called(acc, model, rows=3) for _ in range(3)] == [["mm"], ["addmm_"], ["addmm_"]]
 
 
+@takes_products
 def test_what_waits_takes_no_more_than_the_largest_weight():
     """Rows of 8 + 8 numbers, four of them, fill one weight's 64: the second weight has no room left."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
@@ -352,6 +356,7 @@ def test_all_ways_to_multiply_by_a_weight(way):
     agree(by("split", model, loss_fn, (x,), 2, on=True), wanted, tolerance)
 
 
+@takes_products
 def test_the_ways_that_models_are_written_in_are_taken():
     weight = nn.Parameter(torch.randn(6, 6))
     taken = [name for name, way in WAYS.items() if torch_graph.read(way(torch.randn(2, 6), weight).sum()).uses]
@@ -557,6 +562,7 @@ def test_leaves_that_are_no_parameters_get_their_gradients_too():
     torch.testing.assert_close(found, x.grad / 2)
 
 
+@takes_products
 def test_a_graph_that_is_kept_has_no_hooks_left():
     model = nn.Linear(6, 5)
     loss = model(torch.randn(4, 6)).square().mean()
@@ -633,6 +639,7 @@ def test_an_error_in_the_backward_leaves_nothing_behind(tokens):
     agree(by("split", model, language(model), tokens, 3, on=True), wanted, torch.float64)
 
 
+@takes_products
 def test_private_names_are_where_they_were():
     p = nn.Parameter(torch.ones(2, 2))
     assert p._backward_hooks is None
@@ -645,6 +652,7 @@ def test_private_names_are_where_they_were():
     assert torch_graph._signed(looked_up._saved_padding_idx) == -1
 
 
+@takes_products
 @pytest.mark.parametrize("door", ["split", "stream"])
 def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_loops(door):
     torch.manual_seed(0)
