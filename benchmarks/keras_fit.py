@@ -45,8 +45,9 @@ have begun.
 Keras leaves XLA off where there is no accelerator; *XLA* is `compile(jit_compile=True)`, for ours and for Keras's
 own alike.""",
     "jax": """\
-Left over the floor: the sums. XLA writes each gradient and adds it in a pass of its own. The division is part of
-the update's own pass, and the test for inf reads the sums once a window.""",
+The large weights' gradients are multiplied out once a window where their factors are small, while by hand and at the
+floor each micro-batch multiplies its own. Of the others XLA writes each gradient and adds it in a pass of its own. The
+division is part of the update's own pass, and the test for inf reads the sums once a window.""",
     "torch": """\
 Left over the floor: autograd adds each gradient in a pass of its own, and a window has a pass to divide and one to
 test for inf. Every contender pays for Keras's own Python in each layer and loss. `bigbatch.torch` spares the
