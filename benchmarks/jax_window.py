@@ -41,9 +41,9 @@ class Contender:
         def step(params, opt_state, x, y):
             loss, grads = value_and_grad(params, x, y)
             more = {} if extra is None else extra(loss)
-            updates, opt_state = tx.update(grads, opt_state, params, **more)
             if isinstance(opt_state, bb.AccumulateState):
-                return bb.apply_updates(params, updates, opt_state), opt_state, loss
+                return *bb.apply_gradients(tx, grads, opt_state, params, **more), loss
+            updates, opt_state = tx.update(grads, opt_state, params, **more)
             return optax.apply_updates(params, updates), opt_state, loss
 
         params = job.parameters()

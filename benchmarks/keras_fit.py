@@ -47,8 +47,9 @@ have begun.
 Keras leaves XLA off where there is no accelerator; *XLA* is `compile(jit_compile=True)`, for ours and for Keras's
 own alike.""",
     "jax": """\
-Left over the floor: the sums. XLA writes each gradient and adds it in a pass of its own. The division is part of
-the update's own pass, and the test for inf reads the sums once a window.""",
+The large weights' gradients are multiplied out once a window where their factors are small, while by hand and at the
+floor each micro-batch multiplies its own. Of the others XLA writes each gradient and adds it in a pass of its own. The
+division is part of the update's own pass, and the test for inf reads the sums once a window.""",
     "torch": """\
 The large weights' gradients are taken from autograd, and the rows of many micro-batches multiplied together; by hand
 and at the floor each micro-batch makes its own. Left over that: a window has a pass to divide and one to test for

@@ -44,14 +44,13 @@ opt_state = tx.init(params)
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def step(params, opt_state, x, y):
     loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
-    updates, opt_state = tx.update(grads, opt_state, params, items=len(x), value=loss)
-    return bb.apply_updates(params, updates, opt_state), opt_state
+    return bb.apply_gradients(tx, grads, opt_state, params, items=len(x), value=loss)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def last_step(params, opt_state):
     updates, opt_state = bb.flush(tx, opt_state, params)
-    return bb.apply_updates(params, updates, opt_state), opt_state
+    return optax.apply_updates(params, updates), opt_state
 
 
 def report(epoch, opt_state):

@@ -65,11 +65,11 @@ class Microbatch(JaxRun):
 @pytest.mark.parametrize("law", ["mean", "order", "no_trace", "loss"])
 def test_multi_steps(law):
     with pytest.raises(laws.LawBroken):
-        laws.LAWS[law](Adapter("stream", MultiSteps))
+        laws.LAWS[law](Adapter("stream", "stream", MultiSteps))
 
 
 def test_microbatch():
-    adapter = Adapter("split", Microbatch)
+    adapter = Adapter("split", "split", Microbatch)
     with pytest.raises(laws.LawBroken, match="both micro-batches drew the same dropout"):
         laws.chance(adapter)
     with pytest.raises(ValueError, match="must be divisible"):

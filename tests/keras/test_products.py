@@ -1,4 +1,4 @@
-"""On TensorFlow, large weights' gradients wait as products to be multiplied out: what they are, and when."""
+"""On TensorFlow and JAX large weights' gradients wait as products to be multiplied out: what they are, and when."""
 
 import subprocess
 import sys
@@ -199,3 +199,58 @@ if BACKEND == "tensorflow":
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         copies = float(done.stdout.split()[-2])
         assert 0.9 < copies < 1.9, done.stdout
+
+
+if BACKEND == "jax":
+    from bigbatch.engines import jax_products
+
+    @pytest.fixture
+    def seen(monkeypatch):
+        """For each window that is traced, the shapes of the products that were found."""
+        shapes = []
+        look = jax_products._parts
+
+        def noting(traced, zeros, count):
+            parts, program = look(traced, zeros, count)
+            products = [part for several in parts for part in several if isinstance(part, jax_products.Product)]
+            shapes.append([tuple(sorted(part.dot.outvars[0].aval.shape)) for part in products])
+            return parts, program
+
+        monkeypatch.setattr(jax_products, "_parts", noting)
+        return shapes
+
+    # Of micro-batches of 2, fourteen take three quarters of the larger gradient's memory, and twelve the smaller's.
+    @pytest.mark.parametrize(
+        ("n", "door", "products"),
+        [(17, "split", 2), (5, "split", 0), (27, "split", 1), (75, "split", 0), (17, "stream", 2), (75, "stream", 0)],
+    )
+    def test_products_are_kept_while_there_is_room(n, door, products, seen):
+        option = {"every": -(-n // MICRO)} if door == "stream" else {"micro_batch": MICRO}
+        plain, model = deep(), bb.accumulate(deep(), **option)
+        logs = plain.train_on_batch(X[:n], Y[:n], return_dict=True)
+        size = MICRO if door == "stream" else n
+        history = model.fit(X[:n], Y[:n], batch_size=size, shuffle=False, verbose=0).history
+        same_logs({name: values[0] for name, values in history.items()}, logs, 1e-10)
+        close(model, plain, 1e-10)
+        assert seen == [[(64, 96), (64, 64)][:products]]
+
+    def test_weights_used_twice_regularized_and_on_three_dimensions(seen):
+        def make():
+            keras.utils.set_random_seed(0)
+            twice = layers.Dense(64, activation="tanh")
+            x = keras.Input((96,))
+            h = twice(twice(layers.Dense(64, activation="tanh", kernel_regularizer="l2")(x)))
+            h = layers.Dense(64)(layers.Reshape((1, 64))(h))
+            model = keras.Model(x, layers.Dense(2)(layers.Flatten()(h)))
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+            return model
+
+        plain, model = make(), bb.accumulate(make(), micro_batch=MICRO)
+        for trained in (plain, model):
+            trained.train_on_batch(X[:17], Y[:17])
+        close(model, plain, 1e-10)
+        assert seen == [[(64, 96), (64, 64), (64, 64), (64, 64)]]
+
+    def test_where_noise_is_measured_gradients_are_made(seen):
+        bb.accumulate(deep(), micro_batch=MICRO, noise=True).train_on_batch(X[:16], Y[:16])
+        assert seen == [[]]

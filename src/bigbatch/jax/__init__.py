@@ -9,7 +9,7 @@ from bigbatch.jax.split import value_and_grad as value_and_grad
 from bigbatch.jax.stream import AccumulateState as AccumulateState
 from bigbatch.jax.stream import Update as Update
 from bigbatch.jax.stream import accumulate as accumulate
-from bigbatch.jax.stream import apply_updates as apply_updates
+from bigbatch.jax.stream import apply_gradients as apply_gradients
 from bigbatch.jax.stream import flush as flush
 from bigbatch.jax.stream import has_updated as has_updated
 from bigbatch.jax.stream import reset as reset

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
-from bigbatch.engines.jax_convolutions import with_fast_convolutions
+from bigbatch.engines import jax_products
 from bigbatch.jax.aux import Aux, finish, stack
 from bigbatch.jax.batch import Batch
 from bigbatch.jax.devices import are_bound, averaged, by_device, spread, summed
@@ -119,25 +119,23 @@ def value_and_grad(
         several = jax.eval_shape(lambda: run(batch.take(0), batch.size)[0]).several
         total = _shared(batch, run, names) if several else _sum
 
-        def micro(state: Any, args: Any, examples: int) -> Any:
-            sums, carried = state
+        def micro(carried: Any, args: Any, examples: int) -> Any:
             args = tuple(carried.get(k, arg) for k, arg in enumerate(args))
             grads, terms, outputs = differentiate(args, examples, total)
             kept, carried = words.split(outputs)
-            weight = 1.0 if several else terms.items
-            return (jax.tree.map(functools.partial(_add, weight), sums, grads), carried), (terms, kept)
+            return (grads, None if several else terms.items), carried, (terms, kept)
 
-        sums = jax.tree.map(lambda p: jnp.zeros_like(p, widened(jnp.result_type(p), dtype)), params)
-        state, (terms, kept) = lax.scan(
-            with_fast_convolutions(lambda state, i: micro(state, batch.take(i), batch.size)),
-            (sums, {k: args[k] for k in words.argnums}),
+        sums, carried, (terms, kept) = jax_products.scan(
+            lambda carried, i: micro(carried, batch.take(i), batch.size),
+            jax.tree.map(lambda p: jnp.zeros_like(p, widened(jnp.result_type(p), dtype)), params),
+            {k: args[k] for k in words.argnums},
             jnp.arange(batch.full),
         )
         rest = [None] * len(kept)
         if batch.rest:
-            state, (last, rest) = micro(state, batch.tail(), batch.rest)
+            (grads, weight), carried, (last, rest) = micro(carried, batch.tail(), batch.rest)
+            sums = jax.tree.map(functools.partial(_add, 1.0 if several else weight), sums, grads)
             terms = jax.tree.map(stack, terms, last)
-        sums, carried = state
 
         sums = summed(sums, names)
         count = batch.count if several else summed(terms.items.sum(), names)

@@ -48,7 +48,7 @@ class AccumulateState(NamedTuple):
     items: jax.Array  # Σ nᵢ
     unit: jax.Array  # the first micro-batch's items; weights are nᵢ / unit, so equal ones are exactly 1
     loss: jax.Array  # Σ nᵢ·lossᵢ / unit
-    grads: Any  # Σ nᵢ·gᵢ / unit, at least float32; left over from the window before where micro_batches is 0
+    grads: Any  # Σ nᵢ·gᵢ / unit, at least float32; left over from the window before (its updates) at micro_batches 0
     inner: Any
     last: Update
     noise: Any = None  # a NoiseState, where noise is measured
@@ -72,13 +72,12 @@ def accumulate(
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params, opt_state, x, y):
             loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
-            updates, opt_state = tx.update(grads, opt_state, params, items=len(x), value=loss)
-            return bb.apply_updates(params, updates, opt_state), opt_state
+            return bb.apply_gradients(tx, grads, opt_state, params, items=len(x), value=loss)
 
-    `bb.apply_updates` is `optax.apply_updates` (which does as well) without its pass over the parameters inside a
-    window, where the updates are zeros. There `tx` does not run: its step count, schedule, decay and clipping happen
-    once a window, on the mean over all items. A window whose mean gradient is inf or NaN makes no update and leaves
-    nothing behind. `update` takes, beside optax's own arguments:
+    `bb.apply_gradients` is `tx.update` and `optax.apply_updates` (which do as well) in one. Inside a window updates are
+    zeros and `tx` does not run: its step count, schedule, decay and clipping happen once a window, on the mean over all
+    items. A window whose mean gradient is inf or NaN makes no update and leaves nothing behind. `update` takes, beside
+    optax's own arguments:
 
     * `items`, required: what the gradient's loss is the mean of, a number of examples or tokens above zero, or a
       scalar array (`mask.sum()`), whose value cannot be checked while tracing; 0 in it counts for nothing.
@@ -147,23 +146,30 @@ def accumulate(
                 extra["value"] = state.loss * state.unit / state.items
             full = _is_full(every, state)
 
-        def apply(state: AccumulateState) -> tuple[Any, Any, jax.Array]:
+        def apply(state: AccumulateState) -> Any:
             # In a window of one it is exactly 1; saying so spares the rounding of a product fused into tx.
             factor = 1.0 if full is True else state.unit / state.items
             mean = jax.tree.map(lambda s, g: (s * jnp.asarray(factor, s.dtype)).astype(g.dtype), state.grads, grads)
-            updates, inner = tx.update(mean, state.inner, params, items=state.items, **extra)
-            return updates, inner, state.updates + 1
+            return tx.update(mean, state.inner, params, items=state.items, **extra)
 
-        def skip(state: AccumulateState) -> tuple[Any, Any, jax.Array]:
-            return zeros(), state.inner, state.updates
+        like = jax.eval_shape(apply, state)[0]
+        lent = _fits(like, state.grads)
+
+        def made(state: AccumulateState) -> tuple[Any, Any, Any, jax.Array]:
+            updates, inner = apply(state)
+            held = jax.tree.map(lambda u, s: u.astype(s.dtype), updates, state.grads) if lent else state.grads
+            return None if lent else updates, held, inner, state.updates + 1
+
+        def skip(state: AccumulateState) -> tuple[Any, Any, Any, jax.Array]:
+            return zeros(), state.grads, state.inner, state.updates
 
         def close(state: AccumulateState) -> tuple[Any, AccumulateState]:
             wide = jax.tree.map(lambda s: s.astype(widened(s.dtype, jnp.float32)), state.grads)
             norm = optax.tree.norm(wide) * (state.unit / state.items)
             finite, some = jnp.isfinite(norm), state.items > 0
             skipped = jnp.where(some, jnp.where(finite, APPLIED, NOT_FINITE), NO_ITEMS)
-            applied, inner, made = lax.cond(finite & some, apply, skip, state)
-            empty = _emptied(state.grads, made, inner, _update(skipped, state, norm))
+            applied, held, inner, count = lax.cond(finite & some, made, skip, state)
+            empty = _emptied(held, count, inner, _update(skipped, state, norm))
             if state.noise is None:
                 return applied, empty
             noise, window = noisy.closed(state.noise, state.items, norm, measures(state), finite & some)
@@ -179,12 +185,13 @@ def accumulate(
             return zeros(), _with_noise(_emptied(state.grads, state.updates, state.inner, last), state.noise)
 
         def zeros() -> Any:
-            # tx may give its updates another dtype than the gradients have.
-            return optax.tree.zeros_like(jax.eval_shape(apply, state)[0])
+            return None if lent else optax.tree.zeros_like(like)
 
-        if full is True:  # windows of one need no branch
-            return close(state)
-        return lax.cond(full, close, stay, state)
+        # Windows of one need no branch.
+        updates, state = close(state) if full is True else lax.cond(full, close, stay, state)
+        if lent:
+            updates = jax.tree.map(lambda u, s: jnp.where(has_updated(state), s.astype(u.dtype), 0), like, state.grads)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -222,30 +229,56 @@ def has_updated(state: AccumulateState) -> jax.Array:
     return (state.micro_batches == 0) & (state.last.skipped == APPLIED)
 
 
-def apply_updates(params: optax.Params, updates: optax.Updates, state: AccumulateState) -> optax.Params:
-    """`optax.apply_updates` where the last call made an update; elsewhere the parameters as they are.
+def apply_gradients(
+    tx: optax.GradientTransformationExtraArgs,
+    grads: optax.Updates,
+    state: AccumulateState,
+    params: optax.Params,
+    **extra: Any,
+) -> tuple[optax.Params, AccumulateState]:
+    """`tx.update` and `optax.apply_updates` in one: the faster way where the two stand together.
 
-    Inside a window the updates are zeros, and adding them would be a pass over the parameters for each micro-batch.
-    Under `jit`, donate the parameters: they then stay where they are. The host does not wait.
+    Inside a window the updates are zeros. Here they are not made, and the parameters are left alone; there it would
+    be two passes over the parameters for each micro-batch. Under `jit`, donate the parameters and the state: they then
+    stay where they are. The host does not wait.
 
     Args:
+        tx: `accumulate(…)` itself. With something around that (a `chain`, a `partition`), which may make updates inside
+            a window too, call `tx.update` and `optax.apply_updates`.
+        grads: the micro-batch's mean gradient.
+        state: the state of `tx`.
         params: the parameters.
-        updates: what `tx.update` or `flush` returned, where `tx` is `accumulate(…)` itself. With something around that
-            (a `chain`, a `partition`), which may make updates inside a window too, call `optax.apply_updates`.
-        state: the state returned along with them.
+        **extra: what `tx.update` takes: `items`, `value`, …
 
     Returns:
-        The parameters after the update, in their own dtypes.
+        `(params, state)`, the parameters in their own dtypes.
 
     Raises:
-        TypeError: `state` is not the state of `accumulate`.
+        TypeError, ValueError: `state` is not the state of `accumulate`, or an argument is not as `tx.update` takes it.
     """
     if not isinstance(state, AccumulateState):
         raise TypeError(
             f"state must be the AccumulateState of bb.accumulate. {errors.received('state', state)} "
-            "Where accumulate stands inside another transformation, call optax.apply_updates."
+            "Where accumulate stands inside another transformation, call tx.update and optax.apply_updates."
         )
-    return lax.cond(has_updated(state), optax.apply_updates, lambda params, _: params, params, updates)
+    found: tuple[Any, Any] = tx.update(grads, state, params, **extra)
+    updates, after = found
+    if _fits(updates, after.grads):
+        updates = jax.tree.map(lambda u, s: s.astype(u.dtype), updates, after.grads)
+    params = lax.cond(has_updated(after), optax.apply_updates, lambda params, _: params, params, updates)
+    return params, after
+
+
+def _fits(updates: Any, sums: Any) -> bool:
+    """Whether the memory of a window's sums can hold its updates, exactly.
+
+    They travel there from the branch that makes them: results of its own would be zeros in the other branch, to be
+    written for each micro-batch.
+    """
+    if jax.tree.structure(updates) != jax.tree.structure(sums):
+        return False
+    pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(sums), strict=True)
+    return all(u.shape == s.shape and jnp.promote_types(u.dtype, s.dtype) == s.dtype for u, s in pairs)
 
 
 def _add(state: AccumulateState, grads: Any, items: jax.Array, value: Any) -> AccumulateState:

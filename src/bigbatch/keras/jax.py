@@ -2,6 +2,7 @@
 
 The scan carries the sums and the state that a forward changes: seeds, moving statistics, metrics. Micro-batches of one
 shape make one scan; a shorter last one is a step of its own. All of it is one compiled function, as in plain `fit`.
+Gradients of large weights are not made in the first scan (see `bigbatch.engines.jax_products`).
 """
 
 import functools
@@ -15,6 +16,7 @@ import numpy as np
 from jax import lax
 from keras import distribution
 
+from bigbatch.engines import jax_products
 from bigbatch.engines.jax_convolutions import with_fast_convolutions
 from bigbatch.keras import batch, loss, noise
 
@@ -134,16 +136,29 @@ def add_up(
     if len(runs) == 1 and len(runs[0][0]) == 1:
         # The plain step, with nothing to add up.
         return micro_step(None, first, non_trainable, metrics)
-    like_sums = jax.eval_shape(lambda leaves: micro_step(None, leaves, non_trainable, metrics)[0], first)
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_sums)
+    shapes = jax.eval_shape(lambda leaves: micro_step(None, leaves, non_trainable, metrics)[0], first)
+
+    def micro(state: Any, leaves: list[Any]) -> Any:
+        held, *rest = state
+        more, *rest = micro_step(held, leaves, *rest)
+        return (more.gradients, None), (_added(held, more._replace(gradients=[])), *rest), None
 
     def body(carry: Any, leaves: list[Any]) -> tuple[Any, None]:
-        return micro_step(carry[0], leaves, *carry[1:]), None
+        sums, *rest = carry
+        more, *rest = micro_step(sums, leaves, *rest)
+        return (_added(sums, more), *rest), None
 
-    carry = (sums, non_trainable, metrics)
-    for run in runs:
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    state = nothing._replace(gradients=[]), non_trainable, metrics
+    gradients, (sums, *rest), _ = jax_products.scan(micro, nothing.gradients, state, runs[0])
+    carry = (sums._replace(gradients=gradients), *rest)
+    for run in runs[1:]:
         carry, _ = lax.scan(with_fast_convolutions(body), carry, run)
     return carry
+
+
+def _added(sums: Sums, more: Sums) -> Sums:
+    return jax.tree.map(jnp.add, sums, more)._replace(unit=more.unit)
 
 
 def _update(
@@ -245,9 +260,7 @@ def _micro_step(
                 for j, value in enumerate(values)
             ]
             gradients.append([g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in back(weights)[0]])
-        more = Sums(gradients, unit, items, losses, noise.part(noisy, gradients, loss.length(data[0])))
-        if sums is not None:
-            more = jax.tree.map(jnp.add, sums, more)._replace(unit=unit)
-        return more, non_trainable, metrics
+        part = noise.part(noisy, gradients, loss.length(data[0]))
+        return Sums(gradients, unit, items, losses, part), non_trainable, metrics
 
     return micro_step

@@ -82,6 +82,13 @@ def split(job: str, micro_batch: int, params: Any, batch: Any, key: jax.Array) -
     return door(params, batch, key)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def split_with_products(*args: Any) -> Any:
+    """Where every product is kept, however small what it comes to."""
+    with mock.patch.multiple("bigbatch.engines.jax_products", SMALL=0, SMALLER=0, ROOM=math.inf, FEWEST=2):
+        return split.__wrapped__(*args)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def update(tx: Any, grads: Any, opt: Any, params: Any, **extra: Any) -> Any:
     return tx.update(grads, opt, params, **extra)
@@ -202,6 +209,8 @@ class Plain(JaxRun):
 
 
 class Split(JaxRun):
+    call = staticmethod(split)
+
     def join(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, np.ndarray], int]:
         """The batch. Its examples are dealt out in turn, so these are put where each comes back to its own."""
         size = len(micro_batches[0]["x"])
@@ -211,7 +220,7 @@ class Split(JaxRun):
 
     def door(self, micro_batches: Sequence[MicroBatch]) -> Any:
         batch, size = self.join(micro_batches)
-        return split(self.spec.job, size, self.state["params"], batch, self.next_key())
+        return self.call(self.spec.job, size, self.state["params"], batch, self.next_key())
 
     def gradient(self, micro_batches: Sequence[MicroBatch]) -> dict[str, np.ndarray | None]:
         return self.door(micro_batches)[1]
@@ -224,6 +233,10 @@ class Split(JaxRun):
             self.apply(updates)
         items = jobs.items(jobs.join(micro_batches))
         return SimpleNamespace(micro_batches=len(micro_batches), items=items, loss=float(loss), skipped=skipped)
+
+
+class SplitWithProducts(Split):
+    call = staticmethod(split_with_products)
 
 
 class Stream(JaxRun):
@@ -271,8 +284,8 @@ class Adapter:
     items_unseen = True  # `feed` passes them into a compiled step
     plain = Plain
 
-    def __init__(self, door: str, start: type[JaxRun]):
-        self.name, self.door, self.start = f"jax-{door}", door, start
+    def __init__(self, name: str, door: str, start: type[JaxRun]):
+        self.name, self.door, self.start = f"jax-{name}", door, start
         self.params = {"w": jnp.ones(2)}
 
     def mistakes(self) -> dict[str, Callable[[], Any]]:
@@ -301,4 +314,8 @@ class Adapter:
         return {name: np.asarray(p) for name, p in self.params.items()}
 
 
-ADAPTERS = [Adapter("split", Split), Adapter("stream", Stream)]
+ADAPTERS = [
+    Adapter("split", "split", Split),
+    Adapter("split-products", "split", SplitWithProducts),
+    Adapter("stream", "stream", Stream),
+]

@@ -1,0 +1,221 @@
+"""Factors of large weights' gradients, kept by the loop and multiplied out once after it: which, when, and rightly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import bigbatch.jax as bb
+from bigbatch.engines import jax_products
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(8, 3, 40)))
+W, V = (jnp.asarray(RNG.normal(size=shape)) / 6 for shape in [(40, 48), (48, 40)])
+
+
+@jax.custom_jvp
+def tanh(x):
+    return jnp.tanh(x)
+
+
+tanh.defjvps(lambda g, y, x: g * (1 - y**2))
+
+
+def last(params, x):
+    return (tanh(x[:, -1] @ params["w"]) @ params["v"]).sum(-1).mean()
+
+
+def biased(params, x):
+    return (tanh(x[:, -1] @ params["w"] + params["b"]) ** 2).mean()
+
+
+def sequences(params, x):
+    return (tanh(x[:, :1] @ params["w"]) ** 2).mean()
+
+
+def heads(params, x):
+    split = jnp.einsum("bd,dhk->bhk", x[:, 0], params["w"].reshape(40, 6, 8))
+    return (tanh(split) ** 3).mean()
+
+
+def turned(params, x):
+    return (tanh(x[:, 0] @ params["v"].T) ** 3).mean()
+
+
+def twice(params, x):
+    return (tanh(x[:, 0] @ params["w"]) * (x[:, 1] @ params["w"])).mean()
+
+
+def tied(params, x):
+    return (tanh(x[:, 0] @ params["w"]) @ params["w"].T).sum(-1).mean()
+
+
+def regularised(params, x):
+    return last(params, x) + 0.1 * (params["w"] ** 2).sum()
+
+
+def inside_jit(params, x):
+    return jax.jit(lambda w, x: (tanh(x @ w) ** 2).mean())(params["w"], x[:, 0])
+
+
+def looked_up(params, x):
+    rows = jnp.take(params["v"], (x[:, 0, 0] > 0).astype(int), axis=0)
+    return (tanh(rows @ params["w"]) ** 2).mean()
+
+
+PARAMS = {"w": W, "v": V, "b": jnp.ones(48)}
+# Each with how many products there are in its gradient, for micro-batches of one example.
+LOSSES = {last: 2, biased: 1, sequences: 1, heads: 1, turned: 1, twice: 2, tied: 2, regularised: 2, inside_jit: 1,
+          looked_up: 1}  # fmt: skip
+
+
+def scans(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from scans(inner)
+
+
+def kept(function, *args):
+    """How many factors the loop yields, beside the losses and their items."""
+    (loop,) = scans(jax.make_jaxpr(function)(*args).jaxpr)
+    return len(loop.outvars) - loop.params["num_carry"] - 2
+
+
+def door(loss_fn, micro_batch=1, **options):
+    return bb.value_and_grad(loss_fn, micro_batch=micro_batch, **options)
+
+
+def close(got, wanted, tolerance=1e-13):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES, ids=lambda f: f.__name__)
+def test_the_gradient_is_the_full_batchs(loss_fn):
+    assert kept(door(loss_fn), PARAMS, X) == 2 * LOSSES[loss_fn]
+    close(jax.jit(door(loss_fn))(PARAMS, X), jax.value_and_grad(loss_fn)(PARAMS, X))
+
+
+def test_a_shorter_micro_batch_at_the_end():
+    x = jnp.concatenate([X, 2 * X])[:15]
+    found = door(last, micro_batch=2)
+    assert kept(found, PARAMS, x) == 2
+    close(jax.jit(found)(PARAMS, x), jax.value_and_grad(last)(PARAMS, x))
+
+
+def test_whole_numbers_are_exact():
+    """Sums of whole numbers do not depend on their order."""
+    x = jnp.asarray(RNG.integers(-8, 8, (16, 64)), jnp.float32)
+    w = jnp.asarray(RNG.integers(-8, 8, (64, 64)), jnp.float32)
+
+    def loss_fn(w, x):
+        return ((x @ w) ** 2).sum(-1).mean()
+
+    assert kept(door(loss_fn), w, x) == 2
+    assert (door(loss_fn)(w, x)[1] == 2 * x.T @ (x @ w) / 16).all()
+
+
+def test_micro_batches_weigh_by_their_items_and_padding_alone_is_nothing():
+    mask = jnp.asarray([1, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 1])  # dealt by eights: two of them are empty
+
+    x = jnp.concatenate([X, 2 * X])
+
+    def masked(params, x, mask):
+        losses = (tanh(x[:, 0] @ params["w"] / mask.sum()) ** 2).sum(-1)
+        return (losses * mask).sum() / mask.sum(), mask.sum()
+
+    def expected(params):
+        parts = [masked(params, x[i::8], mask[i::8]) for i in range(8)]
+        return sum(n * loss for loss, n in parts if n) / mask.sum()
+
+    mask = mask.at[3].set(0).at[11].set(0)
+    assert any(mask[i::8].sum() == 0 for i in range(8))
+    found = door(masked, micro_batch=2, in_axes=(None, 0, 0))
+    assert kept(found, PARAMS, x, mask) == 2
+    close(jax.jit(found)(PARAMS, x, mask), jax.value_and_grad(expected)(PARAMS))
+
+
+def test_of_another_dtype_than_the_sums_none_is_kept():
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    assert kept(door(last), half, X.astype(jnp.bfloat16)) == 0
+    assert kept(door(last, dtype=None), half, X.astype(jnp.bfloat16)) == 4
+
+
+def test_none_is_kept_where_it_does_not_pay(monkeypatch):
+    assert kept(door(last), PARAMS, X[:3]) == 0  # of few micro-batches
+    assert kept(door(last), PARAMS, jnp.concatenate([X] * 2)) == 2  # what 16 keep fills the room with one
+    assert kept(door(last), PARAMS, jnp.concatenate([X] * 4)) == 0  # what 32 keep would be more than the sum
+    assert kept(door(last, micro_batch=4), PARAMS, jnp.concatenate([X] * 2)) == 0  # factors that are not small
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert kept(door(last), PARAMS, X) == 0  # on several devices
+
+
+def test_a_gradient_that_is_read_as_well_is_made():
+    def loss_fn(w, x):
+        return (tanh(x @ w) ** 2).mean()
+
+    def micro(count, x):
+        _, grad = jax.value_and_grad(loss_fn)(W, x)
+        return (grad, None), count + (grad**2).sum(), None
+
+    x = X[:, :1]
+    sums, squares, _ = jax_products.scan(micro, jnp.zeros_like(W), 0.0, x)
+    each = [jax.grad(loss_fn)(W, one) for one in x]
+    close((sums, squares), (sum(each), sum((g**2).sum() for g in each)))
+
+
+def test_grad_and_vmap_of_it():
+    def penalty(of, params):
+        return sum((g**2).sum() for g in jax.tree.leaves(of(params, X)[1]))
+
+    assert kept(door(last), PARAMS, X) == 4
+    close(
+        jax.grad(lambda p: penalty(door(last), p))(PARAMS),
+        jax.grad(lambda p: penalty(jax.value_and_grad(last), p))(PARAMS),
+    )
+    several = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), PARAMS)
+    axes = (0, None)
+    close(jax.vmap(door(last), axes)(several, X), jax.vmap(jax.value_and_grad(last), axes)(several, X))
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 6])
+def test_memory_is_no_more_than_the_scan_by_hands(depth, clipped):
+    params = [jnp.ones((512, 512), jnp.float32) / 512] * depth
+
+    def loss_fn(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return (x**2).mean()
+
+    def by_hand(params, x):
+        def body(sums, part):
+            return jax.tree.map(jnp.add, sums, jax.grad(loss_fn)(params, part)), None
+
+        sums, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), x.reshape(-1, 8, 512))
+        return jax.tree.map(lambda s: s / (len(x) // 8), sums)
+
+    def ours(params, x):
+        return door(loss_fn, micro_batch=8)(params, x)[1]
+
+    def needs(gradient, n):
+        def step(params, x):
+            grads = gradient(params, x)
+            norm = sum((g**2).sum() for g in grads) if clipped else 1e3
+            return jax.tree.map(lambda p, g: p - g / norm, params, grads)
+
+        x = jnp.ones((8 * n, 512), jnp.float32)
+        memory = jax.jit(step, donate_argnums=0).lower(params, x).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes - x.nbytes
+
+    assert kept(door(loss_fn, micro_batch=8), params, jnp.ones((64, 512), jnp.float32)) == 2 * depth
+    assert (
+        kept(door(loss_fn, micro_batch=8), params, jnp.ones((192, 512), jnp.float32)) == 2 * {1: 1, 2: 1, 6: 4}[depth]
+    )
+    for n in (2, 8, 16, 24, 1024):
+        assert needs(ours, n) <= 1.02 * needs(by_hand, n), n
+    assert needs(ours, 1024) <= 1.02 * needs(ours, 2)
