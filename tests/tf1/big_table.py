@@ -24,7 +24,8 @@ def memory(field):
 def main(way):
     with tf.Graph().as_default():
         ids = v1.placeholder(tf.int64, [None])
-        table = v1.get_variable("table", [ROWS, 1], initializer=v1.zeros_initializer())
+        # Not zeros: TensorFlow may fold them into a constant, which shares the table's memory until the first update.
+        table = v1.get_variable("table", [ROWS, 1], initializer=v1.random_uniform_initializer(0, 1e-9))
         loss, optimizer = tf.reduce_mean(tf.gather(table, ids)), v1.train.GradientDescentOptimizer(1.0)
         last = []
         if way == "bigbatch":
