@@ -182,7 +182,7 @@ def test_loss_fn_is_converted_by_autograph_and_ours_is_silent(data, weights, cap
 @pytest.mark.parametrize(
     ("items", "words"),
     [
-        (lambda m: tf.shape(m)[0] - 2, "items must be positive. Received: items=0 (int32). Pass the number"),
+        (lambda m: 0 * tf.shape(m)[0], "items must be positive. Received: items=0 (int32). Pass the number"),
         (lambda m: tf.constant(-1.5), "items must be positive. Received: items=-1.5 (float32). Pass the number"),
         (lambda m: tf.constant(np.nan), "items must be finite. Received: items=nan (float32). Pass the number"),
     ],
@@ -293,7 +293,7 @@ def test_small_factors_of_weight_gradients_are_kept_and_multiplied_out_once(exam
 
 
 @pytest.mark.parametrize(
-    "batch", [(8, 4), (160, 4), (16, 128)], ids=["products alone", "products beside sums", "added up as they come"]
+    "batch", [(8, 4), (160, 4), (16, 72)], ids=["products alone", "products beside sums", "added up as they come"]
 )
 def test_there_are_never_two_copies_of_the_gradients(batch):
     command = [sys.executable, str(Path(__file__).with_name("peak.py")), *map(str, batch)]
