@@ -72,7 +72,12 @@ def test_fsdp2_goes_on_from_its_checkpoint_with_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["accelerate", "lightning"])
 def test_inside_other_peoples_loops(name):
-    learned([line for line in ends(torchrun(f"torch_{name}.py")) if line], updates=10 * 8)
+    process = torchrun(f"torch_{name}.py")
+    out, err = process.communicate(timeout=300)
+    # On a busy machine one in thirty of Lightning's runs is aborted by gloo's thread after Python has exited, without
+    # bigbatch too. What we hand to gloo we keep for that reason (`Replicas`).
+    assert process.returncode == 0 or "terminate called without an active exception" in err, err
+    learned([line for line in out.splitlines() if line], updates=10 * 8)
 
 
 def learned(lines, updates):

@@ -34,6 +34,9 @@ class Replicas:
         self.models = models
         self.parameters: list[Tensor] = [p for model in models for p in model.parameters()]
         self.group = models[0].process_group
+        # gloo's thread lets go of a tensor a little after the host goes on. Were it the last to hold one that Python
+        # has seen, it would ask for the interpreter, and where that has exited the process would be aborted.
+        self._sent: list[Tensor] = []
 
     def hold(self, reduce: bool = False) -> None:
         """Puts off the models' own reductions, and their broadcasts of buffers, until called with `reduce=True`."""
@@ -57,16 +60,19 @@ class Replicas:
             rows = (rows.to(widened(p, dtype)) * met.sums.factor).coalesce()
             or_lost(dist.all_reduce, rows, group=self.group)
             _put(window, p, rows)
-        for bucket, means, work in buckets:
+        self._sent = []
+        for bucket, flat, means, work in buckets:
             or_lost(work.wait)
             for p, mean in zip(bucket, means, strict=True):
                 _put(window, p, mean)
+            flat.data = flat.new_empty(0)  # the memory is the means'
+            self._sent.append(flat)
         self._share_buffers()
         return 1.0
 
     def _launch(
         self, window: Window, bucket: list[Tensor], factor: float, dtype: torch.dtype
-    ) -> tuple[list[Tensor], list[Tensor], Any]:
+    ) -> tuple[list[Tensor], Tensor, list[Tensor], Any]:
         """Starts a bucket on its way. The gradients move into it, so that one bucket lies twice at a time, not all."""
         flat = bucket[0].new_empty(sum(p.numel() for p in bucket), dtype=widened(bucket[0], dtype))
         parts = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in bucket]), bucket, strict=True)]
@@ -78,7 +84,7 @@ class Replicas:
                 part.copy_(grad)
         if factor != 1.0:
             flat.mul_(factor)
-        return bucket, parts, or_lost(dist.all_reduce, flat, group=self.group, async_op=True)
+        return bucket, flat, parts, or_lost(dist.all_reduce, flat, group=self.group, async_op=True)
 
     def _share_buffers(self) -> None:
         """Rank 0's buffers for all, such as BatchNorm's averages; the model itself would do it in every forward."""
@@ -87,6 +93,7 @@ class Replicas:
             for dtype in dict.fromkeys(b.dtype for b in buffers):
                 several = [b for b in buffers if b.dtype == dtype]
                 flat = torch.cat([b.reshape(-1) for b in several])
+                self._sent.append(flat)
                 or_lost(dist.broadcast, flat, group=self.group, group_src=0)
                 for b, part in zip(several, flat.split([b.numel() for b in several]), strict=True):
                     b.copy_(part.view_as(b))
