@@ -20,7 +20,7 @@ def small_ones_too() -> Iterator[None]:
     """Takes the gradients of small weights too, and has room for some rows of each."""
     with (
         mock.patch.object(torch_graph, "SMALLEST", 0),
-        mock.patch.object(torch_graph.Graph, "largest", 1 << 20),
-        mock.patch.object(torch_products, "ROWS", 8),
+        mock.patch.object(torch_products, "ROWS", 32),
+        mock.patch.object(torch_products, "rows_for", return_value=8),
     ):
         yield

@@ -32,7 +32,7 @@ if BACKEND == "torch":
 
         monkeypatch.setattr("bigbatch.keras.torch.Products", Noting)
         monkeypatch.setattr(torch_graph, "SMALLEST", 0)
-        monkeypatch.setattr(torch_products, "ROWS", 8)
+        monkeypatch.setattr(torch_products, "ROWS", 32)
         float64()
         return shapes
 

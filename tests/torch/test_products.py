@@ -25,7 +25,7 @@ from conformance.torch_products import takes_products
 def whatever_its_size(monkeypatch):
     """Rows of weights as small as these would take more room than a gradient, so there is room for a few rows only."""
     monkeypatch.setattr(torch_graph, "SMALLEST", 0)
-    monkeypatch.setattr(torch_products, "ROWS", 4)
+    monkeypatch.setattr(torch_products, "ROWS", 8)
 
 
 class Calls(TorchDispatchMode):
@@ -214,11 +214,11 @@ def called(acc, model, rows=2):
 
 
 @takes_products
-def test_the_first_product_is_the_sum_and_the_others_wait_until_they_are_many():
+def test_products_wait_until_they_are_many_and_the_first_of_them_is_the_sum():
     model = nn.Linear(8, 8, bias=False)
-    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=7)
-    # Two rows each, and room for four: the fourth micro-batch has to make room, and so has the sixth.
-    assert [called(acc, model) for _ in range(6)] == [["mm"], [], [], ["addmm_"], [], ["addmm_"]]
+    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=6)
+    # Two rows each, and room for four: the third micro-batch has to make room, and so has the fifth.
+    assert [called(acc, model) for _ in range(5)] == [[], [], ["mm"], [], ["addmm_"]]
     assert called(acc, model) == ["addmm_"]  # the end
 
 
@@ -231,10 +231,52 @@ def test_products_of_many_rows_do_not_wait():
 
 @takes_products
 def test_what_waits_takes_no_more_than_the_largest_weight():
-    """Rows of 8 + 8 numbers, four of them, fill one weight's 64: the second weight has no room left."""
+    """Rows of 8 + 8 numbers, four of them, fill one weight's 64: each of two weights has room for two."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=10)
-    assert [called(acc, model).count("addmm_") for _ in range(3)] == [0, 1, 1]
+    # The third row makes both sums, in a product of its own each.
+    assert [called(acc, model, rows=1).count("addmm_") for _ in range(6)] == [0, 0, 0, 0, 2, 0]
+    assert [called(acc, model, rows=2).count("addmm_") for _ in range(2)] == [2, 2]
+
+
+@takes_products
+def test_a_flushed_window_of_one_is_the_plain_step_to_the_bit():
+    results = []
+    for flushed in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        acc = bb.Accumulator(optimizer, every=8)  # a share that is exact
+        loss = model(torch.randn(1, 8)).square().mean()
+        if flushed:
+            acc.backward(loss, items=1)
+            assert model[0].weight.grad is None, "it waits"
+            acc.flush()
+        else:
+            loss.backward()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@takes_products
+def test_rows_looked_up_go_into_a_sum_whose_products_wait():
+    """A table at both ends: the head's rows come first, and wait."""
+    torch.manual_seed(0)
+    table = nn.Parameter(torch.randn(30, 30))
+    start, parts = table.detach().clone(), torch.randint(0, 30, (3, 1))
+
+    def loss(ids):
+        return F.linear(F.embedding(ids, table), table).square().mean()
+
+    sum(loss(ids) for ids in parts).backward()
+    wanted, table.grad = table.grad, None
+    acc = bb.Accumulator(torch.optim.SGD([table], lr=1.0), every=9)
+    for ids in parts:
+        acc.backward(loss(ids), items=1)
+    assert (table.grad == 0).all(dim=1).sum() >= 27, "only what was looked up is in it"
+    acc.flush()
+    torch.testing.assert_close(start - table, wanted / 3)
 
 
 def test_a_window_of_one_is_the_plain_step_to_the_bit(tokens):

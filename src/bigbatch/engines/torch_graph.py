@@ -10,6 +10,7 @@ Nothing of the forward is touched, neither modules nor weights: all is read afte
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,9 +59,9 @@ class Graph(NamedTuple):
         return [*self.leaves, *dict.fromkeys(use.weight for use in self.uses)]
 
     @property
-    def largest(self) -> int:
-        """Bytes of the largest weight that is taken from autograd."""
-        return max((use.weight.nbytes for use in self.uses), default=0)
+    def multiplied(self) -> list[Tensor]:
+        """The weights that inputs are multiplied by, of those that are taken from autograd."""
+        return list(dict.fromkeys(use.weight for use in self.uses if use.place))
 
 
 # Which of a node's inputs is a weight, and the name under which it saved the other factor.
@@ -70,6 +71,11 @@ _FACTORS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self"), "Embeddin
 def is_alone() -> bool:
     """Whether this process is no rank of several, whose wrappers wait for every gradient that autograd makes."""
     return not (dist.is_available() and dist.is_initialized())
+
+
+def may_take(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Those whose gradients are taken from autograd, if a loss's graph has them as products only."""
+    return [p for p in parameters if _reason(p) is None]
 
 
 def read(loss: Tensor, products: bool = True, explain: bool = False) -> Graph:

@@ -5,41 +5,40 @@ micro-batches put one under the other make one product, which is the sum of thei
 together take no more memory than the temporary gradient that autograd would make.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
-# From so many on a product is bound by arithmetic, and gains nothing by waiting for more.
-ROWS = 128
+# So many at once, and a product is bound by arithmetic. A micro-batch of more than a quarter gains nothing by waiting.
+ROWS = 256
 
 
 class Products:
     """The sums of one window: in `.grad`, and in what waits.
 
-    Attributes:
-        room: bytes that waiting rows may take in all: what the largest weight takes.
+    Args:
+        weights: those whose rows may wait. They share what the largest of them takes, as many rows for each.
     """
 
-    def __init__(self) -> None:
-        self.room = 0
+    def __init__(self, weights: Collection[Tensor] = ()) -> None:
+        self._weights = set(weights)
+        self._room = rows_for(weights)
         self._waiting: dict[Tensor, _Rows] = {}
 
-    @torch.no_grad()
     def product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
-        """Adds leftᵀ·right, of shapes (rows, weight's rows) and (rows, weight's columns)."""
-        total = weight.grad
-        # Room is made beside the sum itself, so that a window of two takes as much as one of a thousand.
-        waiting = self._place(weight) if 2 * len(left) <= ROWS else None
-        if total is None or total.is_sparse or not (total.dtype == left.dtype == right.dtype):
-            # A window's first is a tensor of its own, which is autograd's to the bit.
-            _put(weight, left.t().mm(right))
-        elif waiting is None:
-            total.addmm_(left.t(), right)
+        """Adds leftᵀ·right, of shapes (rows, weight's rows) and (rows, weight's columns), inside a backward."""
+        count = len(left)
+        few = 4 * count <= ROWS and 2 * count <= self._room
+        if few and weight.dtype == left.dtype == right.dtype and weight in self._weights:
+            self._place(weight).take(left, right, count)
         else:
-            waiting.take(left, right, total)
+            _multiply(weight, left, right)
 
-    @torch.no_grad()
     def rows(self, weight: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> None:
-        """Adds the gradients of a table's rows; those at the index `padding` are left out."""
+        """Adds the gradients of a table's rows, inside a backward; those at the index `padding` are left out."""
+        if weight.grad is None and weight in self._waiting:
+            self._waiting[weight].begin()
         total = weight.grad
         if total is None or total.is_sparse or total.dtype != gradients.dtype:
             _put(weight, table(weight, indices, gradients, padding))
@@ -52,51 +51,75 @@ class Products:
     def settle(self) -> None:
         """Multiplies out what waits: from here on `.grad` is all there is."""
         while self._waiting:
-            weight, rows = self._waiting.popitem()
-            rows.multiply_out(weight.grad)
+            self._waiting.popitem()[1].multiply_out()
 
     def waiting(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """What waits, for a checkpoint: copies of the factors of each weight that has room."""
         return {weight: rows.held() for weight, rows in self._waiting.items()}
 
     def wait_again(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
-        """Gives a weight the room and the rows that it had."""
-        rows = self._waiting[weight] = _Rows(weight)
-        rows.take(left.to(weight.device), right.to(weight.device), weight.grad)
+        """Gives a weight the rows that it had."""
+        self._place(weight).take(left.to(weight.device), right.to(weight.device), len(left))
 
-    def _place(self, weight: Tensor) -> "_Rows | None":
+    def _place(self, weight: Tensor) -> "_Rows":
         rows = self._waiting.get(weight)
-        if rows is None and _Rows.bytes(weight) <= self.room - sum(map(_Rows.bytes, self._waiting)):
-            rows = self._waiting[weight] = _Rows(weight)
+        if rows is None:
+            rows = self._waiting[weight] = _Rows(weight, self._room)
         return rows
 
 
+def rows_for(weights: Collection[Tensor]) -> int:
+    """How many rows may wait for each of several weights."""
+    each = sum(sum(weight.shape) * weight.itemsize for weight in weights)
+    return min(ROWS, max(weight.nbytes for weight in weights) // each) if weights else 0
+
+
 class _Rows:
-    """Room for the rows of one weight's products."""
+    """Room for the rows of one weight's products.
 
-    def __init__(self, weight: Tensor):
-        self.left, self.right = (weight.new_empty(ROWS, size) for size in weight.shape)
+    And for their sum, so that a window of two takes as much memory as one of a thousand, which then does not run out of
+    it on its way.
+    """
+
+    def __init__(self, weight: Tensor, room: int):
+        self.weight = weight
+        self.left, self.right = (weight.new_empty(room, size) for size in weight.shape)
         self.count = 0
+        self.total = weight.new_empty(weight.shape) if weight.grad is None else None  # until it is `.grad`
 
-    @staticmethod
-    def bytes(weight: Tensor) -> int:
-        return ROWS * sum(weight.shape) * weight.itemsize
-
-    def take(self, left: Tensor, right: Tensor, total: Tensor | None) -> None:
+    def take(self, left: Tensor, right: Tensor, count: int) -> None:
         """Copies rows in, after multiplying those out that leave them no room."""
-        if self.count + len(left) > ROWS:
-            self.multiply_out(total)
-        place = slice(self.count, self.count + len(left))
+        if self.count + count > len(self.left):
+            self.multiply_out()
+        place = slice(self.count, self.count + count)
         self.left[place], self.right[place] = left, right
-        self.count += len(left)
+        self.count += count
 
-    def multiply_out(self, total: Tensor | None) -> None:
-        if self.count and total is not None:
-            total.addmm_(self.left[: self.count].t(), self.right[: self.count])
-        self.count = 0
+    def begin(self) -> None:
+        """Makes `.grad` of the sum before anything is multiplied out."""
+        if self.total is not None:
+            self.weight.grad, self.total = self.total.zero_(), None
+
+    def multiply_out(self) -> None:
+        if not self.count:
+            return
+        left, right, total = self.left[: self.count], self.right[: self.count], self.total
+        if total is None or self.weight.grad is not None:
+            _multiply(self.weight, left, right)
+        else:
+            self.weight.grad = torch.mm(left.t(), right, out=total)
+        self.count, self.total = 0, None
 
     def held(self) -> tuple[Tensor, Tensor]:
         return self.left[: self.count].clone(), self.right[: self.count].clone()
+
+
+def _multiply(weight: Tensor, left: Tensor, right: Tensor) -> None:
+    total = weight.grad
+    if total is None or total.is_sparse or not (total.dtype == left.dtype == right.dtype):
+        _put(weight, left.t().mm(right))
+    else:
+        total.addmm_(left.t(), right)
 
 
 def table(weight: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> Tensor:

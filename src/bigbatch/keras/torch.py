@@ -87,9 +87,9 @@ def add_up(model: Any, micro_batches: list[Any]) -> tuple[_Sums, list[loss.Term]
     """Forward and backward of all micro-batches. The gradients are in `.grad`, or in the sums."""
     parameters = [v.value for v in model.trainable_variables]
     sums = _Sums(noise.opened(model))
-    large = any(p.numel() >= torch_graph.SMALLEST for p in parameters)
-    if large and len(micro_batches) > 1 and torch_graph.is_alone():  # one adds nothing up
-        sums.products = Products()
+    weights = torch_graph.may_take(parameters)
+    if weights and len(micro_batches) > 1 and torch_graph.is_alone():  # one adds nothing up
+        sums.products = Products(weights)
     described: list[loss.Term] = []
     model.zero_grad()
     for data in micro_batches:
@@ -128,7 +128,6 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
                     scaled.backward(gradient=weight, retain_graph=k + 1 < len(kinds))
                 else:
                     graph = torch_graph.read(scaled)
-                    sums.products.room = graph.largest
                     torch_graph.differentiate(scaled, weight, graph, sums.products)
             if sums.gradients is not None:
                 _move(parameters, own[k] if measured else sums.gradients[k])

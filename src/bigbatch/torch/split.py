@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigbatch import errors
 from bigbatch.engines import torch_graph
+from bigbatch.engines.torch_products import Products
 from bigbatch.torch.checks import check_items, check_loss
 from bigbatch.torch.ranks import Ranks, Sync, ranks_of
 from bigbatch.torch.window import Window, is_wide, scale_
@@ -140,6 +141,8 @@ def _window(
             if ranks is not None:
                 ranks.before(window, items, len(cuts))
             graph = _read(loss, products, explain=window.micro_batches == 0)
+            if window.micro_batches == 0:
+                window.products = Products(graph.multiplied)
             parameters = ranks.parameters if ranks is not None and sharded else graph.parameters
             new = [p for p in parameters if p not in before]
             for p in new:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bigbatch import errors
 from bigbatch.engines import torch_graph
+from bigbatch.engines.torch_products import Products
 from bigbatch.every import Every, Items, as_every, planned
 from bigbatch.noise import Noise, NoiseScale, UntilNoise
 from bigbatch.torch.checks import check_items, check_loss, check_optimizer, check_scheduler
@@ -334,10 +335,14 @@ class Accumulator:
     def _open(self) -> Window:
         self._plan = self.every if isinstance(self.every, UntilNoise) else planned(self.every, self._index)
         dtype = self.dtype if is_wide(self._parameters(), self.dtype) else None
-        self._products = self._plan != 1 and self._takes_products()
         if isinstance(self._plan, Items):
-            return Window(unit=self._plan.count, dtype=dtype)
-        return Window(planned=self._plan if isinstance(self._plan, int) else 1, dtype=dtype)
+            window = Window(unit=self._plan.count, dtype=dtype)
+        else:
+            window = Window(planned=self._plan if isinstance(self._plan, int) else 1, dtype=dtype)
+        self._products = self._plan != 1 and self._takes_products()
+        if self._products:
+            window.products = Products(torch_graph.may_take(self._parameters()))
+        return window
 
     def _takes_products(self) -> bool:
         """Whether it is worth looking for weights' gradients in each loss's graph, and safe to take them."""

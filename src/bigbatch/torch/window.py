@@ -95,7 +95,6 @@ class Window:
         if graph is None:
             loss.backward(gradient=folded)
         elif self.dtype is None:
-            self.products.room = graph.largest
             torch_graph.differentiate(loss, folded, graph, self.products)
         else:
             torch_graph.differentiate(loss, folded, graph, self)
