@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.grappler import tf_optimizer
 
 import bigbatch.tf1 as bb
 from bigbatch.tf1.sums import DenseSum, ProductSum
@@ -166,3 +167,21 @@ def test_the_laws_run_with_products_and_without():
     for run, products in ((adapters.Stream, 0), (adapters.StreamProducts, 2)):
         sums = run(jobs.Spec("net", jobs.params("net"))).acc._sums
         assert sum(isinstance(s, ProductSum) for s, _ in sums) == products
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_variables_that_grow_do_not_spoil_what_grappler_knows_of_shapes(graph, batch):
+    """Where it takes what they are assigned for of one shape, it knows none, and oneDNN aborts at a convolution."""
+    x = v1.placeholder(tf.float32, [batch, 8, 8, 3])
+    kernel, dense = v1.get_variable("kernel", [3, 3, 3, 4]), v1.get_variable("dense", [256, 64])
+    h = tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "SAME") + v1.get_variable("bias", [4]))
+    acc = bb.Accumulator(v1.train.AdamOptimizer(), 2)
+    op = acc.minimize(tf.reduce_mean(tf.reshape(h, [-1, 256]) @ dense), items=tf.shape(x)[0])
+    assert any(isinstance(s, ProductSum) for s, _ in acc._sums)
+    graph.add_to_collection("train_op", op)
+    config = v1.ConfigProto()
+    config.graph_options.rewrite_options.optimizers.extend(["function", "remap"])
+    config.graph_options.rewrite_options.min_graph_nodes = -1
+    rewritten = tf_optimizer.OptimizeGraph(config, v1.train.export_meta_graph(graph=graph))
+    (convolution,) = (n for n in rewritten.node if n.name == "Conv2D")
+    assert [len(shape.dim) for shape in convolution.attr["_input_shapes"].list.shape] == [4, 4]

@@ -45,6 +45,16 @@ class Product(NamedTuple):
         return tf.linalg.matmul(self.left, self.right, transpose_a=True)
 
 
+def of_any_shape(x: Any) -> tf.Tensor:
+    """The same tensor, whose shape TensorFlow does not see: for what is assigned to a variable that grows.
+
+    Grappler takes a variable and all that is assigned to it for of one shape. Of two that differ it makes an error, for
+    which it forgets what it knew of the whole graph, and oneDNN's rewriting of a convolution then aborts the process;
+    of one alone it would believe that the variable has it for ever.
+    """
+    return tf.compat.v1.placeholder_with_default(x, None)
+
+
 def product_of(gradient: Any) -> Product | None:
     """The two factors, where a graph shows that the gradient is their product and that they are small."""
     product = factors_of(gradient)

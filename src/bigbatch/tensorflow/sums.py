@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import SMALL, Product, factors_of
+from bigbatch.engines.tensorflow_products import SMALL, Product, factors_of, of_any_shape
 from bigbatch.tensorflow.checks import under_xla
 
 Gradient = tf.Tensor | tf.IndexedSlices
@@ -92,7 +92,7 @@ class ProductSum(DenseSum):
         """Assigns zeros, and forgets the rows."""
         super().clear()
         for side in (self.left, self.right):
-            side.assign(tf.zeros_like(side) if under_xla() else side[:0])
+            side.assign(tf.zeros_like(side) if under_xla() else of_any_shape(side[:0]))
 
     def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
         """Adds weight · gradient."""
@@ -104,13 +104,13 @@ class ProductSum(DenseSum):
         right = tf.concat([self.right, product.right * tf.cast(weight, product.right.dtype)], 0)
 
         def keep() -> None:
-            self.left.assign(left)
-            self.right.assign(right)
+            self.left.assign(of_any_shape(left))
+            self.right.assign(of_any_shape(right))
 
         def multiply() -> None:
             self.total.assign_add(Product(left, right).multiplied())
-            self.left.assign(left[:0])
-            self.right.assign(right[:0])
+            self.left.assign(of_any_shape(left[:0]))
+            self.right.assign(of_any_shape(right[:0]))
 
         tf.cond(tf.shape(left)[0] <= self._room, keep, multiply)
 
@@ -133,8 +133,8 @@ class SparseSum(tf.Module):
 
     def clear(self) -> None:
         """Forgets every row."""
-        self.indices.assign(self.indices[:0])
-        self.values.assign(self.values[:0])
+        self.indices.assign(of_any_shape(self.indices[:0]))
+        self.values.assign(of_any_shape(self.values[:0]))
 
     def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
         """Adds weight · gradient to the rows that it names."""
@@ -144,8 +144,8 @@ class SparseSum(tf.Module):
         else:
             rows, values = tf.range(self._shape[0], dtype=tf.int64), gradient
         rows, values = merged(tf.concat([self.indices, rows], 0), tf.concat([self.values, values], 0))
-        self.indices.assign(rows)
-        self.values.assign(values)
+        self.indices.assign(of_any_shape(rows))
+        self.values.assign(of_any_shape(values))
 
     def mean(self, factor: tf.Tensor) -> Gradient:
         """The sum times `factor`, each row once."""

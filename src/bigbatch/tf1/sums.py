@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import SMALL, Product, factors_of
+from bigbatch.engines.tensorflow_products import SMALL, Product, factors_of, of_any_shape
 from bigbatch.tf1.order import done
 
 v1 = tf.compat.v1
@@ -117,16 +117,12 @@ class ProductSum:
         room = alone if new else tf.where(tf.equal(tf.size(total), 1), alone, beside_total)
 
         def keep() -> tf.Tensor:
-            emptied = [self.total.assign(total, read_value=False)] if new else []
-            return done(self.left.assign(left, read_value=False), self.right.assign(right, read_value=False), *emptied)
+            emptied = [_set(self.total, total)] if new else []
+            return done(_set(self.left, left), _set(self.right, right), *emptied)
 
         def multiply() -> tf.Tensor:
             multiplied = total + tf.linalg.matmul(left, right, transpose_a=True)
-            return done(
-                self.total.assign(multiplied, read_value=False),
-                self.left.assign(left[:0], read_value=False),
-                self.right.assign(right[:0], read_value=False),
-            )
+            return done(_set(self.total, multiplied), _set(self.left, left[:0]), _set(self.right, right[:0]))
 
         return tf.cond(tf.shape(left)[0] <= room, keep, multiply).op
 
@@ -169,7 +165,11 @@ class SparseSum:
     def _assign(self, indices: tf.Tensor, values: tf.Tensor) -> tf.Operation:
         rows, place = tf.unique(indices)
         summed = tf.math.unsorted_segment_sum(values, place, tf.size(rows))
-        return tf.group(self.indices.assign(rows, read_value=False), self.values.assign(summed, read_value=False))
+        return tf.group(_set(self.indices, rows), _set(self.values, summed))
+
+
+def _set(growing: Any, value: tf.Tensor) -> tf.Operation:
+    return growing.assign(of_any_shape(value), read_value=False)
 
 
 def _growing(row: Any, dtype: tf.DType, name: str) -> Any:
@@ -179,6 +179,5 @@ def _growing(row: Any, dtype: tf.DType, name: str) -> Any:
 
 def _variable(initial: Any, name: str, shape: tf.TensorShape | None = None) -> Any:
     """A resource variable whatever the default is: saved and initialized with the others, and not trained."""
-    return v1.Variable(
-        initial, trainable=False, use_resource=True, name=name, shape=shape, validate_shape=shape is None
-    )
+    begin = initial if shape is None else lambda: of_any_shape(initial())
+    return v1.Variable(begin, trainable=False, use_resource=True, name=name, shape=shape, validate_shape=shape is None)
