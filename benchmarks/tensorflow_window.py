@@ -182,7 +182,7 @@ def whole(contender, window):
         if ON_GPU:
             tf.test.experimental.sync_devices()
 
-    run.correction = lambda: sum(v.dtype.size * v.shape.num_elements() for v in contender.sums)
+    run.correction = lambda: sum(v.dtype.size * int(tf.size(v)) for v in contender.sums)
     return run
 
 
