@@ -67,10 +67,23 @@ def test_ragged_windows_are_the_batch_whether_the_room_is_full_or_not(lengths):
 
 
 def test_rows_never_take_more_than_a_quarter():
-    model = Deep(every=100)
-    for start in range(0, 60, 3):
-        model.feed([3], start)
-        assert all(held <= room for held, room in zip(model.held(), (9, 8), strict=True))
+    model, most = Deep(every=100), [0, 0]
+    for start in range(0, 60, 2):
+        model.feed([2], start)
+        most = list(map(max, most, model.held()))
+    assert most == [8, 8]
+
+
+def test_where_few_micro_batches_rows_would_find_room_none_wait():
+    model, plain = Deep(every=3), Deep()
+    for start in (0, 12):
+        model.feed([4], start)
+        assert model.held() == [0, 0]
+        model.feed([2], start + 4)
+        assert model.held() == [2, 2]
+        model.feed([6], start + 6)
+        plain.feed([12], start)
+    same(model, plain)
 
 
 def test_a_window_of_one_is_the_bare_optimizer_bit_for_bit():

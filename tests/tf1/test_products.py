@@ -26,8 +26,8 @@ def graph():
 class Deep:
     """Three dense layers, of which the first two have weight gradients much larger than what they are products of."""
 
-    def __init__(self, every=None, **options):
-        self.x, self.y = v1.placeholder(tf.float64, [None, 96]), v1.placeholder(tf.float64, [None, 2])
+    def __init__(self, every=None, length=None, **options):
+        self.x, self.y = v1.placeholder(tf.float64, [length, 96]), v1.placeholder(tf.float64, [length, 2])
         h, rng = self.x, np.random.default_rng(1)
         self.weights = []
         for i in range(3):
@@ -142,6 +142,16 @@ def test_saved_and_restored_inside_a_window(before, tmp_path):
         again.run(*rows[before:])
         for a, b in zip(again.values(), straight.values(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("length", [1, 4, 30])
+def test_lengths_that_the_graph_knows(length):
+    """Grappler folds what it knows: it must not take a variable for as long as what it is assigned first."""
+    ours, plain = Deep(every=60 // length, length=length), Deep()
+    for start in (0, 60):
+        ours.run(*((i, i + length) for i in range(start, start + 60, length)))
+        plain.run((start, start + 60))
+    close(ours, plain)
 
 
 @pytest.mark.parametrize("gate", ["GATE_NONE", "GATE_OP", "GATE_GRAPH"])

@@ -15,6 +15,9 @@ import tensorflow as tf
 # How much smaller than the gradient the two have to be.
 SMALL = 8
 
+# Where they wait in variables, a quarter of the gradient's memory has to have room for those of so many micro-batches.
+FEW = 4
+
 
 class Product(NamedTuple):
     """A gradient that is not multiplied out."""
@@ -45,14 +48,22 @@ class Product(NamedTuple):
         return tf.linalg.matmul(self.left, self.right, transpose_a=True)
 
 
-def of_any_shape(x: Any) -> tf.Tensor:
-    """The same tensor, whose shape TensorFlow does not see: for what is assigned to a variable that grows.
+def room_of(rows: int, columns: int, quarters: int = 1) -> int:
+    """How many rows of both factors so many quarters of a matrix's memory hold."""
+    return quarters * rows * columns // (4 * (rows + columns))
 
-    Grappler takes a variable and all that is assigned to it for of one shape. Of two that differ it makes an error, for
-    which it forgets what it knew of the whole graph, and oneDNN's rewriting of a convolution then aborts the process;
-    of one alone it would believe that the variable has it for ever.
+
+def of_any_shape(x: Any) -> Any:
+    """The same tensor, whose shape no graph knows: for all that is assigned to a variable that grows.
+
+    Grappler takes a variable and what is assigned to it for of one shape. Where one thing's is known it folds
+    `tf.shape` of the variable to that. Where those of two differ it forgets what it knew of the whole graph, and
+    oneDNN's rewriting of a convolution then aborts the process. What a placeholder defaults to is the one value of
+    which it makes no shape.
     """
-    return tf.compat.v1.placeholder_with_default(x, None)
+    if tf.executing_eagerly():
+        return x
+    return tf.reshape(x, tf.compat.v1.placeholder_with_default(tf.shape(x), [x.shape.rank]))
 
 
 def product_of(gradient: Any) -> Product | None:

@@ -2,7 +2,7 @@
 
 The product of a micro-batch's few rows reads and writes the whole sum for little arithmetic. The rows of several
 micro-batches put one under the other make one product, which is the sum of theirs. So rows wait, in buffers that
-together take no more memory than the temporary gradient that autograd would make.
+together take less memory than the temporary gradient that autograd would make.
 """
 
 from collections.abc import Collection
@@ -18,7 +18,8 @@ class Products:
     """The sums of one window: in `.grad`, and in what waits.
 
     Args:
-        weights: those whose rows may wait. They share what the largest of them takes, as many rows for each.
+        weights: those whose rows may wait. They share seven eighths of what the largest of them takes, as many rows for
+            each.
     """
 
     def __init__(self, weights: Collection[Tensor] = ()) -> None:
@@ -71,7 +72,7 @@ class Products:
 def rows_for(weights: Collection[Tensor]) -> int:
     """How many rows may wait for each of several weights."""
     each = sum(sum(weight.shape) * weight.itemsize for weight in weights)
-    return min(ROWS, max(weight.nbytes for weight in weights) // each) if weights else 0
+    return min(ROWS, 7 * max(weight.nbytes for weight in weights) // (8 * each)) if weights else 0
 
 
 class _Rows:

@@ -1,11 +1,10 @@
 """Running sums of one variable's gradients, Σ wᵢ·gᵢ, in variables that checkpoints and SavedModels find."""
 
-import math
 from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import SMALL, Product, factors_of, of_any_shape
+from bigbatch.engines.tensorflow_products import FEW, Product, factors_of, of_any_shape, room_of
 from bigbatch.tensorflow.checks import under_xla
 
 Gradient = tf.Tensor | tf.IndexedSlices
@@ -86,7 +85,7 @@ class ProductSum(DenseSum):
         rows, columns = sides
         self.left = tf.Variable(tf.zeros([0, rows], dtype), shape=[None, rows], **LOCAL)
         self.right = tf.Variable(tf.zeros([0, columns], dtype), shape=[None, columns], **LOCAL)
-        self._room = rows * columns // (4 * (rows + columns))
+        self._room = room_of(rows, columns)
 
     def clear(self) -> None:
         """Assigns zeros, and forgets the rows."""
@@ -97,7 +96,7 @@ class ProductSum(DenseSum):
     def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
         """Adds weight · gradient."""
         product = None if under_xla() or gradient.dtype != self.total.dtype else factors_of(gradient)
-        if product is None:
+        if product is None or FEW * (product.left.shape[0] or 0) > self._room:
             super().add(gradient, weight)
             return
         left = tf.concat([self.left, product.left], 0)
@@ -156,6 +155,5 @@ class SparseSum(tf.Module):
 def kind(variable: Any, sparse: bool) -> Any:
     """Which of the three sums a variable's gradients have."""
     shape = variable.shape.as_list()
-    # A matrix so large that an example's rows are much smaller.
-    large = len(shape) == 2 and SMALL * sum(shape) <= math.prod(shape)
+    large = len(shape) == 2 and room_of(*shape) >= FEW
     return SparseSum if sparse else ProductSum if large else DenseSum

@@ -3,12 +3,11 @@
 `start` assigns, so that nothing of an earlier window, NaN or the half of a failed one, is ever multiplied or added.
 """
 
-import math
 from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import SMALL, Product, factors_of, of_any_shape
+from bigbatch.engines.tensorflow_products import FEW, Product, factors_of, of_any_shape, room_of
 from bigbatch.tf1.order import done
 
 v1 = tf.compat.v1
@@ -33,7 +32,7 @@ def _product(grad: tf.Tensor) -> Product | None:
     if product is None or any(side.shape.rank is None for side in product):
         return None
     widths: list[Any] = [side.shape.as_list()[1] for side in product]
-    return product if None not in widths and SMALL * sum(widths) <= math.prod(widths) else None
+    return product if None not in widths and room_of(*widths) >= FEW else None
 
 
 class DenseSum:
@@ -113,7 +112,7 @@ class ProductSum:
 
     def _assign(self, left: tf.Tensor, right: tf.Tensor, total: tf.Tensor, new: bool) -> tf.Operation:
         """Takes these rows, all of the window that are not in the total, which is a 1×1 zero where it holds none."""
-        alone, beside_total = (share * math.prod(self.shape) // (4 * sum(self.shape)) for share in (3, 1))
+        alone, beside_total = room_of(*self.shape, quarters=3), room_of(*self.shape)
         room = alone if new else tf.where(tf.equal(tf.size(total), 1), alone, beside_total)
 
         def keep() -> tf.Tensor:
