@@ -48,13 +48,14 @@ class _Sums:
     These numbers wait in lists, and are added up once, at the window's end.
     """
 
-    def __init__(self, noisy: noise.Window | None) -> None:
+    def __init__(self, noisy: noise.Window | None, planned: int) -> None:
         self.noisy = noisy
+        self.planned = planned  # micro-batches
         self.parts: Any = None  # the sum of `noise.part`
         self.unit: list[torch.Tensor] = []
         self.items: list[list[torch.Tensor]] = []
         self.losses: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        self.examples = 0
+        self.examples = self.first = 0  # in all, and in the first
         # None where all gradients are to be autograd's.
         self.products: Products | None = None
         # Where `.grad` cannot hold them: for each kind, the variables' sums.
@@ -86,7 +87,7 @@ def window(model: Any, added: Callable[[], tuple[_Sums, list[loss.Term]]]) -> di
 def add_up(model: Any, micro_batches: list[Any]) -> tuple[_Sums, list[loss.Term]]:
     """Forward and backward of all micro-batches. The gradients are in `.grad`, or in the sums."""
     parameters = [v.value for v in model.trainable_variables]
-    sums = _Sums(noise.opened(model))
+    sums = _Sums(noise.opened(model), len(micro_batches))
     weights = torch_graph.may_take(parameters)
     if weights and len(micro_batches) > 1 and torch_graph.is_alone():  # one adds nothing up
         sums.products = Products(weights)
@@ -106,13 +107,15 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
     with torch.no_grad():
         items = [count for _, count in kinds]
         if not sums.unit:
-            sums.unit = [torch.where(n > 0, n, 1) for n in items]
             sums.items, sums.losses = [[] for _ in kinds], [[] for _ in terms]
             if measured or len(kinds) > 1 or any(p.dtype.itemsize < 4 for p in parameters):
                 sums.gradients, sums.products = [{} for _ in kinds], None
-            weights = [torch.ones_like(n) for n in items]
-        else:
-            weights = [n / unit for n, unit in zip(items, sums.unit, strict=True)]
+            # As in `bigbatch.torch.window`: where the plan comes true, what `.grad` holds at the end are the means.
+            plan = [sums.planned if divide else 1 for divide in loss.quotients(terms)[1]]
+            plan = plan if sums.gradients is None else [1] * len(kinds)
+            sums.unit = [torch.where(n > 0, n, 1) * count for n, count in zip(items, plan, strict=True)]
+            sums.first = loss.length(x)
+        weights = [n / unit for n, unit in zip(items, sums.unit, strict=True)]
         for found, n in zip(sums.items, items, strict=True):
             found.append(n)
         for found, term in zip(sums.losses, terms, strict=True):
@@ -170,7 +173,8 @@ def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, An
     if sums.gradients is None:
         gradients = [p.grad for p in parameters]
         present = [g for g in gradients if g is not None]
-        if present:
+        planned = sums.examples == sums.first * sums.planned and all(t.kind == loss.EXAMPLES for t in described)
+        if present and not planned:
             # In torch's public list of foreach functions, underscore and all.
             torch._foreach_mul_(present, factors[0])  # pyright: ignore[reportPrivateImportUsage]
     else:
