@@ -1,9 +1,10 @@
 """Peak memory of frameworks that keep no account on a CPU: what a process of its own holds more during one window.
 
 Tensors are mapped one by one (`MALLOC_MMAP_THRESHOLD_`), so that what is freed goes back to the system and the process
-holds what they hold. The window has run before, so that what the framework makes once does not count; the model, the
-optimizer's state and the batch stand before it, and do not either. A contender says in `run.correction` what to add in
-bytes: sums of gradients that stand between windows too, less what of the batch's own data is made inside.
+holds what they hold; oneDNN, whose allocator gives nothing back, is left out. The window has run before, so that what
+the framework makes once does not count; the model, the optimizer's state and the batch stand before it, and do not
+either. A contender says in `run.correction` what to add in bytes: sums of gradients that stand between windows too,
+less what of the batch's own data is made inside.
 """
 
 import gc

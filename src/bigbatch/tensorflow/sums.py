@@ -96,9 +96,24 @@ class ProductSum(DenseSum):
     def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
         """Adds weight · gradient."""
         product = None if under_xla() or gradient.dtype != self.total.dtype else factors_of(gradient)
-        if product is None or FEW * (product.left.shape[0] or 0) > self._room:
+        if product is None:
             super().add(gradient, weight)
             return
+
+        def now() -> None:
+            super(ProductSum, self).add(product.multiplied(), weight)
+
+        # By what the micro-batch holds, not by whether the graph knows it: the same rows give the same bits.
+        known = product.left.shape[0]
+        few = FEW * (tf.shape(product.left)[0] if known is None else known) <= self._room
+        if known is None:
+            tf.cond(few, lambda: self._wait(product, weight), now)
+        elif few:
+            self._wait(product, weight)
+        else:
+            now()
+
+    def _wait(self, product: Product, weight: tf.Tensor) -> None:
         left = tf.concat([self.left, product.left], 0)
         right = tf.concat([self.right, product.right * tf.cast(weight, product.right.dtype)], 0)
 
