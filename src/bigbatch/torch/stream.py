@@ -59,7 +59,8 @@ class Accumulator:
         acc.flush()
 
     The update is the big batch's: the mean over all items, clipped, scheduled and decayed once. Between windows
-    `.grad` is None; inside one it is the window's, who may hold part of the sums elsewhere. Nobody else should write to it.
+    `.grad` is None; inside one it is the window's, part of whose sums may lie elsewhere, and nobody else should write
+    to it.
 
     Args:
         optimizer: any `torch.optim.Optimizer` whose `step` needs no closure.
