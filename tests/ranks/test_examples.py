@@ -23,9 +23,9 @@ def torchrun(name, *arguments, restarts=0):
     )
 
 
-def ends(process, seconds=300):
+def ends(process, seconds=300, allowed=None):
     out, err = process.communicate(timeout=seconds)
-    assert process.returncode == 0, err
+    assert process.returncode == 0 or (allowed and allowed in err), err
     return out.splitlines()
 
 
@@ -70,14 +70,13 @@ def test_fsdp2_goes_on_from_its_checkpoint_with_the_same_weights(tmp_path):
     assert resumed[-2:] == straight[-2:]
 
 
-@pytest.mark.parametrize("name", ["accelerate", "lightning"])
-def test_inside_other_peoples_loops(name):
-    process = torchrun(f"torch_{name}.py")
-    out, err = process.communicate(timeout=300)
-    # On a busy machine one in thirty of Lightning's runs is aborted by gloo's thread after Python has exited, without
-    # bigbatch too. What we hand to gloo we keep for that reason (`Replicas`).
-    assert process.returncode == 0 or "terminate called without an active exception" in err, err
-    learned([line for line in out.splitlines() if line], updates=10 * 8)
+# On a busy machine one in thirty of Lightning's runs is aborted by gloo's thread after Python has exited, without
+# bigbatch too. What we hand to gloo we keep for that reason (`Replicas`).
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("accelerate", None), ("lightning", "terminate called without an active exception")]
+)
+def test_inside_other_peoples_loops(name, allowed):
+    learned([line for line in ends(torchrun(f"torch_{name}.py"), allowed=allowed) if line], updates=10 * 8)
 
 
 def learned(lines, updates):

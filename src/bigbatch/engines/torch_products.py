@@ -32,7 +32,7 @@ class Products:
         count = len(left)
         few = 4 * count <= ROWS and 2 * count <= self._room
         if few and weight.dtype == left.dtype == right.dtype and weight in self._weights:
-            self._place(weight).take(left, right, count)
+            self._place(weight).take(left, right)
         else:
             _multiply(weight, left, right)
 
@@ -60,7 +60,7 @@ class Products:
 
     def wait_again(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
         """Gives a weight the rows that it had."""
-        self._place(weight).take(left.to(weight.device), right.to(weight.device), len(left))
+        self._place(weight).take(left.to(weight.device), right.to(weight.device))
 
     def _place(self, weight: Tensor) -> "_Rows":
         rows = self._waiting.get(weight)
@@ -88,13 +88,13 @@ class _Rows:
         self.count = 0
         self.total = weight.new_empty(weight.shape) if weight.grad is None else None  # until it is `.grad`
 
-    def take(self, left: Tensor, right: Tensor, count: int) -> None:
+    def take(self, left: Tensor, right: Tensor) -> None:
         """Copies rows in, after multiplying those out that leave them no room."""
-        if self.count + count > len(self.left):
+        if self.count + len(left) > len(self.left):
             self.multiply_out()
-        place = slice(self.count, self.count + count)
+        place = slice(self.count, self.count + len(left))
         self.left[place], self.right[place] = left, right
-        self.count += count
+        self.count += len(left)
 
     def begin(self) -> None:
         """Makes `.grad` of the sum before anything is multiplied out."""

@@ -28,7 +28,7 @@ def check(data: Any) -> int | None:
     """Accepts a batch that can be cut, and returns its length, or None where the graph does not know it yet."""
     lengths = []
     for name, part in zip(("x", "y", "sample_weight"), unpack(data), strict=True):
-        for path, leaf in [((), part)] if hasattr(part, "shape") else tree.flatten_with_path(part):
+        for path, leaf in tree.flatten_with_path(part):
             if leaf is None:
                 continue
             where = f"batch['{name}']" + "".join(f"[{key!r}]" for key in path)

@@ -41,8 +41,7 @@ class Term:
 
 def length(x: Any) -> Any:
     """How many examples a micro-batch holds: a number, or a tensor where the graph does not know it yet."""
-    # Of one tensor, the commonest input, without the tree's detour.
-    leaf = x if hasattr(x, "shape") else next(leaf for leaf in tree.flatten(x) if leaf is not None)
+    leaf = next(leaf for leaf in tree.flatten(x) if leaf is not None)
     return ops.shape(leaf)[0]  # pyright: ignore[reportOptionalSubscript]
 
 

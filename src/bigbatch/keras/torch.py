@@ -111,9 +111,9 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
             if measured or len(kinds) > 1 or any(p.dtype.itemsize < 4 for p in parameters):
                 sums.gradients, sums.products = [{} for _ in kinds], None
             # As in `bigbatch.torch.window`: where the plan comes true, what `.grad` holds at the end are the means.
-            plan = [sums.planned if divide else 1 for divide in loss.quotients(terms)[1]]
-            plan = plan if sums.gradients is None else [1] * len(kinds)
-            sums.unit = [torch.where(n > 0, n, 1) * count for n, count in zip(items, plan, strict=True)]
+            planned = sums.planned if sums.gradients is None else 1
+            divided = loss.quotients(terms)[1]
+            sums.unit = [torch.where(n > 0, n, 1) * (planned if d else 1) for n, d in zip(items, divided, strict=True)]
             sums.first = loss.length(x)
         weights = [n / unit for n, unit in zip(items, sums.unit, strict=True)]
         for found, n in zip(sums.items, items, strict=True):
