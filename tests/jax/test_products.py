@@ -80,8 +80,29 @@ def scans(jaxpr):
 
 def kept(function, *args):
     """How many factors the loop yields, beside the losses and their items."""
-    (loop,) = scans(jax.make_jaxpr(function)(*args).jaxpr)
+    loop = next(scans(jax.make_jaxpr(function)(*args).jaxpr))
     return len(loop.outvars) - loop.params["num_carry"] - 2
+
+
+def in_a_row(function, *args):
+    """Of how many micro-batches the factors are kept until they are added to the sums; 1 where that is done of none."""
+    loops = list(scans(jax.make_jaxpr(function)(*args).jaxpr))
+    return loops[1].params["length"] if len(loops) > 1 else 1
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """No product is kept until the end, and none is too small to be added in pieces."""
+    monkeypatch.setattr(jax_products, "SMALLER", 1e9)
+    monkeypatch.setattr(jax_products, "LARGE", 0)
+
+
+@pytest.fixture(params=["until the end", "in pieces"])
+def factors_kept(request):
+    """How many of each product are kept until the end."""
+    if request.param == "in pieces":
+        request.getfixturevalue("in_pieces")
+    return 2 if request.param == "until the end" else 0
 
 
 def door(loss_fn, micro_batch=1, **options):
@@ -100,14 +121,30 @@ def test_the_gradient_is_the_full_batchs(loss_fn):
     close(jax.jit(door(loss_fn))(PARAMS, X), jax.value_and_grad(loss_fn)(PARAMS, X))
 
 
-def test_a_shorter_micro_batch_at_the_end():
-    x = jnp.concatenate([X, 2 * X])[:15]
+def test_a_shorter_micro_batch_at_the_end(factors_kept):
+    x = jnp.concatenate([X, 2 * X])[:13]
     found = door(last, micro_batch=2)
-    assert kept(found, PARAMS, x) == 2
+    assert kept(found, PARAMS, x) == factors_kept
+    assert in_a_row(found, PARAMS, x) == (1 if factors_kept else 3)
     close(jax.jit(found)(PARAMS, x), jax.value_and_grad(last)(PARAMS, x))
 
 
-def test_whole_numbers_are_exact():
+# The product of heads is reshaped, which nothing cuts, and beside the gradient of a penalty there is no room.
+@pytest.mark.parametrize("loss_fn", LOSSES, ids=lambda f: f.__name__)
+def test_in_pieces_the_gradient_is_the_full_batchs(loss_fn, in_pieces):
+    assert in_a_row(door(loss_fn), PARAMS, X) == (1 if loss_fn in (heads, regularised) else 8)
+    close(jax.jit(door(loss_fn))(PARAMS, X), jax.value_and_grad(loss_fn)(PARAMS, X))
+
+
+@pytest.mark.parametrize(("examples", "few"), [(16, 4), (18, 3), (21, 2), (22, 1), (240, 4)])
+def test_as_many_in_a_row_as_there_is_room_for(examples, few, in_pieces):
+    x = jnp.asarray(RNG.normal(size=(examples, 3, 40)))
+    found = door(last, micro_batch=2)
+    assert in_a_row(found, PARAMS, x) == few
+    close(jax.jit(found)(PARAMS, x), jax.value_and_grad(last)(PARAMS, x))
+
+
+def test_whole_numbers_are_exact(factors_kept):
     """Sums of whole numbers do not depend on their order."""
     x = jnp.asarray(RNG.integers(-8, 8, (16, 64)), jnp.float32)
     w = jnp.asarray(RNG.integers(-8, 8, (64, 64)), jnp.float32)
@@ -115,11 +152,12 @@ def test_whole_numbers_are_exact():
     def loss_fn(w, x):
         return ((x @ w) ** 2).sum(-1).mean()
 
-    assert kept(door(loss_fn), w, x) == 2
+    assert kept(door(loss_fn), w, x) == factors_kept
+    assert in_a_row(door(loss_fn), w, x) == (1 if factors_kept else 16)
     assert (door(loss_fn)(w, x)[1] == 2 * x.T @ (x @ w) / 16).all()
 
 
-def test_micro_batches_weigh_by_their_items_and_padding_alone_is_nothing():
+def test_micro_batches_weigh_by_their_items_and_padding_alone_is_nothing(factors_kept):
     mask = jnp.asarray([1, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 1])  # dealt by eights: two of them are empty
 
     x = jnp.concatenate([X, 2 * X])
@@ -135,7 +173,8 @@ def test_micro_batches_weigh_by_their_items_and_padding_alone_is_nothing():
     mask = mask.at[3].set(0).at[11].set(0)
     assert any(mask[i::8].sum() == 0 for i in range(8))
     found = door(masked, micro_batch=2, in_axes=(None, 0, 0))
-    assert kept(found, PARAMS, x, mask) == 2
+    assert kept(found, PARAMS, x, mask) == factors_kept
+    assert in_a_row(found, PARAMS, x, mask) == (1 if factors_kept else 8)
     close(jax.jit(found)(PARAMS, x, mask), jax.value_and_grad(expected)(PARAMS))
 
 
@@ -168,11 +207,12 @@ def test_a_gradient_that_is_read_as_well_is_made():
     close((sums, squares), (sum(each), sum((g**2).sum() for g in each)))
 
 
-def test_grad_and_vmap_of_it():
+def test_grad_and_vmap_of_it(factors_kept):
     def penalty(of, params):
         return sum((g**2).sum() for g in jax.tree.leaves(of(params, X)[1]))
 
-    assert kept(door(last), PARAMS, X) == 4
+    assert kept(door(last), PARAMS, X) == 2 * factors_kept
+    assert in_a_row(door(last), PARAMS, X) == (1 if factors_kept else 8)
     close(
         jax.grad(lambda p: penalty(door(last), p))(PARAMS),
         jax.grad(lambda p: penalty(jax.value_and_grad(last), p))(PARAMS),
@@ -219,3 +259,25 @@ def test_memory_is_no_more_than_the_scan_by_hands(depth, clipped):
     for n in (2, 8, 16, 24, 1024):
         assert needs(ours, n) <= 1.02 * needs(by_hand, n), n
     assert needs(ours, 1024) <= 1.02 * needs(ours, 2)
+
+
+def test_few_rows_of_a_table_are_added_where_the_sum_stands():
+    """By their items, and with NaN where there are none."""
+    words = jnp.asarray(RNG.integers(12, size=(8, 5)))  # some of them several times
+    mask = jnp.asarray([[1, 1, 0, 1, 0], [0] * 5, *[[1] * 5] * 6])
+    table = jnp.asarray(RNG.normal(size=(50, 6)))
+
+    def loss_fn(table, words, mask):
+        scores = tanh(table[words] @ table.T).sum(-1)
+        return (scores * mask).sum() / mask.sum(), mask.sum()
+
+    found = door(loss_fn, in_axes=(None, 0, 0))
+    (loop,) = scans(jax.make_jaxpr(found)(table, words, mask).jaxpr)
+    made = {v: equation.primitive.name for equation in loop.params["jaxpr"].jaxpr.eqns for v in equation.outvars}
+    into = [
+        made.get(equation.invars[0])
+        for equation in loop.params["jaxpr"].jaxpr.eqns
+        if equation.primitive.name == "scatter-add"
+    ]
+    assert into == ["broadcast_in_dim", "add"]  # the first, into zeros, is read by nobody
+    close(jax.jit(found)(table, words, mask), jax.value_and_grad(lambda t: loss_fn(t, words, mask)[0])(table))

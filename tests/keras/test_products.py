@@ -191,7 +191,7 @@ if BACKEND == "tensorflow":
         for w, v in zip(trained(ours=True), plain, strict=True):
             np.testing.assert_array_equal(w, v)
         turn = tensorflow_window.turn
-        monkeypatch.setattr(tensorflow_window, "turn", lambda graph, several: turn(graph, True))
+        monkeypatch.setattr(tensorflow_window, "turn", lambda graph, several, gradients: turn(graph, True, gradients))
         assert any(np.any(w != v) for w, v in zip(trained(ours=True), plain, strict=True))
 
     def test_there_are_never_two_copies_of_the_gradients():
@@ -211,10 +211,10 @@ if BACKEND == "jax":
         look = jax_products._parts
 
         def noting(traced, zeros, count):
-            parts, program = look(traced, zeros, count)
+            parts, group, program = look(traced, zeros, count)
             products = [part for several in parts for part in several if isinstance(part, jax_products.Product)]
             shapes.append([tuple(sorted(part.dot.outvars[0].aval.shape)) for part in products])
-            return parts, program
+            return parts, group, program
 
         monkeypatch.setattr(jax_products, "_parts", noting)
         return shapes

@@ -6,8 +6,13 @@ after it takes the place of one in each micro-batch and of a pass through memory
 
 The sums of gradients that are products alone are not there until the end, and the loop by hand holds the sums and one
 gradient beside them. So as much is kept as half the products take, or the largest of them, and no more memory is taken.
+
+Where all micro-batches' factors would be too many, those of a few in a row are kept, and multiplied out in pieces that
+are added to the sum at once. The whole gradient, which the loop by hand holds beside the sum, is then never there, and
+its memory is lent to the factors.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +30,10 @@ SMALL, SMALLER = 8, 4 / 3
 ROOM = 1 / 2
 # The fewest micro-batches of which products are kept: of two or three there is little to spare.
 FEWEST = 4
+# The fewest pieces in which a product is multiplied out and added, and the most bytes of one: caches hold that.
+PIECES, PIECE = 4, 1 << 22
+# The fewest bytes of such a product.
+LARGE = 1 << 20
 
 
 class Product(NamedTuple):
@@ -33,6 +42,7 @@ class Product(NamedTuple):
     of: list[Any]  # the two factors: variables, or what they hold, stacked
     dot: JaxprEqn
     turns: list[JaxprEqn]  # transpositions and reshapes, in order
+    cut: "Cut | None" = None  # where it is added to the sum in the loop, once for a few micro-batches
 
     def multiplied(self) -> jax.Array:
         """Of all micro-batches, whose number is the factors' first dimension."""
@@ -43,6 +53,39 @@ class Product(NamedTuple):
         for turn in self.turns:
             value = turn.primitive.bind(value, **turn.params)
         return value
+
+    def added_to(self, total: jax.Array, cut: "Cut") -> jax.Array:
+        """A sum with this in it, multiplied out piece by piece."""
+        size = total.shape[cut.out] // cut.pieces
+
+        def add(i: Any, total: jax.Array) -> jax.Array:
+            of = list(self.of)
+            of[cut.side] = lax.dynamic_slice_in_dim(of[cut.side], i * size, size, cut.axis)
+            piece = lax.dynamic_slice_in_dim(total, i * size, size, cut.out)
+            piece = piece + self._replace(of=of).multiplied()
+            return lax.dynamic_update_slice_in_dim(total, piece, i * size, cut.out)
+
+        return lax.fori_loop(0, cut.pieces, add, total)
+
+
+class Cut(NamedTuple):
+    """How a product of stacked factors is cut in pieces."""
+
+    pieces: int
+    side: int  # which factor is cut
+    axis: int  # where
+    out: int  # which axis of the product, after all turns, that is
+
+
+class Rows(NamedTuple):
+    """Part of a gradient: a `scatter-add` to zeros, as of a table that was looked up."""
+
+    of: list[Any]  # the indices and the updates
+    scatter: JaxprEqn
+
+    def added_to(self, total: jax.Array) -> jax.Array:
+        """A sum with this in it, where it stands: nothing of the table's size is made."""
+        return lax.scatter_add_p.bind(total, *self.of, **self.scatter.params)
 
 
 class Dense(NamedTuple):
@@ -74,7 +117,7 @@ def scan(
     traced, shapes = jax.make_jaxpr(micro, return_shape=True)(state, first)
     begin, nesting = jax.tree.flatten(zeros)
     program = Program(fast(traced), begin, shapes, jax.tree.leaves(xs)[0].shape[0])
-    (sums, state), (kept, ys) = lax.scan(program.body, (program.begin(), state), xs)
+    (sums, state), (kept, ys) = program.loop(state, xs)
     return jax.tree.unflatten(nesting, program.finish(sums, kept)), state, ys
 
 
@@ -82,44 +125,69 @@ class Program:
     """A micro-batch's program, which gives the factors of some gradients in place of these."""
 
     def __init__(self, traced: ClosedJaxpr, zeros: Sequence[Any], shapes: Any, count: int):
-        self.zeros, self.shapes = zeros, shapes
-        self.parts, program = _parts(traced, zeros, count)
+        self.zeros, self.shapes, self.count = zeros, shapes, count
+        self.parts, self.group, program = _parts(traced, zeros, count)
         gradients = [v for several in self.parts for part in several for v in part.of]
         outs = [*gradients, *program.jaxpr.outvars[len(zeros) :]]
         self.run = jaxpr_as_fun(program.replace(jaxpr=program.jaxpr.replace(outvars=outs)))
 
-    def begin(self) -> list[Any]:
-        """The sums before the first micro-batch; None where the loop adds nothing up."""
-        return [
-            None if all(isinstance(part, Product) for part in several) else zero
+    def loop(self, state: Any, xs: Any) -> Any:
+        """Of all micro-batches: the sums and the last state, and what each of them yields, stacked."""
+        sums = [
+            None if all(isinstance(part, Product) and part.cut is None for part in several) else zero
             for several, zero in zip(self.parts, self.zeros, strict=True)
         ]
+        if self.group == 1:
+            carry, (kept, _, ys) = lax.scan(self.body, (sums, state), xs)
+            return carry, (kept, ys)
+
+        def few(carry: Any, xs: Any) -> Any:
+            (sums, state), (kept, factors, ys) = lax.scan(self.body, carry, xs)
+            return (self.added(sums, factors), state), (kept, ys)
+
+        xs = jax.tree.map(lambda x: x.reshape(-1, self.group, *x.shape[1:]), xs)
+        carry, each = lax.scan(few, (sums, state), xs)
+        return carry, jax.tree.map(lambda y: y.reshape(self.count, *y.shape[2:]), each)
 
     def body(self, carry: Any, x: Any) -> Any:
-        """Of the scan: it carries the sums and the state, and yields what is kept of the products."""
+        """Of the scan: it carries the sums and the state, and yields the factors that are kept for long and for few."""
         sums, state = carry
         outs = iter(self.run(*jax.tree.leaves((state, x))))
         parts = [[part._replace(of=[next(outs) for _ in part.of]) for part in several] for several in self.parts]
         (_, weight), *rest = self.shapes
         weight, state, y = jax.tree.unflatten(jax.tree.structure((weight, *rest)), list(outs))
-        totals, kept = [], []
+        totals, kept, few = [], [], []
         for several, total in zip(parts, sums, strict=True):
             for part in several:
                 if isinstance(part, Product):
                     left, right = part.of
-                    kept.append((_where_counted(weight, left), _weighed(weight, right)))
+                    factors = _where_counted(weight, left), _weighed(weight, right)
+                    (kept if part.cut is None else few).append(factors)
+                elif isinstance(part, Rows):
+                    indices, updates = part.of
+                    total = part._replace(of=[indices, _weighed(weight, updates)]).added_to(total)
                 else:
                     total = total + _weighed(weight, part.of[0].astype(total.dtype))
             totals.append(total)
-        return (totals, state), (kept, y)
+        return (totals, state), (kept, few, y)
 
-    def finish(self, sums: Sequence[Any], kept: Sequence[Any]) -> list[jax.Array]:
-        """The sums with the products in them."""
-        factors, finished = iter(kept), []
+    def added(self, sums: Sequence[Any], factors: Sequence[Any]) -> list[Any]:
+        """The sums with the products of a few micro-batches in them."""
+        of, totals = iter(factors), []
         for several, total in zip(self.parts, sums, strict=True):
             for part in several:
-                if isinstance(part, Product):
-                    product = part._replace(of=next(factors)).multiplied()
+                if isinstance(part, Product) and part.cut is not None:
+                    total = part._replace(of=next(of)).added_to(total, part.cut)
+            totals.append(total)
+        return totals
+
+    def finish(self, sums: Sequence[Any], kept: Sequence[Any]) -> list[jax.Array]:
+        """The sums with the products in them that were kept until the end."""
+        of, finished = iter(kept), []
+        for several, total in zip(self.parts, sums, strict=True):
+            for part in several:
+                if isinstance(part, Product) and part.cut is None:
+                    product = part._replace(of=next(of)).multiplied()
                     total = product if total is None else total + product
             finished.append(total)
         return finished
@@ -134,31 +202,89 @@ def _where_counted(weight: Any, x: jax.Array) -> jax.Array:
     return x if weight is None else jnp.where(weight == 0, 0, x)
 
 
-def _parts(traced: ClosedJaxpr, zeros: Sequence[Any], count: int) -> tuple[list[list[Any]], ClosedJaxpr]:
-    """What to add up for each gradient, which come first in the program's results, and the program that gives it."""
+def _parts(traced: ClosedJaxpr, zeros: Sequence[Any], count: int) -> tuple[list[list[Any]], int, ClosedJaxpr]:
+    """What to add up for each gradient, which come first in the program's results.
+
+    With it, of how many micro-batches in a row the factors of those products are kept that are cut, and the program
+    that gives it all.
+    """
     if is_on() and count >= FEWEST:
         program = _inlined(traced)
-        reader = _Reader(program.jaxpr, count)
-        outs = list(zip(program.jaxpr.outvars, zeros, strict=False))
-        for v, zero in outs:
-            reader.parts(v, zero.dtype)
-        reader.chosen = _fitting(reader.seen, count)
-        if reader.chosen:
-            return [reader.parts(v, zero.dtype) for v, zero in outs], program
-    return [[Dense([v])] for v in traced.jaxpr.outvars[: len(zeros)]], traced
+        reader = _Reader(program.jaxpr)
+
+        def read(chosen: dict[int, Cut | None] | None) -> list[list[Any]]:
+            outs = zip(program.jaxpr.outvars, zeros, strict=False)
+            return [reader.parts(v, zero.dtype, chosen) for v, zero in outs]
+
+        products = [part for several in read(None) for part in several if isinstance(part, Product)]
+        chosen = _fitting([product.dot for product in products], count)
+        parts, group = read(chosen), 1
+        cuts = {} if chosen else {id(product.dot): _cut(product) for product in _largest_first(products)}
+        while cuts and group == 1:
+            cut = read(cuts)
+            group = _group(cut, reader, zeros, count)
+            parts = cut if group > 1 else parts
+            cuts.popitem()
+        if not all(isinstance(part, Dense) for several in parts for part in several):
+            return parts, group, program
+    return [[Dense([v])] for v in traced.jaxpr.outvars[: len(zeros)]], 1, traced
 
 
-def _fitting(dots: Sequence[JaxprEqn], count: int) -> list[JaxprEqn]:
-    """As many of them, from the first, as there is room for the factors of."""
-    sizes = [_bytes(dot.outvars) for dot in dots]
-    room = max([ROOM * sum(sizes), *sizes])
-    chosen = []
-    for dot in dots:
+def _largest_first(products: list[Product]) -> list[Product]:
+    """Those that are worth cutting."""
+    large = [p for p in products if _bytes(p.dot.outvars) >= max(LARGE, SMALL * _bytes(p.dot.invars)) and _cut(p)]
+    return sorted(large, key=lambda product: -_bytes(product.dot.outvars))
+
+
+def _fitting(dots: Sequence[JaxprEqn], count: int) -> dict[int, Cut | None]:
+    """Those to be kept until the end: as many, from the first, as there is room for the factors of."""
+    small = max(SMALL, SMALLER * count)
+    worth = [dot for dot in dots if small * _bytes(dot.invars) <= _bytes(dot.outvars)]
+    sizes = [_bytes(dot.outvars) for dot in worth]
+    room = max([ROOM * sum(sizes), *sizes], default=0)
+    chosen = {}
+    for dot in worth:
         kept = count * _bytes(dot.invars)
         if kept <= room:
             room -= kept
-            chosen.append(dot)
+            chosen[id(dot)] = None
     return chosen
+
+
+def _group(parts: list[list[Any]], reader: "_Reader", zeros: Sequence[Any], count: int) -> int:
+    """Of how many micro-batches in a row there is room for the factors of all products that are cut."""
+    made, factors = [0], 0  # what is there of a gradient at one time
+    for several in parts:
+        for part in several:
+            if isinstance(part, Dense):
+                made += [_bytes([v]) for v in part.of if not reader.is_constant(v)]
+            elif isinstance(part, Product) and part.cut is not None:
+                made.append(_bytes(part.dot.outvars) // part.cut.pieces)
+                factors += _bytes(part.of)
+    room = max(zero.size * zero.dtype.itemsize for zero in zeros) - max(made)
+    return max(n for n in range(1, count + 1) if n == 1 or (count % n == 0 and n * factors <= room))
+
+
+def _cut(product: Product) -> Cut | None:
+    """In which pieces to multiply it out: along its outermost axis that has about so many of one length."""
+    wanted = max(PIECES, math.ceil(_bytes(product.dot.outvars) / PIECE))
+    (contracted, _) = product.dot.params["dimension_numbers"]
+    axes = [
+        (side, axis + 1)  # stacked
+        for side, (v, over) in enumerate(zip(product.of, contracted, strict=True))
+        for axis in range(_aval(v).ndim)
+        if axis not in over
+    ]
+    for turn in product.turns:
+        if turn.primitive is not primitives.transpose_p:
+            return None
+        axes = [axes[k] for k in turn.params["permutation"]]
+    for out, (side, axis) in enumerate(axes):
+        length = _aval(product.of[side]).shape[axis - 1]
+        pieces = next((n for n in range(wanted, 4 * wanted) if length % n == 0), None)
+        if pieces:
+            return Cut(pieces, side, axis, out)
+    return None
 
 
 def _bytes(variables: Sequence[Any]) -> int:
@@ -168,42 +294,45 @@ def _bytes(variables: Sequence[Any]) -> int:
 class _Reader:
     """What the variables of a program are made of."""
 
-    def __init__(self, program: Jaxpr, count: int):
-        self.count = count
-        self.seen: list[JaxprEqn] = []  # the products that would be worth it
-        self.chosen: list[JaxprEqn] | None = None  # once they are chosen
+    def __init__(self, program: Jaxpr):
         self.made = {v: equation for equation in program.eqns for v in equation.outvars}
         used = [*(v for equation in program.eqns for v in equation.invars), *program.outvars]
         self.used = Counter(v for v in used if isinstance(v, Var))
 
-    def parts(self, v: Any, dtype: Any) -> list[Any]:
-        """What to add up in place of `v`, all of it of that dtype: `v` itself, where there is no product in it."""
-        found = self._terms(v, dtype, [])
-        return found if any(isinstance(part, Product) for part in found) else [Dense([v])]
+    def parts(self, v: Any, dtype: Any, chosen: dict[int, Cut | None] | None) -> list[Any]:
+        """What to add up in place of `v`, all of it of that dtype: `v` itself, where nothing better is in it.
 
-    def _terms(self, v: Any, dtype: Any, turns: list[JaxprEqn]) -> list[Any]:
+        All products are chosen where `chosen` is None.
+        """
+        found = self._terms(v, dtype, [], chosen)
+        return [Dense([v])] if all(isinstance(part, Dense) for part in found) else found
+
+    def _terms(self, v: Any, dtype: Any, turns: list[JaxprEqn], chosen: dict[int, Cut | None] | None) -> list[Any]:
         made = self.made.get(v) if isinstance(v, Var) and self.used[v] == 1 and _aval(v).dtype == dtype else None
         if made is None:
             return [Dense([v])]
         if made.primitive is primitives.add_jaxvals_p and not turns:
-            return [part for side in made.invars for part in self.parts(side, dtype)]
+            return [part for side in made.invars for part in self.parts(side, dtype, chosen)]
         if made.primitive in (primitives.transpose_p, primitives.reshape_p):
-            return self._terms(made.invars[0], dtype, [made, *turns])
-        if made.primitive is primitives.dot_general_p and self._is_kept(made, dtype):
-            return [Product(list(made.invars), made, turns)]
+            return self._terms(made.invars[0], dtype, [made, *turns], chosen)
+        is_chosen = chosen is None or id(made) in chosen
+        if made.primitive is primitives.dot_general_p and is_chosen and _is_product(made, dtype):
+            return [Product(list(made.invars), made, turns, chosen[id(made)] if chosen else None)]
+        if made.primitive is lax.scatter_add_p and not turns and self.is_constant(made.invars[0], 0):
+            return [Rows(list(made.invars[1:]), made)]
         return [Dense([v])]
 
-    def _is_kept(self, dot: JaxprEqn, dtype: Any) -> bool:
-        _, over = dot.params["dimension_numbers"]
-        if over != ((), ()) or any(_aval(side).dtype != dtype for side in dot.invars):
+    def is_constant(self, v: Any, value: Any = None) -> bool:
+        """Whether a variable is one number over and over, which XLA does not make; that number, where one is given."""
+        made = self.made.get(v) if isinstance(v, Var) else None
+        if made is None or made.primitive is not lax.broadcast_in_dim_p or not isinstance(made.invars[0], Literal):
             return False
-        if self.chosen is not None:
-            return any(dot is one for one in self.chosen)
-        factors, product = _bytes(dot.invars), _bytes(dot.outvars)
-        if SMALL * factors > product or SMALLER * self.count * factors > product:
-            return False
-        self.seen.append(dot)
-        return True
+        return value is None or made.invars[0].val == value
+
+
+def _is_product(dot: JaxprEqn, dtype: Any) -> bool:
+    _, over = dot.params["dimension_numbers"]
+    return over == ((), ()) and all(_aval(side).dtype == dtype for side in dot.invars)
 
 
 def _aval(v: Any) -> Any:

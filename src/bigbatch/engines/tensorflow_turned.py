@@ -1,10 +1,12 @@
-"""A few rows times a large matrix turned over, at which TensorFlow is slow on a CPU, computed the other way round.
+"""Products in which a large matrix is turned over, at which TensorFlow is slow on a CPU, the other way round.
 
 The gradient of a dense layer's inputs is rows · weightsᵀ. Of (weights · rowsᵀ)ᵀ TensorFlow makes the same numbers, but
-for the order in which some sums are taken, and reads the weights as they lie.
+for the order in which some sums are taken, and reads the weights as they lie. Where a model turns its weights over
+first, as the table of words that its last layer is tied to, their gradient is (leftᵀ · right)ᵀ: that is rightᵀ · left.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -13,42 +15,77 @@ import tensorflow as tf
 LEAST = 1 << 16  # numbers in the matrix
 MANY = 64  # times the rows squared is at most that
 
+# As it is, and the other way round.
+Ways = tuple[Callable[[], tf.Tensor], Callable[[], tf.Tensor]]
+
 
 @tf.autograph.experimental.do_not_convert
-def turn(graph: Any, several: Any) -> None:
+def turn(graph: Any, several: Any, gradients: Any) -> Any:
     """Has all who read such a product in `graph` read it computed the other way round.
 
     Args:
         graph: a micro-batch's, that is being traced and has its backward pass.
         several: whether the window has more than one micro-batch: a bool, or a scalar tensor where only the run will
             tell. A window of one stays bit for bit what it is without us.
+        gradients: what the backward pass made, nested in any way, and None.
+
+    Returns:
+        The gradients, computed so.
     """
     if several is False or tf.config.list_logical_devices("GPU"):
-        return
+        return gradients
+    # So that these too are read by somebody.
+    gradients = tf.nest.map_structure(lambda g: None if g is None else tf.identity(g), gradients)
     for operation in graph.get_operations():
-        if not _is_slow(operation):
+        if _is_of_few_rows(operation):
+            plain, turned = _of_few_rows(*operation.inputs)
+        elif _is_of_turned_weights(operation):
+            plain, turned = _of_turned_weights(*operation.inputs[0].op.inputs)
+        else:
             continue
-        (rows, weights), product = operation.inputs, operation.outputs[0]
-        readers = [(reader, i) for reader in product.consumers() for i, x in enumerate(reader.inputs) if x is product]
-
-        def turned(rows: Any = rows, weights: Any = weights) -> tf.Tensor:
-            return tf.transpose(tf.linalg.matmul(weights, rows, transpose_b=True))
-
-        def plain(rows: Any = rows, weights: Any = weights) -> tf.Tensor:
-            return tf.linalg.matmul(rows, weights, transpose_b=True)
-
-        other = turned() if several is True else tf.cond(several, turned, plain)
+        old = operation.outputs[0]
+        readers = [(reader, i) for reader in old.consumers() for i, x in enumerate(reader.inputs) if x is old]
+        new = turned() if several is True else tf.cond(several, turned, plain)
         for reader, i in readers:
             # Nothing public changes who reads what. tests/tensorflow/test_turned.py fails when this moves.
-            reader._update_input(i, other)
+            reader._update_input(i, new)
+    return gradients
 
 
-def _is_slow(operation: Any) -> bool:
-    if operation.type != "MatMul":
-        return False
-    if (operation.get_attr("transpose_a"), operation.get_attr("transpose_b")) != (False, True):
+def _of_few_rows(rows: tf.Tensor, weights: tf.Tensor) -> Ways:
+    return (
+        lambda: tf.linalg.matmul(rows, weights, transpose_b=True),
+        lambda: tf.transpose(tf.linalg.matmul(weights, rows, transpose_b=True)),
+    )
+
+
+def _is_of_few_rows(operation: Any) -> bool:
+    if not _is_product(operation, False, True):
         return False
     rows, weights = (side.shape for side in operation.inputs)
     if not (rows.is_fully_defined() and weights.is_fully_defined()):
         return False
     return rows[0] > 1 and math.prod(weights.as_list()) >= max(LEAST, MANY * rows[0] ** 2)
+
+
+def _of_turned_weights(left: tf.Tensor, right: tf.Tensor) -> Ways:
+    return (
+        lambda: tf.transpose(tf.linalg.matmul(left, right, transpose_a=True)),
+        lambda: tf.linalg.matmul(right, left, transpose_a=True),
+    )
+
+
+def _is_of_turned_weights(operation: Any) -> bool:
+    if operation.type != "Transpose" or not _is_product(operation.inputs[0].op, True, False):
+        return False
+    order, shape = operation.inputs[1], operation.outputs[0].shape
+    if order.op.type == "InvertPermutation":  # the gradient of a transposition; of two axes it is its own
+        (order,) = order.op.inputs
+    turns = tf.get_static_value(order)
+    large = shape.is_fully_defined() and math.prod(shape.as_list()) >= LEAST
+    return large and turns is not None and list(turns) == [1, 0]
+
+
+def _is_product(operation: Any, *turned: bool) -> bool:
+    turns = ("transpose_a", "transpose_b")
+    return operation.type == "MatMul" and tuple(operation.get_attr(turn) for turn in turns) == turned

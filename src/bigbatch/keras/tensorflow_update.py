@@ -34,7 +34,7 @@ def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) 
     ]
     total = loss.report(model, described, means, sums.examples)
     # Before the optimizer counts the update, and does what it likes with the gradients.
-    found = dense(sums.gradients)
+    found = dense(sums.gradients, model.trainable_variables)
     noise_logs = noise.closed(noise.opened(model), sums.noise, found, factors, sums.examples, total)
 
     variables = model.trainable_variables

@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras import tree
 
 from bigbatch.engines.tensorflow_products import Kept, Product, product_of, room_for
+from bigbatch.engines.tensorflow_rows import Apart, apart, zeros
 from bigbatch.engines.tensorflow_turned import turn
 from bigbatch.keras import batch, loss, noise
 
@@ -97,7 +98,8 @@ def add_up(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], lis
     several = sum(run.count for run in runs) > 1
     take = micro_step(model, like, described, products=in_loops, several=in_loops and several)
     none = tf.zeros([0], model._loss_tracker.dtype)
-    sums, unit = _in_loops(take, runs, none) if in_loops else _after_the_first(take, runs, none, alone)
+    shapes = [v.shape for v in model.trainable_variables]
+    sums, unit = _in_loops(take, runs, none, shapes) if in_loops else _after_the_first(take, runs, none, alone)
     return sums, unit, described
 
 
@@ -131,11 +133,11 @@ def _after_the_first(take: Take, runs: list[Run], none: tf.Tensor, alone: bool) 
     return sums, unit
 
 
-def _in_loops(take: Take, runs: list[Run], none: tf.Tensor) -> tuple[Sums, list[Any]]:
+def _in_loops(take: Take, runs: list[Run], none: tf.Tensor, shapes: list[Any]) -> tuple[Sums, list[Any]]:
     steps = _traced(take, runs, none)
     like = steps[0].get_concrete_function().structured_outputs
     room = room_for(g for several in like.gradients for g in several)
-    state = _nothing(like, none.dtype)
+    state = _nothing(like, shapes, none.dtype)
     for step, run in zip(steps, runs, strict=True):
         if room is None or step is not steps[0]:
             state = _loop(step, run, tf.constant(0), run.count, state)
@@ -177,16 +179,16 @@ def _common(tensors: Any) -> list[int | None]:
     return [sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*(x.shape[1:] for x in tensors), strict=True)]
 
 
-def _nothing(like: Sums, dtype: tf.DType) -> Open:
-    """A window before its first micro-batch."""
+def _nothing(like: Sums, shapes: list[Any], dtype: tf.DType) -> Open:
+    """A window before its first micro-batch, for variables of these shapes."""
 
-    def zero(g: Any) -> Any:
+    def zero(g: Any, shape: Any) -> Any:
         if isinstance(g, Product):
             return Growing(tf.zeros([1, 1], g.left.dtype), Kept.room_for(None, g))
-        return () if g is None else tf.zeros(g.shape, g.dtype)
+        return () if g is None else zeros(shape, g.dtype)
 
     scalars = tf.nest.map_structure(lambda x: tf.zeros(x.shape, x.dtype), _scalars(like))
-    sums = scalars._replace(gradients=[[zero(g) for g in several] for several in like.gradients])
+    sums = scalars._replace(gradients=[list(map(zero, several, shapes)) for several in like.gradients])
     return Open(sums, tf.zeros([len(like.items)], dtype))
 
 
@@ -223,6 +225,8 @@ def _added(g: Any, h: Any, place: Any) -> Any:
         return ()
     if isinstance(h, Product) and place is not None:
         return g._replace(kept=g.kept.with_one_more(place, h))
+    if isinstance(h, Apart):
+        return h.added_to(g)
     h = h.multiplied() if isinstance(h, Product) else h
     return g._replace(total=g.total + h) if isinstance(g, Growing) else g + h
 
@@ -266,7 +270,8 @@ def _while(body: Callable[..., Any], start: Any, stop: Any, state: Open) -> Open
 def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool = False, several: Any = False) -> Take:
     """A function of one micro-batch's arrays and the unit that returns its sums, and fills `described`.
 
-    With `products`, a gradient that is one of small factors comes as a `Product`. Where the window has `several`
+    With `products`, a gradient that is one of small factors comes as a `Product`, and one of a table's few rows as
+    `Apart`. Where the window has `several`
     micro-batches, slow products are turned (see `bigbatch.engines.tensorflow_turned`).
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
@@ -287,15 +292,15 @@ def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool
         for k, (value, (_, items)) in enumerate(zip(scaled, kinds, strict=True)):
             weight = tf.where(unit[k] > 0, tf.math.divide_no_nan(tf.cast(items, unit.dtype), unit[k]), 1)
             found = tape.gradient(value, variables, output_gradients=[tf.cast(weight, value.dtype)])
-            gradients.append([_kept_as(g, products) for g in found])
-        turn(tf.compat.v1.get_default_graph(), several)
+            gradients.append([_kept_as(g, v.shape, products) for g, v in zip(found, variables, strict=True)])
+        gradients = turn(tf.compat.v1.get_default_graph(), several, gradients)
         loss.update_metrics(model, x, y, y_pred, sample_weight)
         return Sums(
             gradients,
             [tf.cast(items, unit.dtype) for _, items in kinds],
             [tf.stack([term.value * term.items, term.items]) for term in terms],
             loss.length(x),
-            noise.part(noisy, dense(gradients), loss.length(x)),
+            noise.part(noisy, dense(gradients, variables), loss.length(x)),
         )
 
     return take
@@ -319,16 +324,22 @@ def _check_values(values: Any, x: Any, compiled: Any, y: Any, y_pred: Any) -> No
     tf.debugging.assert_equal(tf.shape(values)[0], loss.length(x), "A loss must return one value an example.")
 
 
-def dense(gradients: list[list[Any]]) -> list[list[Any]]:
-    """With a function in the place of each that is not multiplied out, which returns it multiplied out."""
-    return [[g.multiplied if isinstance(g, Product | Owed) else g for g in several] for several in gradients]
+def dense(gradients: list[list[Any]], variables: list[Any]) -> list[list[Any]]:
+    """With a function in the place of each that is not a dense tensor, which returns it as one."""
+
+    def one(g: Any, v: Any) -> Any:
+        if isinstance(g, Apart):
+            return lambda: g.added_to(zeros(v.shape, g.dtype))
+        return g.multiplied if isinstance(g, Product | Owed) else g
+
+    return [list(map(one, several, variables)) for several in gradients]
 
 
-def _kept_as(gradient: Any, products: bool) -> Any:
-    """A product where that is wanted and it is one; else dense, and at least float32."""
+def _kept_as(gradient: Any, shape: tf.TensorShape, products: bool) -> Any:
+    """A product or taken apart, where that is wanted and it can be; else dense, and at least float32."""
     if gradient is None:
         return None
     gradient = tf.convert_to_tensor(gradient)
     dtype = keras.backend.result_type(gradient.dtype.name, "float32")
-    product = product_of(gradient) if products and gradient.dtype == dtype else None
-    return tf.cast(gradient, dtype) if product is None else product
+    found = (product_of(gradient) or apart(gradient, shape)) if products and gradient.dtype == dtype else None
+    return tf.cast(gradient, dtype) if found is None else found

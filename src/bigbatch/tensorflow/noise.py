@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from bigbatch.engines.tensorflow_rows import merged
 from bigbatch.noise import EMPTY, NoiseScale, UntilNoise, averaged, estimate, one_in
 from bigbatch.tensorflow.checks import COUNT, under_xla
-from bigbatch.tensorflow.sums import Gradient, merged
+from bigbatch.tensorflow.sums import Gradient
 
 DECAY = NoiseScale().decay
 
@@ -86,6 +87,6 @@ def looked_at(every: UntilNoise, micro_batches: tf.Tensor) -> tf.Tensor:
 def _square(gradient: Gradient) -> tf.Tensor:
     if isinstance(gradient, tf.IndexedSlices):
         # The same row may be named several times.
-        gradient = tf.convert_to_tensor(gradient) if under_xla() else merged(gradient.indices, gradient.values)[1]
+        gradient = tf.convert_to_tensor(gradient) if under_xla() else merged(gradient.indices, gradient.values).values
     wide = tf.cast(gradient, tf.float32) if gradient.dtype.size < tf.float32.size else gradient
     return tf.cast(tf.reduce_sum(tf.square(wide)), COUNT)

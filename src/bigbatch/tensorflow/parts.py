@@ -1,6 +1,7 @@
-"""What a window of the split door is made of while it is open: a loss, its items, and gradients in three forms.
+"""What a window of the split door is made of while it is open: a loss, its items, and gradients in several forms.
 
-They are dense, sparse, or products that wait to be multiplied out (see `bigbatch.engines.tensorflow_products`).
+They are dense, sparse, or products that wait to be multiplied out (see `bigbatch.engines.tensorflow_products`); one
+micro-batch's may also be taken apart (see `bigbatch.engines.tensorflow_rows`).
 """
 
 from typing import Any, NamedTuple
@@ -8,18 +9,11 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from bigbatch.engines.tensorflow_products import Product, product_of
+from bigbatch.engines.tensorflow_rows import Apart, Rows, apart, merged
 from bigbatch.tensorflow.checks import under_xla
-from bigbatch.tensorflow.sums import Gradient, cast, merged, scaled
+from bigbatch.tensorflow.sums import Gradient, cast, scaled
 
-
-class Rows(NamedTuple):
-    """A sparse gradient."""
-
-    indices: tf.Tensor
-    values: tf.Tensor
-
-
-# None where the loss does not depend on the variable, a dense tensor, Rows or a Product.
+# None where the loss does not depend on the variable, a dense tensor, Rows, a Product, or Apart.
 Part = Any
 
 
@@ -36,13 +30,14 @@ class Window(NamedTuple):
     gradients: list[Part]
 
 
-def part_of(gradient: Gradient | None, weight: tf.Tensor | None, dtype: tf.DType) -> Part:
-    """One micro-batch's gradient, times its weight, as it is kept."""
+def part_of(gradient: Gradient | None, weight: tf.Tensor | None, dtype: tf.DType, shape: tf.TensorShape) -> Part:
+    """One micro-batch's gradient of a variable of that shape, times its weight, as it is kept."""
     if gradient is None:
         return None
-    product = product_of(gradient) if weight is None and gradient.dtype == dtype else None
-    if product is not None:
-        return product
+    if weight is None and gradient.dtype == dtype:
+        found = product_of(gradient) or (None if under_xla() else apart(gradient, shape))
+        if found is not None:
+            return found
     if isinstance(gradient, tf.IndexedSlices) and under_xla():
         gradient = tf.convert_to_tensor(gradient)
     wide = cast(gradient, dtype)
@@ -64,7 +59,7 @@ def add(a: Part, b: Part) -> Part:
         return Rows(*merged(tf.concat([a.indices, b.indices], 0), tf.concat([a.values, b.values], 0)))
     if isinstance(a, Product) and isinstance(b, Product):
         return Product(tf.concat([a.left, b.left], 0), tf.concat([a.right, b.right], 0))
-    return multiplied(a) + multiplied(b)
+    return b.added_to(multiplied(a)) if isinstance(b, Apart) else multiplied(a) + multiplied(b)
 
 
 def multiplied(a: Part) -> tf.Tensor:

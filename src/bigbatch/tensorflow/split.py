@@ -7,9 +7,10 @@ import tensorflow as tf
 
 from bigbatch import errors
 from bigbatch.engines.tensorflow_products import Kept, Product, room_for
+from bigbatch.engines.tensorflow_rows import Rows, zeros
 from bigbatch.engines.tensorflow_turned import turn
 from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
-from bigbatch.tensorflow.parts import Rows, Window, add, finished, joined, part_of
+from bigbatch.tensorflow.parts import Window, add, finished, joined, part_of
 from bigbatch.tensorflow.sums import Gradient, scaled, widened
 
 
@@ -114,7 +115,9 @@ def _part(
         loss=mean if whole else scaled(mean, weight),
         items=items,
         unit=unit,
-        gradients=[part_of(g, late, widened(v.dtype, dtype)) for g, v in zip(gradients, variables, strict=True)],
+        gradients=[
+            part_of(g, late, widened(v.dtype, dtype), v.shape) for g, v in zip(gradients, variables, strict=True)
+        ],
     )
 
 
@@ -134,8 +137,7 @@ def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: in
 
     def turning(cut: Any, unit: tf.Tensor) -> Window:
         window = part(cut, unit)
-        turn(tf.compat.v1.get_default_graph(), several)
-        return window
+        return window._replace(gradients=turn(tf.compat.v1.get_default_graph(), several, window.gradients))
 
     step = tf.function(turning)
     # Traced before the loop, to learn which gradients are missing, sparse or products: a loop has to know beforehand.
@@ -146,7 +148,8 @@ def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: in
     def one(start: Any, size: Any, unit: tf.Tensor) -> Window:
         return _packed(step(_cut(batch, start, size), unit), present)
 
-    window = _loop(lambda i, unit: one(i * micro_batch, micro_batch, unit), _packed(like, present), full)
+    shapes = [v.shape for v, there in zip(variables, present, strict=True) if there]
+    window = _loop(lambda i, unit: one(i * micro_batch, micro_batch, unit), _packed(like, present), shapes, full)
 
     def tail() -> Window:
         return joined(window, one(full * micro_batch, rest, window.unit))
@@ -159,17 +162,17 @@ def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: in
     return window._replace(gradients=[next(gradients) if there else None for there in present])
 
 
-def _loop(one: Callable[[tf.Tensor, tf.Tensor], Window], like: Window, full: Any) -> Window:
+def _loop(one: Callable[[tf.Tensor, tf.Tensor], Window], like: Window, shapes: list[Any], full: Any) -> Window:
     """The micro-batches of full size in turn; `one` takes a number and the unit, and returns one `like` that."""
     room = room_for(like.gradients)
     if room is None or (isinstance(full, int) and full <= room.alone):
-        return _group(one, like, _zeros(like, sums=False), tf.constant(0), full, full)
+        return _group(one, like, _nothing(like, shapes, of_products=False), tf.constant(0), full, full)
 
     def body(start: tf.Tensor, window: Window) -> tuple[tf.Tensor, Window]:
         stop = tf.minimum(start + room.beside_sums, full)
         return stop, _group(one, like, window, start, stop, room.beside_sums)
 
-    return _while(body, full, tf.constant(0), _zeros(like, sums=True))
+    return _while(body, full, tf.constant(0), _nothing(like, shapes, of_products=True))
 
 
 def _group(
@@ -218,19 +221,20 @@ def _packed(window: Window, present: list[bool]) -> Window:
     return window._replace(gradients=[g for g in window.gradients if g is not None])
 
 
-def _zeros(like: Window, sums: bool) -> Window:
-    """An open window; with or without sums for products."""
+def _nothing(like: Window, shapes: list[Any], of_products: bool) -> Window:
+    """A window before its first micro-batch, for variables of these shapes; with or without sums for products."""
 
-    def zero(part: Any) -> Any:
+    def zero(part: Any, shape: Any) -> Any:
         if isinstance(part, Rows):
             empty = [0, *part.values.shape[1:]]
             return Rows(tf.zeros([0], part.indices.dtype), tf.zeros(empty, part.values.dtype))
-        if isinstance(part, Product):
-            return tf.zeros(part.shape, part.left.dtype) if sums else None
-        return tf.zeros(part.shape, part.dtype)
+        if isinstance(part, Product) and not of_products:
+            return None
+        return zeros(shape, part.left.dtype if isinstance(part, Product) else part.dtype)
 
     none = tf.zeros((), COUNT)
-    return Window(tf.zeros((), like.loss.dtype), none, none, [zero(part) for part in like.gradients])
+    sums = [zero(part, shape) for part, shape in zip(like.gradients, shapes, strict=True)]
+    return Window(tf.zeros((), like.loss.dtype), none, none, sums)
 
 
 def _invariant(tensor: Any) -> Any:

@@ -271,7 +271,12 @@ class Accumulator(tf.Module):
         """Counts the micro-batch, and closes the window if that fills it: across replicas, where a cond may merge."""
         with tf.control_dependencies(checked):
             self._micro_batches.assign_add(1)
-        return tf.cond(self._full(), self._close, lambda: self._report(OPEN))
+        close = self._close if self._distributed or under_xla() else self._close_elsewhere
+        return tf.cond(self._full(), close, lambda: self._report(OPEN))
+
+    def _close_elsewhere(self) -> Update:
+        """`_close` as one operation: TensorFlow visits each of a branch's also where that is not taken."""
+        return tf.function(self._close, experimental_attributes={"_noinline": True})()
 
     def _clear(self) -> None:
         """Zeros are assigned when a window opens: whatever stood there, a NaN or an old checkpoint's, is gone."""
@@ -302,15 +307,14 @@ class Accumulator(tf.Module):
 
     def _is_enough(self, every: UntilNoise) -> tf.Tensor:
         means = self._means(self._unit / self._items)
-        now = self._noise(tf.convert_to_tensor(self._items), tf.cast(tf.linalg.global_norm(means), COUNT))
+        meter: Any = self._meter  # which there is, to tell whether it is enough
+        now = self._noise(meter, tf.convert_to_tensor(self._items), tf.cast(tf.linalg.global_norm(means), COUNT))
         return every.is_enough(now.items, now.trace, now.squared_norm)
 
-    def _noise(self, items: tf.Tensor, norm: tf.Tensor) -> WindowNoise:
+    def _noise(self, meter: Meter, items: tf.Tensor, norm: tf.Tensor) -> WindowNoise:
         """What the window says so far, from the norm of its mean gradient."""
-        if self._meter is None:
-            return nothing()
         scale = self.optimizer.dynamic_scale if _scales_losses(self.optimizer) else 1.0
-        return self._meter.window(self.pending, items, norm, tf.cast(scale, COUNT))
+        return meter.window(self.pending, items, norm, tf.cast(scale, COUNT))
 
     def _close(self) -> Update:
         """One update from the window's sums; then, whatever happened, an empty window."""
@@ -323,7 +327,8 @@ class Accumulator(tf.Module):
             means = self._means(factor)
             norm = tf.cast(tf.linalg.global_norm(means), COUNT) if means else tf.zeros((), COUNT)
             finite, apply = tf.math.is_finite(norm), functools.partial(self._apply_means, means)
-        noise = self._noise(items, norm)
+        meter = self._meter
+        noise = None if meter is None else self._noise(meter, items, norm)
         if not self._sums:
             outcome = tf.constant(EMPTY)
         elif self.nonfinite == "apply" or _scales_losses(self.optimizer):
@@ -332,8 +337,8 @@ class Accumulator(tf.Module):
         else:
             tf.cond(finite, apply, lambda: None)
             outcome = tf.where(finite, MADE, NOT_FINITE)
-        if self._meter is not None:
-            noise = self._meter.close(noise, self.index, tf.equal(outcome, MADE))
+        if meter is not None and noise is not None:
+            noise = meter.close(noise, self.index, tf.equal(outcome, MADE))
         update = Update(self.index, self.pending, items, loss * factor, norm, outcome, noise)
         with tf.control_dependencies([update.index, update.micro_batches]):
             self._index.assign_add(tf.cast(update.made, tf.int64))
@@ -378,7 +383,8 @@ class Accumulator(tf.Module):
         else:
             items = tf.where(self._micro_batches > 0, self._items, 0)
             loss = self._loss * self._unit / self._items
-        return Update(self.index, self.pending, items, loss, nan, tf.constant(outcome), nothing())
+        noise = None if self._meter is None else nothing()
+        return Update(self.index, self.pending, items, loss, nan, tf.constant(outcome), noise)
 
     def _trace_again(self) -> None:
         """The graphs of calls from outside a tf.function: they know the sums that there were when they were traced."""

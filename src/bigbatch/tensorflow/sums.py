@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from bigbatch.engines.tensorflow_products import FEW, Product, factors_of, of_any_shape, room_of
+from bigbatch.engines.tensorflow_rows import Rows, apart, merged
 from bigbatch.tensorflow.checks import under_xla
 
 Gradient = tf.Tensor | tf.IndexedSlices
@@ -38,12 +39,6 @@ def scaled(gradient: Gradient, factor: tf.Tensor) -> Any:
     return gradient * factor
 
 
-def merged(indices: tf.Tensor, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Each row once: the values of rows that are named several times are added up."""
-    rows, place = tf.unique(indices)
-    return rows, tf.math.unsorted_segment_sum(values, place, tf.size(rows))
-
-
 class DenseSum(tf.Module):
     """A sum with the variable's own shape."""
 
@@ -58,14 +53,15 @@ class DenseSum(tf.Module):
     def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
         """Adds weight · gradient."""
         weight = tf.cast(weight, self.total.dtype)
-        gradient = cast(gradient, self.total.dtype)
-        if isinstance(gradient, tf.IndexedSlices):
-            tf.raw_ops.ResourceScatterAdd(
-                resource=self.total.handle, indices=gradient.indices, updates=gradient.values * weight
-            )
-        else:
-            # var -= alpha·delta: the one op that adds a multiple in a single pass over memory.
-            tf.raw_ops.ResourceApplyGradientDescent(var=self.total.handle, alpha=-weight, delta=gradient)
+        found = None if under_xla() or gradient.dtype != self.total.dtype else apart(gradient, self.total.shape)
+        for term in found.terms if found else [cast(gradient, self.total.dtype)]:
+            if isinstance(term, Rows | tf.IndexedSlices):
+                tf.raw_ops.ResourceScatterAdd(
+                    resource=self.total.handle, indices=term.indices, updates=term.values * weight
+                )
+            else:
+                # var -= alpha·delta: the one op that adds a multiple in a single pass over memory.
+                tf.raw_ops.ResourceApplyGradientDescent(var=self.total.handle, alpha=-weight, delta=term)
 
     def mean(self, factor: tf.Tensor) -> Gradient:
         """The sum times `factor`."""

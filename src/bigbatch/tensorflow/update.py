@@ -20,7 +20,7 @@ class Update(NamedTuple):
         grad_norm: the 2-norm of the window's mean gradient before clipping, NaN inside a window. Also NaN on several
             replicas whose optimizer does not clip: then only the optimizer sees the gradient of all of them.
         outcome: 0 where the window is still open, 1 where the update was made; above that none was, see `skipped`.
-        noise: what the window says of the gradient's noise; NaN where it was not measured.
+        noise: what the window says of the gradient's noise, NaN where that was not measured; None without `noise`.
     """
 
     index: tf.Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int64
@@ -29,7 +29,7 @@ class Update(NamedTuple):
     loss: tf.Tensor  # float64
     grad_norm: tf.Tensor  # float64
     outcome: tf.Tensor  # int32
-    noise: WindowNoise
+    noise: WindowNoise | None
 
     @property
     def closed(self) -> tf.Tensor:

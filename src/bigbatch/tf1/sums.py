@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from bigbatch.engines.tensorflow_products import FEW, Product, factors_of, of_any_shape, room_of
+from bigbatch.engines.tensorflow_rows import Rows, apart, merged
 from bigbatch.tf1.order import done
 
 v1 = tf.compat.v1
@@ -39,7 +40,9 @@ class DenseSum:
     """One variable as large as the gradient."""
 
     def __init__(self, grad: tf.Tensor, variable: Any, dtype: tf.DType):
-        self.grad, self.dtype = grad, dtype
+        found = apart(grad, variable.shape) if grad.dtype == dtype else None
+        self._terms: list[Any] = [grad] if found is None else found.terms
+        self.grad, self.dtype = tf.nest.flatten(self._terms)[-1], dtype
         self.total = _variable(lambda: tf.zeros(variable.shape, dtype), f"{variable.op.name}/sum")
 
     @property
@@ -49,23 +52,42 @@ class DenseSum:
 
     def start(self, weight: tf.Tensor) -> tf.Operation:
         """Begins a window with the gradient times `weight`."""
+        if isinstance(self._terms[0], Rows):
+            return self._added(self._terms, weight, [self._set(tf.zeros_like(self.total))])
         # A product even where the weight is 1: assigning a fed array itself would keep the caller's own memory.
-        return self.total.assign(tf.cast(self.grad, self.dtype) * tf.cast(weight, self.dtype), read_value=False)
+        begun = self._set(self._wide(self._terms[0]) * self._wide(weight))
+        return self._added(self._terms[1:], weight, [begun])
 
     def add(self, weight: tf.Tensor) -> tf.Operation:
         """Adds the gradient times `weight`."""
-        # total -= (−w)·g in one pass and without a temporary; assign_add(w·g) would need both.
-        return tf.raw_ops.ResourceApplyGradientDescent(
-            var=self.total.handle,
-            alpha=-tf.cast(weight, self.dtype),
-            delta=tf.cast(self.grad, self.dtype),
-            use_locking=True,
-        )
+        return self._added(self._terms, weight, [])
 
     def read(self, factor: tf.Tensor | None = None) -> tf.Tensor:
         """The sum, times `factor`."""
         total = self.total.read_value()
         return total if factor is None else total * tf.cast(factor, self.dtype)
+
+    def _set(self, value: tf.Tensor) -> tf.Operation:
+        return self.total.assign(value, read_value=False)
+
+    def _added(self, terms: list[Any], weight: tf.Tensor, after: list[tf.Operation]) -> tf.Operation:
+        """Adds them one after the other, as floating-point sums depend on the order."""
+        for term in terms:
+            with tf.control_dependencies(after):
+                after = [self._added_one(term, self._wide(weight))]
+        return after[0]
+
+    def _added_one(self, term: Any, weight: tf.Tensor) -> tf.Operation:
+        handle = self.total.handle
+        if isinstance(term, Rows):
+            return tf.raw_ops.ResourceScatterAdd(resource=handle, indices=term.indices, updates=term.values * weight)
+        # total -= (−w)·g in one pass and without a temporary; assign_add(w·g) would need both.
+        return tf.raw_ops.ResourceApplyGradientDescent(
+            var=handle, alpha=-weight, delta=self._wide(term), use_locking=True
+        )
+
+    def _wide(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.cast(x, self.dtype)
 
 
 class ProductSum:
@@ -162,9 +184,8 @@ class SparseSum:
         return tf.cast(self.grad.values, self.dtype) * tf.cast(weight, self.dtype)
 
     def _assign(self, indices: tf.Tensor, values: tf.Tensor) -> tf.Operation:
-        rows, place = tf.unique(indices)
-        summed = tf.math.unsorted_segment_sum(values, place, tf.size(rows))
-        return tf.group(_set(self.indices, rows), _set(self.values, summed))
+        rows = merged(indices, values)
+        return tf.group(_set(self.indices, rows.indices), _set(self.values, rows.values))
 
 
 def _set(growing: Any, value: tf.Tensor) -> tf.Operation:

@@ -89,6 +89,14 @@ def split_with_products(*args: Any) -> Any:
         return split.__wrapped__(*args)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def split_with_cut_products(*args: Any) -> Any:
+    """Where every product is added to the sum in pieces, once for all micro-batches of full size."""
+    always = {"SMALL": 0, "SMALLER": math.inf, "LARGE": 0, "PIECES": 1, "FEWEST": 2}
+    with mock.patch.multiple("bigbatch.engines.jax_products", **always, _group=lambda *args: args[-1]):
+        return split.__wrapped__(*args)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def update(tx: Any, grads: Any, opt: Any, params: Any, **extra: Any) -> Any:
     return tx.update(grads, opt, params, **extra)
@@ -239,6 +247,10 @@ class SplitWithProducts(Split):
     call = staticmethod(split_with_products)
 
 
+class SplitWithCutProducts(Split):
+    call = staticmethod(split_with_cut_products)
+
+
 class Stream(JaxRun):
     transformation = staticmethod(accumulated)
     pending = 0
@@ -317,5 +329,6 @@ class Adapter:
 ADAPTERS = [
     Adapter("split", "split", Split),
     Adapter("split-products", "split", SplitWithProducts),
+    Adapter("split-cut-products", "split", SplitWithCutProducts),
     Adapter("stream", "stream", Stream),
 ]
