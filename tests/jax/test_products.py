@@ -144,6 +144,15 @@ def test_as_many_in_a_row_as_there_is_room_for(examples, few, in_pieces):
     close(jax.jit(found)(PARAMS, x), jax.value_and_grad(last)(PARAMS, x))
 
 
+def test_a_huge_product_is_added_in_pieces_whatever_its_factors_take(monkeypatch):
+    monkeypatch.setattr(jax_products, "HUGE", W.nbytes)
+    x = jnp.asarray(RNG.normal(size=(8 * 16, 3, 40)))  # of sixteen examples the factors take nearly as much
+    found = door(last, micro_batch=16)
+    pieces = [loop.params["length"] for loop in scans(jax.make_jaxpr(found)(PARAMS, x).jaxpr)]
+    assert pieces == [8, 4, 4]  # micro-batches, and in each the pieces of two products
+    close(jax.jit(found)(PARAMS, x), jax.value_and_grad(last)(PARAMS, x))
+
+
 def test_whole_numbers_are_exact(factors_kept):
     """Sums of whole numbers do not depend on their order."""
     x = jnp.asarray(RNG.integers(-8, 8, (16, 64)), jnp.float32)

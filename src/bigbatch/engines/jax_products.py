@@ -9,7 +9,7 @@ gradient beside them. So as much is kept as half the products take, or the large
 
 Where all micro-batches' factors would be too many, those of a few in a row are kept, and multiplied out in pieces that
 are added to the sum at once. The whole gradient, which the loop by hand holds beside the sum, is then never there, and
-its memory is lent to the factors.
+its memory is lent to the factors. So is a huge product added, whatever its factors take: a piece is in the cache still.
 """
 
 import math
@@ -32,8 +32,8 @@ ROOM = 1 / 2
 FEWEST = 4
 # The fewest pieces in which a product is multiplied out and added, and the most bytes of one: caches hold that.
 PIECES, PIECE = 4, 1 << 22
-# The fewest bytes of such a product.
-LARGE = 1 << 20
+# The fewest bytes of such a product, of small factors and of any.
+LARGE, HUGE = 1 << 20, 1 << 24
 
 
 class Product(NamedTuple):
@@ -137,14 +137,18 @@ class Program:
             None if all(isinstance(part, Product) and part.cut is None for part in several) else zero
             for several, zero in zip(self.parts, self.zeros, strict=True)
         ]
-        if self.group == 1:
-            carry, (kept, _, ys) = lax.scan(self.body, (sums, state), xs)
-            return carry, (kept, ys)
+
+        def one(carry: Any, x: Any) -> Any:
+            (sums, state), (kept, factors, y) = self.body(carry, x)
+            factors = jax.tree.map(lambda factor: factor[None], factors)
+            return (self.added(sums, factors), state), (kept, y)
 
         def few(carry: Any, xs: Any) -> Any:
             (sums, state), (kept, factors, ys) = lax.scan(self.body, carry, xs)
             return (self.added(sums, factors), state), (kept, ys)
 
+        if self.group == 1:
+            return lax.scan(one, (sums, state), xs)
         xs = jax.tree.map(lambda x: x.reshape(-1, self.group, *x.shape[1:]), xs)
         carry, each = lax.scan(few, (sums, state), xs)
         return carry, jax.tree.map(lambda y: y.reshape(self.count, *y.shape[2:]), each)
@@ -218,22 +222,23 @@ def _parts(traced: ClosedJaxpr, zeros: Sequence[Any], count: int) -> tuple[list[
 
         products = [part for several in read(None) for part in several if isinstance(part, Product)]
         chosen = _fitting([product.dot for product in products], count)
-        parts, group = read(chosen), 1
-        cuts = {} if chosen else {id(product.dot): _cut(product) for product in _largest_first(products)}
-        while cuts and group == 1:
-            cut = read(cuts)
+        parts, group = read(_cuts(products, HUGE, 0) | chosen), 1
+        few = {} if chosen else _cuts(products, LARGE, SMALL)
+        while few and group == 1:
+            cut = read(few)
             group = _group(cut, reader, zeros, count)
             parts = cut if group > 1 else parts
-            cuts.popitem()
+            few.popitem()
         if not all(isinstance(part, Dense) for several in parts for part in several):
             return parts, group, program
     return [[Dense([v])] for v in traced.jaxpr.outvars[: len(zeros)]], 1, traced
 
 
-def _largest_first(products: list[Product]) -> list[Product]:
-    """Those that are worth cutting."""
-    large = [p for p in products if _bytes(p.dot.outvars) >= max(LARGE, SMALL * _bytes(p.dot.invars)) and _cut(p)]
-    return sorted(large, key=lambda product: -_bytes(product.dot.outvars))
+def _cuts(products: list[Product], large: int, small: int) -> dict[int, Cut | None]:
+    """How to cut those of so many bytes and factors so much smaller, the largest first."""
+    worth = [p for p in products if _bytes(p.dot.outvars) >= max(large, small * _bytes(p.dot.invars))]
+    worth.sort(key=lambda product: -_bytes(product.dot.outvars))
+    return {id(product.dot): cut for product in worth if (cut := _cut(product))}
 
 
 def _fitting(dots: Sequence[JaxprEqn], count: int) -> dict[int, Cut | None]:
