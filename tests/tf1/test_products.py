@@ -92,6 +92,16 @@ def test_rows_are_multiplied_out_where_there_is_no_more_room():
     assert ours.rows() == (4, small), "a new window has the memory of none"
 
 
+@pytest.mark.parametrize("last", [9, 10])  # in a window of equal micro-batches the sum is the mean
+def test_the_last_rows_go_where_the_total_stands(last):
+    ours, plain = Deep(every=9), Deep()
+    rows = [(4 * n, 4 * n + 4) for n in range(8)] + [(32, 32 + last - 6)]
+    ours.run(*rows)
+    plain.run((0, 32 + last - 6))
+    assert ours.rows() == (0, (96, 64))  # and no second matrix is beside it
+    close(ours, plain)
+
+
 def test_together_with_an_update_in_one_run_and_with_flush():
     ours, plain = Deep(every=100), Deep()
     ours.run((0, 3), (3, 6))

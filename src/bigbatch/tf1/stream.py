@@ -239,8 +239,16 @@ class Accumulator(v1.train.Optimizer):
 
     def _gradients(self, factor: tf.Tensor) -> list[Any]:
         """The window's, in one pass over the sums, or in none."""
-        sums = [s for s, _ in self._sums]
-        return tf.cond(tf.equal(factor, 1), lambda: [s.read() for s in sums], lambda: [s.read(factor) for s in sums])
+
+        def read(*factor: tf.Tensor) -> list[Any]:
+            gradients: list[Any] = []
+            for one, _ in self._sums:
+                # One after the other: TensorFlow would multiply all products out before it adds the first.
+                with tf.control_dependencies(tf.nest.flatten(gradients[-1:], expand_composites=True)):
+                    gradients.append(one.read(*factor))
+            return gradients
+
+        return tf.cond(tf.equal(factor, 1), read, lambda: read(factor))
 
     def _close(self, window: Scalars, global_step: Any) -> tf.Operation:
         """One update from the window's sums; whatever becomes of it, the window is no more."""

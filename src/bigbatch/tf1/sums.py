@@ -122,12 +122,22 @@ class ProductSum:
         return self._assign(left, right, self.total.read_value(), new=False)
 
     def read(self, factor: tf.Tensor | None = None) -> tf.Tensor:
-        """The sum, times `factor`."""
+        """The sum, times `factor`; what waited is then in the total, where there is one."""
         left, right, total = (v.read_value() for v in self.variables)
-        factor = tf.ones([], self.dtype) if factor is None else tf.cast(factor, self.dtype)
-        product = tf.linalg.matmul(left, right * factor, transpose_a=True)
-        whole = tf.cond(tf.equal(tf.size(total), 1), lambda: product, lambda: total * factor + product)
-        return tf.ensure_shape(whole, self.shape)
+        by = None if factor is None else tf.cast(factor, self.dtype)
+
+        def product() -> tf.Tensor:
+            return tf.linalg.matmul(left, right if by is None else right * by, transpose_a=True)
+
+        def whole() -> tf.Tensor:
+            # Where the total stands: beside it there would be the product, its multiple and the sum of the two.
+            more = of_any_shape(tf.linalg.matmul(left, right, transpose_a=True))
+            added = self.total.assign_add(more, read_value=False)
+            with tf.control_dependencies([added, _set(self.left, left[:0]), _set(self.right, right[:0])]):
+                summed = self.total.read_value()
+            return summed if by is None else summed * by
+
+        return tf.ensure_shape(tf.cond(tf.equal(tf.size(total), 1), product, whole), self.shape)
 
     def _weighted(self, weight: tf.Tensor) -> tf.Tensor:
         return self.product.right * tf.cast(weight, self.dtype)
