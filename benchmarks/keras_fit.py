@@ -40,10 +40,11 @@ Each window, on a GPU too, ends when the host has read a weight that the update 
 NOTES = {
     "tensorflow": """\
 The large weights' gradients are multiplied out once for many micro-batches, where by hand and at the floor each
-multiplies its own, and a few rows times a matrix turned over are computed the other way round. Left over that: a test
-for inf once a window, the metrics, and in the stream the micro-batches' way from the data set one by one. The loop
-runs one micro-batch at a time, so that one's activations are in memory. TensorFlow's default, ten at once, is quicker
-where a thread would be idle, and holds the activations of those that have begun.
+multiplies its own, a few rows times a matrix turned over are computed the other way round, and the rows of a table that
+was looked up are added to its sum where they belong. Left over that: a test for inf once a window, the metrics, and in
+the stream the micro-batches' way from the data set one by one. The loop runs one micro-batch at a time, so that one's
+activations are in memory. TensorFlow's default, ten at once, is quicker where a thread would be idle, and holds the
+activations of those that have begun.
 Keras leaves XLA off where there is no accelerator; *XLA* is `compile(jit_compile=True)`, for ours and for Keras's
 own alike.""",
     "jax": """\

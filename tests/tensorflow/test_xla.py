@@ -75,3 +75,24 @@ def test_dropout_draws_anew_in_each_micro_batch():
     step = tf.function(lambda x: bb.value_and_grad(loss_fn, x, [w], micro_batch=1)[1][0], jit_compile=True)
     drawn = step(tf.ones([2, 64]))
     assert set(drawn.numpy()) == {0.0, 1.0, 2.0}, "two masks alike would give 0 and 2 only"
+
+
+def test_an_open_window_copies_no_variable():
+    """What a conditional leaves as it is, XLA copies: the weights, and all that the optimizer holds."""
+    w = tf.Variable(tf.ones([77, 33]))
+    optimizer = tf.keras.optimizers.Adam()
+    acc = bb.Accumulator(optimizer, every=4)
+
+    @tf.function(jit_compile=True)
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.tanh(x @ w) ** 2)
+        return acc.apply_gradients([(tape.gradient(loss, w), w)], items=2, loss=loss)
+
+    x = tf.ones([2, 77])
+    step(x)
+    text = step.experimental_get_compiler_ir(x)(stage="optimized_hlo")
+    entry = text[text.index("ENTRY") :].splitlines()
+    large = [line for line in entry if " = " in line and "77,33" in line.partition(" metadata=")[0]]
+    assert any(" while(" in line for line in large)
+    assert not any(f" {operation}(" in line for operation in ("copy", "conditional") for line in large)

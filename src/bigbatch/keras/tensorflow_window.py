@@ -271,8 +271,8 @@ def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool
     """A function of one micro-batch's arrays and the unit that returns its sums, and fills `described`.
 
     With `products`, a gradient that is one of small factors comes as a `Product`, and one of a table's few rows as
-    `Apart`. Where the window has `several`
-    micro-batches, slow products are turned (see `bigbatch.engines.tensorflow_turned`).
+    `Apart`. Where the window has `several` micro-batches, slow products are turned (see
+    `bigbatch.engines.tensorflow_turned`).
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
     variables = [v.value for v in model.trainable_variables]

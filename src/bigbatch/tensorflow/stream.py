@@ -271,11 +271,25 @@ class Accumulator(tf.Module):
         """Counts the micro-batch, and closes the window if that fills it: across replicas, where a cond may merge."""
         with tf.control_dependencies(checked):
             self._micro_batches.assign_add(1)
-        close = self._close if self._distributed or under_xla() else self._close_elsewhere
+        if under_xla() and not self._distributed:
+            return self._close_in_place()
+        close = self._close if self._distributed else self._close_elsewhere
         return tf.cond(self._full(), close, lambda: self._report(OPEN))
 
+    def _close_in_place(self) -> Update:
+        """`_close`, if the window is full. XLA copies what a conditional's branch leaves as it is, and no loop's."""
+        still_open = self._report(OPEN)
+        held = {name: part for name, part in still_open._asdict().items() if part is not None}
+
+        def close(full: tf.Tensor, held: dict[str, Any]) -> tuple[tf.Tensor, dict[str, Any]]:
+            update = self._close()._asdict()
+            return tf.zeros_like(full), {name: update[name] for name in held}
+
+        _, held = tf.while_loop(lambda full, _: full, close, (self._full(), held))
+        return still_open._replace(**held)
+
     def _close_elsewhere(self) -> Update:
-        """`_close` as one operation: TensorFlow visits each of a branch's also where that is not taken."""
+        """`_close` as one operation. TensorFlow visits every operation of a conditional's branch that is not taken."""
         return tf.function(self._close, experimental_attributes={"_noinline": True})()
 
     def _clear(self) -> None:
