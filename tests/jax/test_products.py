@@ -233,7 +233,8 @@ def test_grad_and_vmap_of_it(factors_kept):
 
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 6])
-def test_memory_is_no_more_than_the_scan_by_hands(depth, clipped):
+def test_memory_is_no_more_than_the_scan_by_hands(depth, clipped, monkeypatch):
+    monkeypatch.setattr(jax_products, "LARGE", 1 << 20)
     params = [jnp.ones((512, 512), jnp.float32) / 512] * depth
 
     def loss_fn(params, x):

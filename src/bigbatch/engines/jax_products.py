@@ -32,8 +32,8 @@ ROOM = 1 / 2
 FEWEST = 4
 # The fewest pieces in which a product is multiplied out and added, and the most bytes of one: caches hold that.
 PIECES, PIECE = 4, 1 << 22
-# The fewest bytes of such a product, of small factors and of any.
-LARGE, HUGE = 1 << 20, 1 << 24
+# The fewest bytes of such a product where it was quicker than to add it whole: of small factors, and of any.
+LARGE, HUGE = 3 << 20, 1 << 24
 
 
 class Product(NamedTuple):
