@@ -37,8 +37,8 @@ a MiB. Times are medians of {REPETITIONS} interleaved windows, at least three of
 In JAX the window of `bb.accumulate` is N calls of one compiled step, so that its memory knows no N; the same is in
 [jax_window.md](jax_window.md).
 
-In TensorFlow the rows of factors that wait fill their room by N = 16, in `tf1` by N = 64: the peak grows until there,
-and hardly after. In PyTorch that room is made when the window opens.
+In TensorFlow, of both kinds, the rows of factors that wait fill their room by N = 16: the peak grows until there, and
+hardly after. In PyTorch that room is made when the window opens.
 """
 
 
