@@ -78,16 +78,27 @@ def scans(jaxpr):
             yield from scans(inner)
 
 
+def both(function, *args):
+    """How many factors the loop yields, beside the losses and their items, for the product after it.
+
+    And of how many micro-batches in a row they are kept until they are added to the sums; 1 where that is done of none.
+    """
+    loop, *inner = scans(jax.make_jaxpr(function)(*args).jaxpr)
+    return len(loop.outvars) - loop.params["num_carry"] - 2, inner[0].params["length"] if inner else 1
+
+
 def kept(function, *args):
-    """How many factors the loop yields, beside the losses and their items."""
-    loop = next(scans(jax.make_jaxpr(function)(*args).jaxpr))
-    return len(loop.outvars) - loop.params["num_carry"] - 2
+    """The factors that one loop yields, in which is no other."""
+    factors, few = both(function, *args)
+    assert few == 1
+    return factors
 
 
 def in_a_row(function, *args):
-    """Of how many micro-batches the factors are kept until they are added to the sums; 1 where that is done of none."""
-    loops = list(scans(jax.make_jaxpr(function)(*args).jaxpr))
-    return loops[1].params["length"] if len(loops) > 1 else 1
+    """The micro-batches of a loop that yields none."""
+    factors, few = both(function, *args)
+    assert factors == 0
+    return few
 
 
 @pytest.fixture
@@ -124,8 +135,7 @@ def test_the_gradient_is_the_full_batchs(loss_fn):
 def test_a_shorter_micro_batch_at_the_end(factors_kept):
     x = jnp.concatenate([X, 2 * X])[:13]
     found = door(last, micro_batch=2)
-    assert kept(found, PARAMS, x) == factors_kept
-    assert in_a_row(found, PARAMS, x) == (1 if factors_kept else 3)
+    assert both(found, PARAMS, x) == (factors_kept, 1 if factors_kept else 3)
     close(jax.jit(found)(PARAMS, x), jax.value_and_grad(last)(PARAMS, x))
 
 
@@ -161,8 +171,7 @@ def test_whole_numbers_are_exact(factors_kept):
     def loss_fn(w, x):
         return ((x @ w) ** 2).sum(-1).mean()
 
-    assert kept(door(loss_fn), w, x) == factors_kept
-    assert in_a_row(door(loss_fn), w, x) == (1 if factors_kept else 16)
+    assert both(door(loss_fn), w, x) == (factors_kept, 1 if factors_kept else 16)
     assert (door(loss_fn)(w, x)[1] == 2 * x.T @ (x @ w) / 16).all()
 
 
@@ -182,8 +191,7 @@ def test_micro_batches_weigh_by_their_items_and_padding_alone_is_nothing(factors
     mask = mask.at[3].set(0).at[11].set(0)
     assert any(mask[i::8].sum() == 0 for i in range(8))
     found = door(masked, micro_batch=2, in_axes=(None, 0, 0))
-    assert kept(found, PARAMS, x, mask) == factors_kept
-    assert in_a_row(found, PARAMS, x, mask) == (1 if factors_kept else 8)
+    assert both(found, PARAMS, x, mask) == (factors_kept, 1 if factors_kept else 8)
     close(jax.jit(found)(PARAMS, x, mask), jax.value_and_grad(expected)(PARAMS))
 
 
@@ -220,8 +228,7 @@ def test_grad_and_vmap_of_it(factors_kept):
     def penalty(of, params):
         return sum((g**2).sum() for g in jax.tree.leaves(of(params, X)[1]))
 
-    assert kept(door(last), PARAMS, X) == 2 * factors_kept
-    assert in_a_row(door(last), PARAMS, X) == (1 if factors_kept else 8)
+    assert both(door(last), PARAMS, X) == (2 * factors_kept, 1 if factors_kept else 8)
     close(
         jax.grad(lambda p: penalty(door(last), p))(PARAMS),
         jax.grad(lambda p: penalty(jax.value_and_grad(last), p))(PARAMS),

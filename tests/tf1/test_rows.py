@@ -14,7 +14,7 @@ TOKENS = np.random.default_rng(0).integers(WORDS // 3, size=(30, 3))  # of which
 class Tied:
     """Scores of all words, from the sum of three words' rows."""
 
-    def __init__(self, every=None, dtype="float64", first="table", gate=v1.train.Optimizer.GATE_OP):
+    def __init__(self, every=None, dtype="float64", first="product", gate=v1.train.Optimizer.GATE_OP):
         self.graph = tf.Graph()
         with self.graph.as_default():
             rng = np.random.default_rng(1)

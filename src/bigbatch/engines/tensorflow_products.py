@@ -7,7 +7,7 @@ each to add it up.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -51,6 +51,16 @@ class Product(NamedTuple):
 def room_of(rows: int, columns: int, quarters: int = 1) -> int:
     """How many rows of both factors so many quarters of a matrix's memory hold."""
     return quarters * rows * columns // (4 * (rows + columns))
+
+
+def in_turn(work: Callable[..., Any], *several: Iterable[Any]) -> list[Any]:
+    """`map`, each after the one before: TensorFlow would multiply all products out before it adds the first."""
+    made: list[Any] = []
+    for each in zip(*several, strict=True):
+        before = tf.nest.flatten(made[-1:], expand_composites=True)
+        with tf.control_dependencies([x for x in before if x is not None]):
+            made.append(work(*each))
+    return made
 
 
 def of_any_shape(x: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from bigbatch.engines.tensorflow_products import in_turn
 from bigbatch.keras import loss, noise
 from bigbatch.keras.tensorflow_window import Owed, Sums, dense
 
@@ -37,13 +38,12 @@ def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) 
     found = dense(sums.gradients, model.trainable_variables)
     noise_logs = noise.closed(noise.opened(model), sums.noise, found, factors, sums.examples, total)
 
+    def mean(variable: Any, *kinds: Any) -> Any:
+        parts = [_times(g, f) for g, f in zip(kinds, factors, strict=True) if g is not None]
+        return tf.cast(tf.add_n(parts), variable.dtype) if parts else None
+
     variables = model.trainable_variables
-    gradients: list[Any] = []
-    for i, v in enumerate(variables):
-        # One after the other: TensorFlow would multiply all products out before it adds the first.
-        with tf.control_dependencies([g for g in gradients[-1:] if g is not None]):
-            parts = [_times(g[i], f) for g, f in zip(sums.gradients, factors, strict=True) if g[i] is not None]
-            gradients.append(tf.cast(tf.add_n(parts), v.dtype) if parts else None)
+    gradients = in_turn(mean, variables, *sums.gradients)
     if variables:
         _apply(model, gradients, variables, total)
     else:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
-from bigbatch.engines.tensorflow_products import Kept, Product, room_for
+from bigbatch.engines.tensorflow_products import Kept, Product, in_turn, room_for
 from bigbatch.engines.tensorflow_rows import Rows, zeros
 from bigbatch.engines.tensorflow_turned import turn
 from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
@@ -188,15 +188,13 @@ def _group(
         ]
         return i + 1, joined(window._replace(gradients=[]), more._replace(gradients=[]))._replace(gradients=gradients)
 
+    def multiplied_out(total: Any, h: Any) -> Any:
+        return add(total, h.put_together()) if isinstance(h, Kept) else h
+
     sums = window.gradients
     parts = [Kept.room_for(room, p) if isinstance(p, Product) else g for g, p in zip(sums, like.gradients, strict=True)]
     window = _while(body, stop, start, window._replace(gradients=parts))
-    gradients: list[Any] = []
-    for g, h in zip(sums, window.gradients, strict=True):
-        # One after the other: TensorFlow would multiply all of them out before it adds the first.
-        with tf.control_dependencies(tf.nest.flatten(gradients[-1:])):
-            gradients.append(add(g, h.put_together()) if isinstance(h, Kept) else h)
-    return window._replace(gradients=gradients)
+    return window._replace(gradients=in_turn(multiplied_out, sums, window.gradients))
 
 
 def _while(body: Callable[..., Any], stop: Any, start: tf.Tensor, window: Window) -> Window:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
+from bigbatch.engines.tensorflow_products import in_turn
 from bigbatch.every import Every, Items, as_every
 from bigbatch.noise import NoiseScale, UntilNoise, one_in
 from bigbatch.tensorflow import replicas
@@ -360,12 +361,7 @@ class Accumulator(tf.Module):
         return update
 
     def _means(self, factor: tf.Tensor) -> list[Gradient]:
-        means: list[Gradient] = []
-        for one in self._sums:
-            # One after the other: TensorFlow would multiply all products out before it adds the first.
-            with tf.control_dependencies(tf.nest.flatten(means[-1:], expand_composites=True)):
-                means.append(one.mean(factor))
-        return means
+        return in_turn(lambda one: one.mean(factor), self._sums)
 
     def _apply_means(self, means: list[Gradient]) -> None:
         variables = self._host.variables

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
+from bigbatch.engines.tensorflow_products import in_turn
 from bigbatch.every import Every, Items, as_every
 from bigbatch.tf1 import checks
 from bigbatch.tf1.order import done, only_if
@@ -241,12 +242,7 @@ class Accumulator(v1.train.Optimizer):
         """The window's, in one pass over the sums, or in none."""
 
         def read(*factor: tf.Tensor) -> list[Any]:
-            gradients: list[Any] = []
-            for one, _ in self._sums:
-                # One after the other: TensorFlow would multiply all products out before it adds the first.
-                with tf.control_dependencies(tf.nest.flatten(gradients[-1:], expand_composites=True)):
-                    gradients.append(one.read(*factor))
-            return gradients
+            return in_turn(lambda pair: pair[0].read(*factor), self._sums)
 
         return tf.cond(tf.equal(factor, 1), read, lambda: read(factor))
 
