@@ -1,7 +1,7 @@
 """`--backend NAME` runs the laws and the room's own tests for one framework; without it, what needs no framework.
 
 One framework a process: TensorFlow 1 flips global state, and Keras freezes its backend at import. A backend that is
-asked for and missing fails.
+asked for and missing fails. `--device cuda` makes PyTorch's tensors there, and runs what needs a GPU (CI has none).
 """
 
 import importlib
@@ -17,11 +17,19 @@ BACKENDS = sorted(
 
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=BACKENDS, help="the framework under test")
+    parser.addoption("--device", help="where PyTorch makes its tensors")
+
+
+def pytest_configure(config):
+    if device := config.getoption("device"):
+        importlib.import_module("torch").set_default_device(device)
 
 
 def pytest_ignore_collect(collection_path, config):
     """Only the rooms of the backend, and of no backend what needs none."""
     backend = config.getoption("backend")
+    if collection_path.name == "test_gpu.py" and config.getoption("device") is None:
+        return True
     parts = collection_path.relative_to(Path(__file__).parent).parts
     needs_one = parts[:2] == ("conformance", "test_laws.py") or parts[:2] == ("conformance", "test_properties.py")
     room = parts[0] if parts and parts[0] in ROOMS else None

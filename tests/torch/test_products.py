@@ -138,11 +138,25 @@ def test_where_the_order_of_the_sums_is_the_same_the_bits_are(dtype, tokens):
 
 @pytest.mark.parametrize("door", ["split", "stream"])
 def test_narrow_weights_with_wide_sums_keep_their_bits(door, tokens):
-    """The product is rounded to bfloat16 once, as autograd's is, and added in float32."""
+    """A CPU rounds the product to bfloat16 once, as autograd does. Rows are added in float32, unrounded."""
     model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 11)).bfloat16()
     wanted = by(door, model, language(model), tokens, 2, on=False)
     found = by(door, model, language(model), tokens, 2, on=True)
+    agree({"0.weight": found.pop("0.weight")}, {"0.weight": wanted.pop("0.weight")}, torch.bfloat16)
     assert all(torch.equal(found[name], w) for name, w in wanted.items())
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_rows_go_into_wide_sums_with_items_on_the_device(padding_idx, tokens):
+    model = nn.Sequential(nn.Embedding(11, 6, padding_idx=padding_idx), nn.Linear(6, 11).bfloat16())
+    model[0].register_forward_hook(lambda module, args, out: out.bfloat16())
+
+    def loss_fn(b):
+        return F.cross_entropy(model(b[0]).flatten(0, 1), b[1].flatten()), (b[1] != 4).sum()
+
+    wanted = by("split", model, loss_fn, tokens, 3, on=False)
+    found = by("split", model, loss_fn, tokens, 3, on=True)
+    agree(found, wanted, torch.float32)
 
 
 def test_float64_weights_beside_narrow_ones_and_items_on_the_device(tokens):

@@ -41,12 +41,10 @@ class Products:
         if weight.grad is None and weight in self._waiting:
             self._waiting[weight].begin()
         total = weight.grad
-        if total is None or total.is_sparse or total.dtype != gradients.dtype:
+        if total is None or total.is_sparse:
             _put(weight, table(weight, indices, gradients, padding))
-            return
-        if padding >= 0:
-            gradients = gradients.masked_fill((indices == padding).unsqueeze(-1), 0)
-        total.index_add_(0, indices.reshape(-1), gradients.reshape(-1, gradients.shape[-1]))
+        else:
+            add_rows(total, indices, gradients, padding)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -117,10 +115,49 @@ class _Rows:
 
 def _multiply(weight: Tensor, left: Tensor, right: Tensor) -> None:
     total = weight.grad
-    if total is None or total.is_sparse or not (total.dtype == left.dtype == right.dtype):
-        _put(weight, left.t().mm(right))
-    else:
-        total.addmm_(left.t(), right)
+    if total is None or not add_product(total, left, right):
+        _put(weight, product(left, right, weight.dtype))
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """leftᵀ·right, unrounded where one kernel makes it in that wider dtype; in the factors' own elsewhere."""
+    return torch.mm(left.t(), right, out_dtype=dtype) if _widens(left, right, dtype) else left.t().mm(right)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, weight: float = 1.0) -> bool:
+    """Adds weight·leftᵀ·right to a sum, if one kernel does both, and returns whether it does."""
+    if total.is_sparse:
+        return False
+    if total.dtype == left.dtype == right.dtype:
+        total.addmm_(left.t(), right, alpha=weight)
+        return True
+    if _widens(left, right, total.dtype):
+        torch.addmm(total, left.t(), right, alpha=weight, out_dtype=total.dtype, out=total)
+        return True
+    return False
+
+
+def add_rows(total: Tensor, indices: Tensor, gradients: Tensor, padding: int, weight: float | Tensor = 1.0) -> None:
+    """Adds weight · the gradients of a table's rows to its sum; those at the index `padding` are left out."""
+    if padding >= 0:
+        gradients = gradients.masked_fill((indices == padding).unsqueeze(-1), 0)
+    gradients = gradients.reshape(-1, gradients.shape[-1]).to(total.dtype)
+    if isinstance(weight, Tensor):
+        gradients, weight = gradients * weight.to(gradients.device), 1.0
+    total.index_add_(0, indices.reshape(-1), gradients, alpha=weight)
+
+
+def _widens(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies these 16-bit factors into float32, as CUDA's do.
+
+    Before PyTorch 2.11 such a product could not be added to a float32 sum (pytorch/pytorch#167931).
+    """
+    narrow = left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
+    return narrow and dtype == torch.float32 and left.is_cuda and _HAS_WIDE_PRODUCTS
+
+
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_HAS_WIDE_PRODUCTS = torch.version.cuda is not None and _VERSION >= (2, 11)
 
 
 def table(weight: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> Tensor:

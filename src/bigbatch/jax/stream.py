@@ -48,7 +48,7 @@ class AccumulateState(NamedTuple):
     items: jax.Array  # Σ nᵢ
     unit: jax.Array  # the first micro-batch's items; weights are nᵢ / unit, so equal ones are exactly 1
     loss: jax.Array  # Σ nᵢ·lossᵢ / unit
-    grads: Any  # Σ nᵢ·gᵢ / unit, at least float32; left over from the window before (its updates) at micro_batches 0
+    grads: Any  # Σ nᵢ·gᵢ / unit, at least float32; whatever the window before left there at micro_batches 0
     inner: Any
     last: Update
     noise: Any = None  # a NoiseState, where noise is measured
@@ -129,8 +129,9 @@ def accumulate(
         items: Any = None,
         value: Any = None,
         flush: bool = False,
+        and_apply: bool = False,  # for `apply_gradients`: the parameters come back in place of updates
         **extra: Any,
-    ) -> tuple[optax.Updates, AccumulateState]:
+    ) -> tuple[Any, AccumulateState]:
         grads = updates
         if flush:
             extra["value"] = state.loss * state.unit / state.items
@@ -146,49 +147,52 @@ def accumulate(
                 extra["value"] = state.loss * state.unit / state.items
             full = _is_full(every, state)
 
-        def apply(state: AccumulateState) -> Any:
+        def apply(state: AccumulateState, params: Any) -> Any:
             # In a window of one it is exactly 1; saying so spares the rounding of a product fused into tx.
             factor = 1.0 if full is True else state.unit / state.items
             mean = jax.tree.map(lambda s, g: (s * jnp.asarray(factor, s.dtype)).astype(g.dtype), state.grads, grads)
             return tx.update(mean, state.inner, params, items=state.items, **extra)
 
-        like = jax.eval_shape(apply, state)[0]
-        lent = _fits(like, state.grads)
+        like = jax.eval_shape(apply, state, params)[0]
+        lent = not and_apply and _fits(like, state.grads)
 
-        def made(state: AccumulateState) -> tuple[Any, Any, Any, jax.Array]:
-            updates, inner = apply(state)
+        def made(state: AccumulateState, params: Any) -> tuple[Any, Any, Any, jax.Array]:
+            updates, inner = apply(state, params)
             held = jax.tree.map(lambda u, s: u.astype(s.dtype), updates, state.grads) if lent else state.grads
+            if and_apply:
+                updates = optax.apply_updates(params, updates)
             return None if lent else updates, held, inner, state.updates + 1
 
-        def skip(state: AccumulateState) -> tuple[Any, Any, Any, jax.Array]:
-            return zeros(), state.grads, state.inner, state.updates
+        def skip(state: AccumulateState, params: Any) -> tuple[Any, Any, Any, jax.Array]:
+            return unmoved(params), state.grads, state.inner, state.updates
 
-        def close(state: AccumulateState) -> tuple[Any, AccumulateState]:
+        def close(state: AccumulateState, params: Any) -> tuple[Any, AccumulateState]:
             wide = jax.tree.map(lambda s: s.astype(widened(s.dtype, jnp.float32)), state.grads)
             norm = optax.tree.norm(wide) * (state.unit / state.items)
             finite, some = jnp.isfinite(norm), state.items > 0
             skipped = jnp.where(some, jnp.where(finite, APPLIED, NOT_FINITE), NO_ITEMS)
-            applied, held, inner, count = lax.cond(finite & some, made, skip, state)
+            applied, held, inner, count = lax.cond(finite & some, made, skip, state, params)
             empty = _emptied(held, count, inner, _update(skipped, state, norm))
             if state.noise is None:
                 return applied, empty
             noise, window = noisy.closed(state.noise, state.items, norm, measures(state), finite & some)
             return applied, _with_noise(empty, noise, window)
 
-        def stay(state: AccumulateState) -> tuple[Any, AccumulateState]:
+        def stay(state: AccumulateState, params: Any) -> tuple[Any, AccumulateState]:
             if not flush:
-                return zeros(), state
+                return unmoved(params), state
             if partial == "carry":
                 held = state._replace(last=_update(_if_any(state, CARRIED), state))
-                return zeros(), _with_noise(held, state.noise)
+                return unmoved(params), _with_noise(held, state.noise)
             last = _update(_if_any(state, DROPPED), state)
-            return zeros(), _with_noise(_emptied(state.grads, state.updates, state.inner, last), state.noise)
+            return unmoved(params), _with_noise(_emptied(state.grads, state.updates, state.inner, last), state.noise)
 
-        def zeros() -> Any:
-            return None if lent else optax.tree.zeros_like(like)
+        def unmoved(params: Any) -> Any:
+            return params if and_apply else None if lent else optax.tree.zeros_like(like)
 
         # Windows of one need no branch.
-        updates, state = close(state) if full is True else lax.cond(full, close, stay, state)
+        branches = state, params
+        updates, state = close(*branches) if full is True else lax.cond(full, close, stay, *branches)
         if lent:
             updates = jax.tree.map(lambda u, s: jnp.where(has_updated(state), s.astype(u.dtype), 0), like, state.grads)
         return updates, state
@@ -239,8 +243,8 @@ def apply_gradients(
     """`tx.update` and `optax.apply_updates` in one: the faster way where the two stand together.
 
     Inside a window the updates are zeros. Here they are not made, and the parameters are left alone; there it would
-    be two passes over the parameters for each micro-batch. Under `jit`, donate the parameters and the state: they then
-    stay where they are. The host does not wait.
+    be two passes over the parameters for each micro-batch. All is in one branch: at each, a GPU's host waits for the
+    condition. Under `jit`, donate the parameters and the state: they then stay where they are.
 
     Args:
         tx: `accumulate(…)` itself. With something around that (a `chain`, a `partition`), which may make updates inside
@@ -261,12 +265,8 @@ def apply_gradients(
             f"state must be the AccumulateState of bb.accumulate. {errors.received('state', state)} "
             "Where accumulate stands inside another transformation, call tx.update and optax.apply_updates."
         )
-    found: tuple[Any, Any] = tx.update(grads, state, params, **extra)
-    updates, after = found
-    if _fits(updates, after.grads):
-        updates = jax.tree.map(lambda u, s: s.astype(u.dtype), updates, after.grads)
-    params = lax.cond(has_updated(after), optax.apply_updates, lambda params, _: params, params, updates)
-    return params, after
+    applied: tuple[Any, Any] = tx.update(grads, state, params, and_apply=True, **extra)
+    return applied
 
 
 def _fits(updates: Any, sums: Any) -> bool:

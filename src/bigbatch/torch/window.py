@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.engines import torch_graph
-from bigbatch.engines.torch_products import Products, table
+from bigbatch.engines.torch_products import Products, add_product, add_rows, product, table
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
@@ -126,11 +126,17 @@ class Window:
 
     def product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
         """Adds a gradient leftᵀ·right to a wide sum."""
-        self.add(weight, left.t().mm(right))
+        held = self.sums.get(weight)
+        if held is None or isinstance(self.weight, Tensor) or not add_product(held, left, right, self.weight):
+            self.add(weight, product(left, right, widened(weight, self.dtype or weight.dtype)))
 
     def rows(self, weight: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> None:
         """Adds the gradient of a table that rows were looked up in to a wide sum."""
-        self.add(weight, table(weight, indices, gradients, padding))
+        held = self.sums.get(weight)
+        if held is None or held.is_sparse:
+            self.add(weight, table(weight, indices, gradients, padding))
+        else:
+            add_rows(held, indices, gradients, padding, self.weight)
 
     @torch.no_grad()
     def add(self, p: Tensor, grad: Tensor) -> None:

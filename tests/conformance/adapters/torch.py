@@ -139,19 +139,19 @@ class TorchRun:
         }
 
     def params(self) -> Params:
-        return {name: p.detach().double().numpy().copy() for name, p in self.model.named_values().items()}
+        return {name: p.double().numpy(force=True).copy() for name, p in self.model.named_values().items()}
 
     def held(self) -> list[np.ndarray]:
         slots = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         average = [torch.tensor(self.scheduler.last_epoch), *self.average.values()]
-        return [t.detach().numpy().copy() for t in [*slots, *average]]
+        return [t.numpy(force=True).copy() for t in [*slots, *average]]
 
     def updates(self) -> int:
         steps = {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
         return steps.pop() if len(steps) == 1 else self.scheduler.last_epoch
 
     def ema(self) -> Params:
-        return {name: average.double().numpy() for name, average in self.average.items()}
+        return {name: average.double().numpy(force=True) for name, average in self.average.items()}
 
     def parts(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
@@ -226,7 +226,9 @@ class Split(TorchRun):
 
     def gradient(self, micro_batches: Sequence[MicroBatch]) -> dict[str, np.ndarray | None]:
         self.door(micro_batches)
-        gradients = {n: None if p.grad is None else p.grad.numpy().copy() for n, p in self.model.named_parameters()}
+        gradients = {
+            n: None if p.grad is None else p.grad.numpy(force=True).copy() for n, p in self.model.named_parameters()
+        }
         self.optimizer.zero_grad()
         return gradients
 
@@ -297,7 +299,7 @@ class Adapter:
         return at_the_stream_door(stream, window)
 
     def untouched(self) -> Params:
-        return {name: p.detach().numpy().copy() for name, p in self.model.named_parameters()}
+        return {name: p.numpy(force=True).copy() for name, p in self.model.named_parameters()}
 
 
 ADAPTERS = [
