@@ -74,7 +74,8 @@ class Job:
 
     def make(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = self.model().to(DEVICE)
+        with DEVICE:
+            model = self.model()
         return model, torch.optim.Adam(model.parameters())
 
 

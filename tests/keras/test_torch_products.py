@@ -31,7 +31,7 @@ if BACKEND == "torch":
                 super().rows(weight, indices, gradients, padding)
 
         monkeypatch.setattr("bigbatch.keras.torch.Products", Noting)
-        monkeypatch.setattr(torch_graph, "SMALLEST", 0)
+        monkeypatch.setattr(torch_graph, "smallest", lambda device: 0)
         monkeypatch.setattr(torch_products, "ROWS", 32)
         float64()
         return shapes
@@ -83,12 +83,12 @@ if BACKEND == "torch":
         assert taken == []
 
     @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-    def test_mixed_precision(policy, taken):
+    def test_mixed_precision(policy, taken, monkeypatch):
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy(policy)
         results = []
         for smallest in (0, 1 << 30):
-            torch_graph.SMALLEST = smallest
+            monkeypatch.setattr(torch_graph, "smallest", lambda device, numbers=smallest: numbers)
             model = bb.accumulate(words(), micro_batch=3)
             model.train_on_batch(X, Y)
             results.append(model.get_weights())
@@ -105,10 +105,10 @@ if BACKEND == "torch":
             trained.train_on_batch(X, Y)
         close(model, plain, 1e-12)
 
-    def test_the_laws_run_with_products_and_without(taken):
+    def test_the_laws_run_with_products_and_without(taken, monkeypatch):
         found = []
         for kind in (keras_driver.Split, keras_driver.SplitSmallProducts):
-            torch_graph.SMALLEST = 1 << 30
+            monkeypatch.setattr(torch_graph, "smallest", lambda device: 1 << 30)
             taken.clear()
             run = kind(jobs.Spec("net", jobs.params("net")))
             run.window(jobs.window("net", (4, 4, 2), seed=0))

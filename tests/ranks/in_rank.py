@@ -130,14 +130,14 @@ def stream(
     """Trains on this rank's own micro-batches, and flushes where they end. None stands for a broken one."""
     options = dict(options or {})
     model, given = wrapped(options.pop("kind", "ddp"))
-    smallest, join = options.pop("fused_from", torch_graph.SMALLEST), options.pop("join", False)
+    fused_from, join = options.pop("fused_from", 1 << 17), options.pop("join", False)
     acc = bb.Accumulator(optimizer(model), every=every, model=model, **given, **options)
     updates, mine = [], dealt[dist.get_rank()]
     for tokens in acc.join(mine) if join else mine:
         try:
             if tokens is None:
                 raise OSError("a broken record")
-            with setting(torch_graph, "SMALLEST", smallest):
+            with setting(torch_graph, "smallest", lambda device: fused_from):
                 updates.append(acc.backward(loss_of(model, tokens), items=tokens_in(tokens)))
         except OSError:
             continue

@@ -26,7 +26,7 @@ rows_for = torch_products.rows_for
 @pytest.fixture(autouse=True)
 def whatever_its_size(monkeypatch):
     """Rows of weights as small as these would take more room than a gradient, so there is room for a few rows only."""
-    monkeypatch.setattr(torch_graph, "SMALLEST", 0)
+    monkeypatch.setattr(torch_graph, "smallest", lambda device: 0)
     monkeypatch.setattr(torch_products, "ROWS", 8)
     monkeypatch.setattr(torch_products, "rows_for", lambda weights: 4)
 
@@ -548,7 +548,7 @@ def test_where_it_would_not_be_safe_it_is_autograds_and_says_why(change, reason,
 
 
 def test_small_weights_are_autograds(monkeypatch, caplog):
-    monkeypatch.setattr(torch_graph, "SMALLEST", 17)
+    monkeypatch.setattr(torch_graph, "smallest", lambda device: 17)
     model = nn.Linear(4, 4)
     with caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
         by("split", model, lambda b: model(b[0]).mean(), (torch.randn(4, 4),), 2, on=True)

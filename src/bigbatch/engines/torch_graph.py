@@ -21,9 +21,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 log = logging.getLogger("bigbatch.torch.products")
 
-# Numbers in a weight. Below this the pass that is spared takes less than reading the graph for it.
-SMALLEST = 1 << 17
-
 
 class Sums(Protocol):
     """Where weights' gradients add up."""
@@ -71,6 +68,20 @@ _FACTORS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self"), "Embeddin
 def is_alone() -> bool:
     """Whether this process is no rank of several, whose wrappers wait for every gradient that autograd makes."""
     return not (dist.is_available() and dist.is_initialized())
+
+
+def smallest(device: torch.device) -> int:
+    """The numbers in a weight from which on its gradient is worth taking from autograd.
+
+    Below, the pass that is spared takes less than reading the graph for it; or, beside a GPU, less than the host takes
+    to hand the product over, which the GPU waits for unless it has much to do (benchmarks/pytorch.md).
+    """
+    return 1 << 17 if device.type == "cpu" else 1 << 24
+
+
+def is_large(weight: Tensor) -> bool:
+    """Whether its gradient is worth taking from autograd."""
+    return weight.numel() >= smallest(weight.device)
 
 
 def may_take(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -196,8 +207,8 @@ def _signed(number: int) -> int:
 
 def _reason(weight: Tensor) -> str | None:
     """Why this weight's gradient is left to autograd, whatever its use; None where it need not be."""
-    if weight.numel() < SMALLEST:
-        return f"it has fewer than {SMALLEST} numbers, which are added faster than asked for"
+    if not is_large(weight):
+        return f"it has fewer than {smallest(weight.device)} numbers, which are added faster than asked for"
     if type(weight) not in (Tensor, torch.nn.Parameter):
         return "tensor subclasses have their own products"
     if weight.ndim != 2 or not weight.is_floating_point():

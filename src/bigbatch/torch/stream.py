@@ -348,7 +348,7 @@ class Accumulator:
     def _takes_products(self) -> bool:
         """Whether it is worth looking for weights' gradients in each loss's graph, and safe to take them."""
         free = torch_graph.is_alone() if self._ranks is None else self._ranks.shards is None
-        return self.fused and free and any(p.numel() >= torch_graph.SMALLEST for p in self._parameters())
+        return self.fused and free and any(map(torch_graph.is_large, self._parameters()))
 
     def _is_full(self, window: Window) -> bool:
         if isinstance(self._plan, UntilNoise):
