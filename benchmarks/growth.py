@@ -89,12 +89,13 @@ def main():
     parts.append(f"Peak at N = 1,024 over N = 2 (wanted: at most 1.02): {grown}.")
     print("\n\n".join(parts))
     if options.write:
-        figure(times[: len(COUNTS)], peaks[: len(COUNTS)], PAGE.with_name(f"growth-{name}.png"))
+        page = PAGE.with_name("growth-gpu.md") if "GPU" in module.ON else PAGE
+        figure(times[: len(COUNTS)], peaks[: len(COUNTS)], page.with_name(f"{page.stem}-{name}.png"))
         body = (
-            "\n\n".join(parts) + f"\n\n![growth](growth-{name}.png)\n\n"
+            "\n\n".join(parts) + f"\n\n![growth]({page.stem}-{name}.png)\n\n"
             f"On {module.ON}. {circumstances(*module.PACKAGES)}.\n\n    python benchmarks/growth.py {name} --write\n"
         )
-        section(PAGE, HEAD, TITLES[name], body)
+        section(page, HEAD, TITLES[name], body)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from jax_jobs import dense, digits, mlp_loss
 import bigbatch.jax as bb
 
 PACKAGES = ["jax"]
-ON = f"a {jax.default_backend().upper()}"
+ON = f"a GPU ({jax.devices()[0].device_kind})" if jax.default_backend() == "gpu" else "a CPU"
 
 
 class Window:

@@ -18,9 +18,11 @@ from jax_jobs import JOBS, Job
 import bigbatch.jax as bb
 from bigbatch.engines.jax_convolutions import with_fast_convolutions
 
-PAGE = Path(__file__).with_suffix(".md")
+ON_GPU = jax.default_backend() == "gpu"
+PAGE = Path(__file__).with_name("jax_window-gpu.md" if ON_GPU else "jax_window.md")
+ON = f"a GPU ({jax.devices()[0].device_kind})" if ON_GPU else "a CPU"
 ADAM = optax.adam(1e-3)
-HEAD = """# JAX
+HEAD = f"""# JAX{" on a GPU" * ON_GPU}
 
 Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one round. The
 streams are compiled steps that are called once a micro-batch, the others are called once a window; parameters and state
@@ -182,10 +184,10 @@ def main():
         )
         print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}\n{wanted}")
         if options.write:
-            figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"jax_window-{name}.png"))
+            figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"{PAGE.stem}-{name}.png"))
             body = (
-                f"{job.micro_batches} micro-batches a window, Adam, float32, on a {jax.default_backend().upper()}; "
-                f"{repetitions} rounds.\n\n{shown}\n\n{wanted}\n\n![times](jax_window-{name}.png)\n\n"
+                f"{job.micro_batches} micro-batches a window, Adam, float32, on {ON}; "
+                f"{repetitions} rounds.\n\n{shown}\n\n{wanted}\n\n![times]({PAGE.stem}-{name}.png)\n\n"
                 f"{circumstances('jax', 'optax')}.\n\n"
                 f"    python benchmarks/jax_window.py {name} --repetitions {repetitions} --write\n"
             )

@@ -16,13 +16,12 @@ import lightning
 import torch
 from accelerate import Accelerator
 from interleaved import circumstances, figure, measure, ratio, rounds, section, table
-from torch_jobs import DEVICE, JOBS, ON, Job, Stopwatch, peak, timed
+from torch_jobs import DEVICE, JOBS, ON, ON_GPU, Job, Stopwatch, peak, timed
 
 import bigbatch.torch as bb
 
-PAGE = Path(__file__).with_suffix(".md")
-HEAD = """# PyTorch
-
+PAGE = Path(__file__).with_name("pytorch-gpu.md" if ON_GPU else "pytorch.md")
+HEAD = """
 Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one round.
 *Peak* is the most that tensors held at once in a window, beyond the parameters and the optimizer's state.
 
@@ -33,11 +32,17 @@ the split door does. *Floor* is the forwards and backwards and one update, each 
 *Lightning* is its Trainer with `barebones=True` (no logger, checkpoints, bars or checks) and
 `accumulate_grad_batches`, over a list of micro-batches that are there already: an epoch of several windows, divided by
 their number, without what `fit` does before and after it.
-
+"""
+ON_A_CPU = """
 The allocator is kept from giving memory back between windows (glibc's `MALLOC_TRIM_THRESHOLD_` and
 `MALLOC_MMAP_THRESHOLD_`, which `make bench` sets): page faults would otherwise be up to a tenth of the time, another
 tenth in each contender.
 """
+ON_A_GPU = """
+Small models leave it waiting for its host, whose time is then what is measured: of Python and of PyTorch's launches.
+"""
+HEAD = f"# PyTorch on a GPU\n{HEAD}{ON_A_GPU}" if ON_GPU else f"# PyTorch\n{HEAD}{ON_A_CPU}"
+SETTING = "" if ON_GPU else "    MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=1073741824 \\\n"
 
 
 class Lightning(lightning.LightningModule):
@@ -213,13 +218,12 @@ def main():
         for ours in ("ours, stream", "ours, split"):
             print(", ".join(f"{ours} / {to}: {ratio(timings, ours, to):.3f}" for to in timings if "ours" not in to))
         if options.write:
-            figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"pytorch-{name}.png"))
+            figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"{PAGE.stem}-{name}.png"))
             body = (
-                f"{job.micro_batches} micro-batches a window, Adam, float32, on {ON}; "
-                f"{repetitions} rounds.\n\n{shown}\n\n![times](pytorch-{name}.png)\n\n"
+                f"{job.micro_batches} micro-batches a window, Adam, float32 weights, on {ON}; "
+                f"{repetitions} rounds.\n\n{shown}\n\n![times]({PAGE.stem}-{name}.png)\n\n"
                 f"{circumstances('torch', 'accelerate', 'lightning')}.\n\n"
-                "    MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_THRESHOLD_=1073741824 \\\n"
-                f"    python benchmarks/pytorch.py {name} --repetitions {repetitions} --write\n"
+                f"{SETTING}    python benchmarks/pytorch.py {name} --repetitions {repetitions} --write\n"
             )
             section(PAGE, HEAD, job.title, body)
 

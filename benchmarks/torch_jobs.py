@@ -11,21 +11,22 @@ from torch import Tensor, nn
 from bigbatch.engines.torch_memory import PeakMemory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON = f"an {torch.cuda.get_device_name()}, timed by its events" if DEVICE.type == "cuda" else "a CPU"
+ON_GPU = DEVICE.type == "cuda"
+ON = f"a GPU ({torch.cuda.get_device_name()}), timed by its events" if ON_GPU else "a CPU"
 
 
 class Stopwatch:
     """Seconds from `start` to `stop`: by the device's own events on a GPU, by the host's clock on a CPU."""
 
     def start(self) -> None:
-        if DEVICE.type == "cuda":
+        if ON_GPU:
             self.started, self.stopped = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.started.record()
         else:
             self.began = time.perf_counter()
 
     def stop(self) -> float:
-        if DEVICE.type == "cuda":
+        if ON_GPU:
             self.stopped.record()
             self.stopped.synchronize()
             return self.started.elapsed_time(self.stopped) / 1e3
@@ -46,7 +47,7 @@ def timed(run: Callable[[], None]) -> Callable[[], float]:
 
 def peak(run: Callable[[], object]) -> int:
     """The most bytes that tensors held at once in `run`, beyond those that stood before."""
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
@@ -105,13 +106,21 @@ class Transformer(nn.Module):
     def __init__(self, words: int = 32_000, width: int = 256, depth: int = 2, length: int = 64):
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(width, max(4, width // 64)) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
         self.head.weight = self.words.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
         return self.head(self.norm(self.blocks(x)))
+
+
+def gpt() -> nn.Module:
+    return Transformer(50_257, 2048, 4, 256)
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(4096, 16384), nn.ReLU(), nn.Linear(16384, 8192), nn.ReLU(), nn.Linear(8192, 10))
 
 
 def convolutional() -> nn.Module:
@@ -125,9 +134,17 @@ def digits(n: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 784), torch.randint(10, (n,))
 
 
-def sentences(n: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(32_000, (n, 65))
+def sentences(n: int, words: int = 32_000, length: int = 64) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(words, (n, length + 1))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def long_sentences(n: int) -> tuple[Tensor, Tensor]:
+    return sentences(n, 50_257, 256)
+
+
+def vectors(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 4096), torch.randint(10, (n,))
 
 
 def pictures(n: int) -> tuple[Tensor, Tensor]:
@@ -142,6 +159,12 @@ def language(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
+def language_in_bfloat16(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        logits = model(x)
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+
+
 WORDS = "a transformer language model, 32,000 words, width 256, 2 blocks, 64 tokens a sentence"
 JOBS = {
     "mlp-1": Job("MLP 784-1024-1024-10, micro-batch 1", mlp, digits, classify, 1, 16),
@@ -150,3 +173,10 @@ JOBS = {
     "transformer": Job(f"{WORDS}, micro-batch 1", Transformer, sentences, language, 1, 16),
     "convolutional": Job("3 convolutions on 32 × 32 pictures, micro-batch 8", convolutional, pictures, classify, 8, 16),
 }
+if ON_GPU:  # which has little to do in the jobs above
+    GPT = "a transformer, 50,257 words, width 2,048, 4 blocks, 256 tokens a sentence, bfloat16 by autocast"
+    JOBS |= {
+        "mlp-wide": Job("MLP 4096-16384-8192-10, micro-batch 16", wide, vectors, classify, 16, 16),
+        "gpt-1": Job(f"{GPT}, micro-batch 1", gpt, long_sentences, language_in_bfloat16, 1, 16),
+        "gpt-8": Job(f"{GPT}, micro-batch 8", gpt, long_sentences, language_in_bfloat16, 8, 8),
+    }

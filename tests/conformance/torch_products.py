@@ -19,7 +19,7 @@ takes_products = pytest.mark.skipif(
 def small_ones_too() -> Iterator[None]:
     """Takes the gradients of small weights too, and has room for some rows of each."""
     with (
-        mock.patch.object(torch_graph, "smallest", return_value=0),
+        mock.patch.object(torch_graph, "is_worth", return_value=True),
         mock.patch.object(torch_products, "ROWS", 32),
         mock.patch.object(torch_products, "rows_for", return_value=8),
     ):

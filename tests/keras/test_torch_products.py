@@ -31,7 +31,7 @@ if BACKEND == "torch":
                 super().rows(weight, indices, gradients, padding)
 
         monkeypatch.setattr("bigbatch.keras.torch.Products", Noting)
-        monkeypatch.setattr(torch_graph, "smallest", lambda device: 0)
+        monkeypatch.setattr(torch_graph, "is_worth", lambda *_: True)
         monkeypatch.setattr(torch_products, "ROWS", 32)
         float64()
         return shapes
@@ -87,8 +87,8 @@ if BACKEND == "torch":
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy(policy)
         results = []
-        for smallest in (0, 1 << 30):
-            monkeypatch.setattr(torch_graph, "smallest", lambda device, numbers=smallest: numbers)
+        for worth in (True, False):
+            monkeypatch.setattr(torch_graph, "is_worth", lambda *_, worth=worth: worth)
             model = bb.accumulate(words(), micro_batch=3)
             model.train_on_batch(X, Y)
             results.append(model.get_weights())
@@ -108,7 +108,7 @@ if BACKEND == "torch":
     def test_the_laws_run_with_products_and_without(taken, monkeypatch):
         found = []
         for kind in (keras_driver.Split, keras_driver.SplitSmallProducts):
-            monkeypatch.setattr(torch_graph, "smallest", lambda device: 1 << 30)
+            monkeypatch.setattr(torch_graph, "is_worth", lambda *_: False)
             taken.clear()
             run = kind(jobs.Spec("net", jobs.params("net")))
             run.window(jobs.window("net", (4, 4, 2), seed=0))

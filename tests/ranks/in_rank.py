@@ -137,7 +137,7 @@ def stream(
         try:
             if tokens is None:
                 raise OSError("a broken record")
-            with setting(torch_graph, "smallest", lambda device: fused_from):
+            with setting(torch_graph, "is_worth", lambda weight, rows=None: weight.numel() >= fused_from):
                 updates.append(acc.backward(loss_of(model, tokens), items=tokens_in(tokens)))
         except OSError:
             continue

@@ -4,6 +4,7 @@ pytest --backend torch --device cuda
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ WIDTH = 512
 
 @pytest.fixture(autouse=True)
 def whatever_its_size(monkeypatch):
-    monkeypatch.setattr(torch_graph, "smallest", lambda device: 0)
+    monkeypatch.setattr(torch_graph, "is_worth", lambda *_: True)
 
 
 def network():
@@ -102,7 +103,8 @@ def test_the_host_never_waits_inside_a_window(narrow, fused):
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.1), every=4, fused=fused)
     x, y = tokens(16)
     for _ in range(2):
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings(action="ignore"):
+            torch.cuda.set_sync_debug_mode("error")  # a prototype, as it says the first time
         try:
             for i in range(3):
                 labels = y[4 * i : 4 * i + 4]

@@ -26,7 +26,7 @@ rows_for = torch_products.rows_for
 @pytest.fixture(autouse=True)
 def whatever_its_size(monkeypatch):
     """Rows of weights as small as these would take more room than a gradient, so there is room for a few rows only."""
-    monkeypatch.setattr(torch_graph, "smallest", lambda device: 0)
+    monkeypatch.setattr(torch_graph, "is_worth", lambda *_: True)
     monkeypatch.setattr(torch_products, "ROWS", 8)
     monkeypatch.setattr(torch_products, "rows_for", lambda weights: 4)
 
@@ -548,11 +548,11 @@ def test_where_it_would_not_be_safe_it_is_autograds_and_says_why(change, reason,
 
 
 def test_small_weights_are_autograds(monkeypatch, caplog):
-    monkeypatch.setattr(torch_graph, "smallest", lambda device: 17)
+    monkeypatch.setattr(torch_graph, "is_worth", lambda weight, rows=None: weight.numel() > 16)
     model = nn.Linear(4, 4)
     with caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
         by("split", model, lambda b: model(b[0]).mean(), (torch.randn(4, 4),), 2, on=True)
-    assert "fewer than 17" in caplog.text
+    assert "it is so small that" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])

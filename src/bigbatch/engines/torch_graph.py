@@ -70,18 +70,17 @@ def is_alone() -> bool:
     return not (dist.is_available() and dist.is_initialized())
 
 
-def smallest(device: torch.device) -> int:
-    """The numbers in a weight from which on its gradient is worth taking from autograd.
+def is_worth(weight: Tensor, rows: int | None = None) -> bool:
+    """Whether a gradient is worth taking from autograd: of so many rows, or of however many they will be.
 
-    Below, the pass that is spared takes less than reading the graph for it; or, beside a GPU, less than the host takes
-    to hand the product over, which the GPU waits for unless it has much to do (benchmarks/pytorch.md).
+    On a CPU it is where the pass that is spared takes longer than reading the graph for it. A GPU waits for its host
+    unless it has much to do, and handing over a product takes the host longer (benchmarks/pytorch-gpu.md).
     """
-    return 1 << 17 if device.type == "cpu" else 1 << 24
-
-
-def is_large(weight: Tensor) -> bool:
-    """Whether its gradient is worth taking from autograd."""
-    return weight.numel() >= smallest(weight.device)
+    if weight.device.type == "cpu":
+        return weight.numel() >= 1 << 17
+    if rows is None:
+        return weight.numel() >= 1 << 22
+    return weight.numel() * max(rows, 128) >= 1 << 33
 
 
 def may_take(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -193,7 +192,8 @@ def _use(node: Any, kind: str, following: Any) -> Use | None:
     saved = _saved(node, factor)
     if type(saved) not in (Tensor, torch.nn.Parameter) or saved.layout != torch.strided:
         return None
-    return Use(node, ahead.variable, place, turned)
+    rows = saved.numel() if factor == "indices" else len(saved)
+    return Use(node, ahead.variable, place, turned) if is_worth(ahead.variable, rows) else None
 
 
 def _saved(node: Any, name: str) -> Tensor:
@@ -207,8 +207,8 @@ def _signed(number: int) -> int:
 
 def _reason(weight: Tensor) -> str | None:
     """Why this weight's gradient is left to autograd, whatever its use; None where it need not be."""
-    if not is_large(weight):
-        return f"it has fewer than {smallest(weight.device)} numbers, which are added faster than asked for"
+    if not is_worth(weight):
+        return "it is so small that adding its gradient takes less than asking for it"
     if type(weight) not in (Tensor, torch.nn.Parameter):
         return "tensor subclasses have their own products"
     if weight.ndim != 2 or not weight.is_floating_point():
@@ -228,7 +228,8 @@ def _explain(leaves: list[Tensor], functions: set[str]) -> None:
         reason = _reason(leaf)
         if reason is None:
             several = ", ".join(sorted(functions))
-            reason = f"the graph has {several}" if functions else "it is not only multiplied by, or looked up in"
+            otherwise = "it is not only multiplied by, or looked up in" + (", or by few rows" if leaf.is_cuda else "")
+            reason = f"the graph has {several}" if functions else otherwise
         if (reason, leaf.shape) not in explained:
             explained.add((reason, leaf.shape))
             log.debug("The gradient of a weight of shape %s is left to autograd: %s.", tuple(leaf.shape), reason)

@@ -19,12 +19,12 @@ class Products:
 
     Args:
         weights: those whose rows may wait. They share seven eighths of what the largest of them takes, as many rows for
-            each.
+            each. None of a GPU's do: its host has no time for that, and large products were no faster late.
     """
 
     def __init__(self, weights: Collection[Tensor] = ()) -> None:
-        self._weights = set(weights)
-        self._room = rows_for(weights)
+        self._weights = {weight for weight in weights if weight.device.type == "cpu"}
+        self._room = rows_for(self._weights)
         self._waiting: dict[Tensor, _Rows] = {}
 
     def product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:

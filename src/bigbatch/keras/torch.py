@@ -132,6 +132,8 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
                 else:
                     graph = torch_graph.read(scaled)
                     torch_graph.differentiate(scaled, weight, graph, sums.products)
+                    if len(sums.losses[0]) == 1 and not graph.uses:
+                        sums.products = None  # the next micro-batches' are hardly others
             if sums.gradients is not None:
                 _move(parameters, own[k] if measured else sums.gradients[k])
         if measured:

@@ -143,6 +143,7 @@ def _window(
             graph = _read(loss, products, explain=window.micro_batches == 0)
             if window.micro_batches == 0:
                 window.products = Products(graph.multiplied)
+                products = bool(graph.uses)  # the next micro-batches' are hardly others
             parameters = ranks.parameters if ranks is not None and sharded else graph.parameters
             new = [p for p in parameters if p not in before]
             for p in new:

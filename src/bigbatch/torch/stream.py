@@ -211,6 +211,8 @@ class Accumulator:
             if self._ranks is not None:
                 self._ranks.before(window, items, self._plan)
             graph = torch_graph.read(loss, explain=window.micro_batches == 0) if self._products else None
+            if window.micro_batches == 0 and graph is not None:
+                self._products = bool(graph.uses)  # the next micro-batches' are hardly others
             window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler, graph)
             self._window = window
             window.repeats += self._repeats
@@ -348,7 +350,7 @@ class Accumulator:
     def _takes_products(self) -> bool:
         """Whether it is worth looking for weights' gradients in each loss's graph, and safe to take them."""
         free = torch_graph.is_alone() if self._ranks is None else self._ranks.shards is None
-        return self.fused and free and any(map(torch_graph.is_large, self._parameters()))
+        return self.fused and free and any(map(torch_graph.is_worth, self._parameters()))
 
     def _is_full(self, window: Window) -> bool:
         if isinstance(self._plan, UntilNoise):
