@@ -27,13 +27,14 @@ TITLES = {
     "keras_jax": "Keras on JAX, fit's train function",
     "keras_torch": "Keras on PyTorch, fit's train function",
 }
-HEAD = f"""# Growth
-
+ABOUT = f"""
 Micro-batches of 16, an MLP 784-width-width-10, SGD (whose step needs no memory), float32. The peak is what a window
 holds at once beyond the parameters and the batch's own data: of tensors in PyTorch, by the compiler's account in JAX,
 and in TensorFlow, which keeps none on a CPU, what a process of its own held more at each point (`resident.py`), to half
 a MiB. Times are medians of {REPETITIONS} interleaved windows, at least three of the long ones.
-
+"""
+HEAD = f"""# Growth
+{ABOUT}
 In JAX the window of `bb.accumulate` is N calls of one compiled step, so that its memory knows no N; the same is in
 [jax_window.md](jax_window.md).
 
@@ -95,7 +96,7 @@ def main():
             "\n\n".join(parts) + f"\n\n![growth]({page.stem}-{name}.png)\n\n"
             f"On {module.ON}. {circumstances(*module.PACKAGES)}.\n\n    python benchmarks/growth.py {name} --write\n"
         )
-        section(page, HEAD, TITLES[name], body)
+        section(page, HEAD if page == PAGE else f"# Growth on a GPU\n{ABOUT}", TITLES[name], body)
 
 
 if __name__ == "__main__":

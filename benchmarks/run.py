@@ -1,7 +1,7 @@
 """`make bench`: every benchmark in a process of its own, one after the other, writing its page.
 
 python benchmarks/run.py              all of them
-python benchmarks/run.py pytorch      some
+python benchmarks/run.py torch_window some
 """
 
 import os

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,19 @@ def test_a_tensor_kept_beyond_the_call_is_refused():
 
     with pytest.raises(ValueError, match="loss_fn keeps a tensor beyond its call"):
         bb.plan(loss_fn, images(8))
+
+
+def test_a_tensor_that_another_thread_lets_go_a_moment_later_is_not_kept():
+    """As autograd's own threads do with a device's gradients."""
+    model, held = network(), []
+
+    def loss_fn(part):
+        logits = model(part[0])
+        held.append(logits.detach().clone())
+        threading.Timer(0.3, held.clear).start()
+        return F.cross_entropy(logits, part[1])
+
+    assert bb.plan(loss_fn, images(8), memory=0.5).micro_batch == 8
 
 
 def test_a_compiled_model_is_rehearsed_as_written():

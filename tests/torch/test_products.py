@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import bigbatch.torch as bb
 from bigbatch.engines import torch_graph, torch_products
 from bigbatch.engines.torch_memory import PeakMemory
+from bigbatch.engines.torch_products import Products
 from conformance.torch_products import takes_products
 
-rows_for = torch_products.rows_for
+rows_for, is_worth = torch_products.rows_for, torch_graph.is_worth
 
 
 @pytest.fixture(autouse=True)
@@ -553,6 +554,35 @@ def test_small_weights_are_autograds(monkeypatch, caplog):
     with caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
         by("split", model, lambda b: model(b[0]).mean(), (torch.randn(4, 4),), 2, on=True)
     assert "it is so small that" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "worth"),
+    [((2048, 2048), 2048, True), ((2048, 2048), 1024, False), ((8192, 8192), 1, True), ((1024, 1024), 10**9, True)],
+)
+def test_beside_a_device_it_is_the_work_that_counts(shape, rows, worth):
+    """A device that exists everywhere stands for a GPU."""
+    weight = torch.empty(shape, device="meta")
+    assert is_worth(weight, rows) == worth
+    assert is_worth(weight) == (weight.numel() >= 1 << 22)
+    assert is_worth(torch.empty(shape), rows)
+    assert Products([weight])._weights == set()
+
+
+@pytest.mark.parametrize("door", ["split", "stream"])
+def test_where_the_first_graph_has_no_products_the_next_are_not_searched(door, monkeypatch, tokens):
+    searched = []
+    read = torch_graph.read
+
+    def noting(loss, products=True, explain=False):
+        searched.append(products)
+        return read(loss, products, explain)
+
+    monkeypatch.setattr(torch_graph, "is_worth", lambda weight, rows=None: rows is None)
+    monkeypatch.setattr(torch_graph, "read", noting)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
+    by(door, model, language(model), tokens, 2, on=True)
+    assert searched == ([True, False, False, False, False] if door == "split" else [True])
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])

@@ -74,7 +74,7 @@ def is_worth(weight: Tensor, rows: int | None = None) -> bool:
     """Whether a gradient is worth taking from autograd: of so many rows, or of however many they will be.
 
     On a CPU it is where the pass that is spared takes longer than reading the graph for it. A GPU waits for its host
-    unless it has much to do, and handing over a product takes the host longer (benchmarks/pytorch-gpu.md).
+    unless it has much to do, and handing over a product takes the host longer (docs/pytorch.md).
     """
     if weight.device.type == "cpu":
         return weight.numel() >= 1 << 17

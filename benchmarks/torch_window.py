@@ -1,6 +1,6 @@
 """PyTorch: one window of three jobs, ours against the loop an expert writes, accelerate, Lightning, and the floor.
 
-    python benchmarks/pytorch.py [mlp-16 transformer …] [--repetitions 60] [--write]
+    python benchmarks/torch_window.py [mlp-16 transformer …] [--repetitions 60] [--write]
 
 The floor is N forwards and backwards and one update, each gradient thrown away before the next comes. It makes each
 weight's gradient in a tensor of its own, as autograd does; adding it straight into the sum can be faster than that.
@@ -20,7 +20,7 @@ from torch_jobs import DEVICE, JOBS, ON, ON_GPU, Job, Stopwatch, peak, timed
 
 import bigbatch.torch as bb
 
-PAGE = Path(__file__).with_name("pytorch-gpu.md" if ON_GPU else "pytorch.md")
+PAGE = Path(__file__).with_name("torch_window-gpu.md" if ON_GPU else "torch_window.md")
 HEAD = """
 Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one round.
 *Peak* is the most that tensors held at once in a window, beyond the parameters and the optimizer's state.
@@ -203,7 +203,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {list(JOBS)}; all of them without")
     parser.add_argument("--repetitions", type=int, default=0, help="rounds; without, what takes about 25 seconds")
-    parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/pytorch.md")
+    parser.add_argument("--write", action="store_true", help="write the jobs' parts of benchmarks/torch_window.md")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -223,7 +223,7 @@ def main():
                 f"{job.micro_batches} micro-batches a window, Adam, float32 weights, on {ON}; "
                 f"{repetitions} rounds.\n\n{shown}\n\n![times]({PAGE.stem}-{name}.png)\n\n"
                 f"{circumstances('torch', 'accelerate', 'lightning')}.\n\n"
-                f"{SETTING}    python benchmarks/pytorch.py {name} --repetitions {repetitions} --write\n"
+                f"{SETTING}    python benchmarks/torch_window.py {name} --repetitions {repetitions} --write\n"
             )
             section(PAGE, HEAD, job.title, body)
 
