@@ -5,11 +5,14 @@ for the order in which some sums are taken, and reads the weights as they lie. W
 first, as the table of words that its last layer is tied to, their gradient is (leftᵀ · right)ᵀ: that is rightᵀ · left.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+
+from bigbatch.engines.tensorflow_readers import read, replace
 
 # Where the other way round was quicker: not for a single row, nor for small matrices, which the transposing would cost.
 LEAST = 1 << 16  # numbers in the matrix
@@ -34,8 +37,7 @@ def turn(graph: Any, several: Any, gradients: Any) -> Any:
     """
     if several is False or tf.config.list_logical_devices("GPU"):
         return gradients
-    # So that these too are read by somebody.
-    gradients = tf.nest.map_structure(lambda g: None if g is None else tf.identity(g), gradients)
+    gradients = read(gradients)
     for operation in graph.get_operations():
         if _is_of_few_rows(operation):
             plain, turned = _of_few_rows(*operation.inputs)
@@ -43,12 +45,8 @@ def turn(graph: Any, several: Any, gradients: Any) -> Any:
             plain, turned = _of_turned_weights(*operation.inputs[0].op.inputs)
         else:
             continue
-        old = operation.outputs[0]
-        readers = [(reader, i) for reader in old.consumers() for i, x in enumerate(reader.inputs) if x is old]
-        new = turned() if several is True else tf.cond(several, turned, plain)
-        for reader, i in readers:
-            # Nothing public changes who reads what. tests/tensorflow/test_turned.py fails when this moves.
-            reader._update_input(i, new)
+        either = functools.partial(tf.cond, several, turned, plain)
+        replace(operation.outputs[0], turned if several is True else either)
     return gradients
 
 

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
+from bigbatch.engines.tensorflow_convolutions import with_fast_convolutions
 from bigbatch.engines.tensorflow_products import Kept, Product, product_of, room_for
 from bigbatch.engines.tensorflow_rows import Apart, apart, zeros
 from bigbatch.engines.tensorflow_turned import turn
@@ -96,7 +97,8 @@ def add_up(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], lis
     alone = len(runs) == 1 and isinstance(runs[0].count, int) and runs[0].count == 1
     in_loops = not (alone or model.run_eagerly or model.jit_compile)
     several = sum(run.count for run in runs) > 1
-    take = micro_step(model, like, described, products=in_loops, several=in_loops and several)
+    by_xla = not (alone or model.run_eagerly) and model.jit_compile
+    take = micro_step(model, like, described, products=in_loops, several=in_loops and several, by_xla=by_xla)
     none = tf.zeros([0], model._loss_tracker.dtype)
     shapes = [v.shape for v in model.trainable_variables]
     sums, unit = _in_loops(take, runs, none, shapes) if in_loops else _after_the_first(take, runs, none, alone)
@@ -267,12 +269,19 @@ def _while(body: Callable[..., Any], start: Any, stop: Any, state: Open) -> Open
     )[1]
 
 
-def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool = False, several: Any = False) -> Take:
+def micro_step(
+    model: Any,
+    like: Any,
+    described: list[loss.Term],
+    products: bool = False,
+    several: Any = False,
+    by_xla: bool = False,
+) -> Take:
     """A function of one micro-batch's arrays and the unit that returns its sums, and fills `described`.
 
     With `products`, a gradient that is one of small factors comes as a `Product`, and one of a table's few rows as
     `Apart`. Where the window has `several` micro-batches, slow products are turned (see
-    `bigbatch.engines.tensorflow_turned`).
+    `bigbatch.engines.tensorflow_turned`), or `by_xla` convolutions (`bigbatch.engines.tensorflow_convolutions`).
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
     variables = [v.value for v in model.trainable_variables]
@@ -293,7 +302,8 @@ def micro_step(model: Any, like: Any, described: list[loss.Term], products: bool
             weight = tf.where(unit[k] > 0, tf.math.divide_no_nan(tf.cast(items, unit.dtype), unit[k]), 1)
             found = tape.gradient(value, variables, output_gradients=[tf.cast(weight, value.dtype)])
             gradients.append([_kept_as(g, v.shape, products) for g, v in zip(found, variables, strict=True)])
-        gradients = turn(tf.compat.v1.get_default_graph(), several, gradients)
+        graph = tf.compat.v1.get_default_graph()
+        gradients = with_fast_convolutions(graph, gradients) if by_xla else turn(graph, several, gradients)
         loss.update_metrics(model, x, y, y_pred, sample_weight)
         return Sums(
             gradients,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
+from bigbatch.engines.tensorflow_convolutions import with_fast_convolutions
 from bigbatch.engines.tensorflow_products import Kept, Product, in_turn, room_for
 from bigbatch.engines.tensorflow_rows import Rows, zeros
 from bigbatch.engines.tensorflow_turned import turn
@@ -133,13 +134,17 @@ def _eager(part: Callable[..., Window], batch: Any, length: int, micro_batch: in
 def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: int, variables: list[Any]) -> Window:
     """In a tf.function: a loop over the micro-batches of full size, then what is left."""
     full, rest = length // micro_batch, length % micro_batch
-    several = not under_xla() and length > micro_batch
+    several = length > micro_batch
 
-    def turning(cut: Any, unit: tf.Tensor) -> Window:
-        window = part(cut, unit)
-        return window._replace(gradients=turn(tf.compat.v1.get_default_graph(), several, window.gradients))
+    def quick(cut: Any, unit: tf.Tensor) -> Window:
+        window, graph = part(cut, unit), tf.compat.v1.get_default_graph()
+        if not under_xla():
+            return window._replace(gradients=turn(graph, several, window.gradients))
+        if several is False:
+            return window
+        return window._replace(gradients=with_fast_convolutions(graph, window.gradients))
 
-    step = tf.function(turning)
+    step = tf.function(quick)
     # Traced before the loop, to learn which gradients are missing, sparse or products: a loop has to know beforehand.
     spec = tf.nest.map_structure(lambda leaf: None if leaf is None else _spec(leaf, micro_batch), batch)
     like = step.get_concrete_function(spec, tf.TensorSpec((), COUNT)).structured_outputs

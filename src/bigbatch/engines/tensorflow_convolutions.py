@@ -1,0 +1,136 @@
+"""The gradients of convolutions, for XLA on a CPU, written as the one kind of convolution that is fast in a loop.
+
+XLA has kernels for inputs as examples, places, channels and for kernels as places, in, out. Other convolutions are
+transposed to that by a pass over the program's entry alone, which looks into no loop (jax-ml/jax#12868): there they are
+ten times slower, and TensorFlow asks XLA for a layer's two gradients as such others. A loop over micro-batches is such
+a loop.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+from bigbatch.engines.tensorflow_readers import read, replace
+
+
+@tf.autograph.experimental.do_not_convert
+def with_fast_convolutions(graph: Any, gradients: Any) -> Any:
+    """Has all who read a convolution's gradient in `graph` read it computed so. A GPU's are left as they are.
+
+    Args:
+        graph: a micro-batch's, that is being traced for XLA and has its backward pass.
+        gradients: what the backward pass made, nested in any way, and None.
+
+    Returns:
+        The gradients, computed so.
+    """
+    found = [operation for operation in graph.get_operations() if _is_slow(operation)]
+    if not found or tf.config.list_logical_devices("GPU"):
+        return gradients
+    gradients = read(gradients)
+    for operation in found:
+        make = _of_inputs if operation.type in _OF_INPUTS else _of_kernel
+        replace(operation.outputs[0], lambda make=make, operation=operation: make(operation))
+    return gradients
+
+
+_OF_INPUTS = ("Conv2DBackpropInput", "Conv3DBackpropInputV2")
+_OF_KERNEL = ("Conv2DBackpropFilter", "Conv3DBackpropFilterV2")
+
+
+def _is_slow(operation: Any) -> bool:
+    """Whether it is such a gradient, of a convolution without groups and holes, and all sizes are known."""
+    if operation.type not in _OF_INPUTS + _OF_KERNEL:
+        return False
+    inputs, kernel, outputs = _shapes(operation)
+    known = all(shape.is_fully_defined() for shape in (inputs, kernel, outputs))
+    last = operation.get_attr("data_format") in (b"NHWC", b"NDHWC")
+    return known and last and kernel[-2] == inputs[-1] and set(operation.get_attr("dilations")) == {1}
+
+
+def _shapes(operation: Any) -> list[Any]:
+    """Of the convolution's inputs, kernel and outputs."""
+    made = operation.outputs[0].shape
+    first, second, outputs = (x.shape for x in operation.inputs)
+    return [made, second, outputs] if operation.type in _OF_INPUTS else [first, made, outputs]
+
+
+class _Axis:
+    """One axis of places: its sizes, the stride, and how many zeros stand before the first."""
+
+    def __init__(self, operation: Any, axis: int):
+        inputs, kernel, outputs = _shapes(operation)
+        self.size, self.kernel, self.outputs = inputs[axis], kernel[axis - 1], outputs[axis]
+        self.stride = operation.get_attr("strides")[axis]
+        padding = operation.get_attr("padding")
+        if padding == b"EXPLICIT":
+            self.before = operation.get_attr("explicit_paddings")[2 * axis]
+        elif padding == b"SAME":
+            self.before = max(self.reach - self.size, 0) // 2
+        else:
+            self.before = 0
+
+    @property
+    def reach(self) -> int:
+        """How many places of the padded inputs have a part in the outputs."""
+        return (self.outputs - 1) * self.stride + self.kernel
+
+
+def _axes(operation: Any) -> list[_Axis]:
+    return [_Axis(operation, axis) for axis in range(1, operation.outputs[0].shape.rank - 1)]
+
+
+def _of_inputs(operation: Any) -> tf.Tensor:
+    """Σ over kernel places k of outputs' gradients[(i + before - k) / stride] · kernel[k]ᵀ, for each input place i."""
+    _, kernel, gradient = operation.inputs
+    axes = _axes(operation)
+    for axis, a in enumerate(axes, 1):
+        gradient = _spread(gradient, axis, a.stride)
+    margins = [(a.kernel - 1 - a.before, a.size + a.before - a.reach + a.kernel - 1) for a in axes]
+    gradient = _padded(gradient, [(0, 0), *margins, (0, 0)])
+    places = list(range(len(axes)))
+    turned = tf.reverse(kernel, places)
+    kernel = tf.transpose(turned, [*places, len(axes) + 1, len(axes)])
+    return _convolved(gradient, kernel, [1] * len(axes))
+
+
+def _of_kernel(operation: Any) -> tf.Tensor:
+    """Σ over examples and output places o of inputs[o · stride + k - before]ᵀ · outputs' gradients[o], for each k."""
+    inputs, _, gradient = operation.inputs
+    axes = _axes(operation)
+    places = list(range(1, len(axes) + 1))
+    margins = [(a.before, a.reach - a.size - a.before) for a in axes]
+    inputs = _padded(inputs, [(0, 0), *margins, (0, 0)])
+    # Channels stand for examples, the examples are summed over, and the gradients are the kernel.
+    made = _convolved(
+        tf.transpose(inputs, [len(axes) + 1, *places, 0]),
+        tf.transpose(gradient, [*places, 0, len(axes) + 1]),
+        [a.stride for a in axes],
+    )
+    return tf.transpose(made, [*places, 0, len(axes) + 1])
+
+
+def _convolved(x: tf.Tensor, kernel: tf.Tensor, dilations: list[int]) -> tf.Tensor:
+    if len(dilations) == 2:
+        return tf.nn.conv2d(x, kernel, 1, "VALID", dilations=dilations)
+    return tf.nn.conv3d(x, kernel, [1] * 5, "VALID", dilations=[1, *dilations, 1])
+
+
+def _spread(x: tf.Tensor, axis: int, stride: int) -> tf.Tensor:
+    """With stride - 1 zeros between any two places of an axis."""
+    if stride == 1:
+        return x
+    shape: list[Any] = x.shape.as_list()
+    margins = [(0, 0)] * (len(shape) + 1)
+    margins[axis + 1] = (0, stride - 1)
+    shape[axis] *= stride
+    spread = tf.reshape(tf.pad(tf.expand_dims(x, axis + 1), margins), shape)
+    return _padded(spread, [(0, 1 - stride if i == axis else 0) for i in range(len(shape))])
+
+
+def _padded(x: tf.Tensor, margins: list[tuple[int, int]]) -> tf.Tensor:
+    """With zeros before and after each axis; where there are fewer than none, without so many places."""
+    shape: list[Any] = x.shape.as_list()
+    begin = [max(0, -before) for before, _ in margins]
+    size = [n - b - max(0, -after) for n, b, (_, after) in zip(shape, begin, margins, strict=True)]
+    return tf.pad(tf.slice(x, begin, size), [(max(0, before), max(0, after)) for before, after in margins])
