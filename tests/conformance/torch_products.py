@@ -21,6 +21,7 @@ def small_ones_too() -> Iterator[None]:
     with (
         mock.patch.object(torch_graph, "is_worth", return_value=True),
         mock.patch.object(torch_products, "ROWS", 32),
+        mock.patch.object(torch_products, "SMALL", 0),
         mock.patch.object(torch_products, "rows_for", return_value=8),
     ):
         yield

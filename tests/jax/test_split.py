@@ -35,7 +35,7 @@ def test_any_micro_batch_is_the_full_batch(micro_batch):
 
 def test_a_batch_that_fits_is_jaxs_own_program():
     ours = jax.make_jaxpr(bb.value_and_grad(loss_fn, micro_batch=11, in_axes=AXES))(PARAMS, X, Y)
-    assert "scan" not in str(ours)
+    assert str(ours) == str(jax.make_jaxpr(jax.value_and_grad(loss_fn))(PARAMS, X, Y))
     got = jax.jit(bb.value_and_grad(loss_fn, micro_batch=11, in_axes=AXES))(PARAMS, X, Y)
     wanted = jax.jit(jax.value_and_grad(loss_fn))(PARAMS, X, Y)
     assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(wanted)))

@@ -33,6 +33,7 @@ if BACKEND == "torch":
         monkeypatch.setattr("bigbatch.keras.torch.Products", Noting)
         monkeypatch.setattr(torch_graph, "is_worth", lambda *_: True)
         monkeypatch.setattr(torch_products, "ROWS", 32)
+        monkeypatch.setattr(torch_products, "SMALL", 0)
         float64()
         return shapes
 

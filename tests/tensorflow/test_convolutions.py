@@ -21,8 +21,7 @@ def gradients(x, kernel, options):
 
 
 @pytest.mark.parametrize("places", [(11, 9), (6, 5, 7)])
-@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
-@pytest.mark.parametrize("strides", [1, 2, 3])
+@pytest.mark.parametrize(("kernel", "strides"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 1), (3, 2), (2, 3), (5, 2)])
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_the_gradients_are_the_same(places, kernel, strides, padding):
     rng = np.random.default_rng(0)

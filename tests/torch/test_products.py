@@ -21,7 +21,7 @@ from bigbatch.engines.torch_memory import PeakMemory
 from bigbatch.engines.torch_products import Products
 from conformance.torch_products import takes_products
 
-rows_for, is_worth = torch_products.rows_for, torch_graph.is_worth
+rows_for, is_worth, SMALL = torch_products.rows_for, torch_graph.is_worth, torch_products.SMALL
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,7 @@ def whatever_its_size(monkeypatch):
     """Rows of weights as small as these would take more room than a gradient, so there is room for a few rows only."""
     monkeypatch.setattr(torch_graph, "is_worth", lambda *_: True)
     monkeypatch.setattr(torch_products, "ROWS", 8)
+    monkeypatch.setattr(torch_products, "SMALL", 0)
     monkeypatch.setattr(torch_products, "rows_for", lambda weights: 4)
 
 
@@ -245,6 +246,16 @@ def test_products_of_many_rows_do_not_wait():
     model = nn.Linear(8, 8, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
     assert [called(acc, model, rows=3) for _ in range(3)] == [["mm"], ["addmm_"], ["addmm_"]]
+
+
+@takes_products
+@pytest.mark.parametrize(("width", "waits"), [(31, False), (32, True)])
+def test_rows_wait_where_they_are_an_eighth_of_the_weight(width, waits, monkeypatch):
+    monkeypatch.setattr(torch_products, "SMALL", SMALL)
+    model = nn.Linear(width, width, bias=False)
+    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
+    acc.backward(model(torch.randn(2, width)).square().mean(), items=2)
+    assert (model.weight.grad is None) == waits
 
 
 def test_what_waits_takes_less_than_the_largest_weight(monkeypatch):

@@ -37,12 +37,11 @@ LARGE, HUGE = 3 << 20, 1 << 24
 
 
 class Product(NamedTuple):
-    """Part of a gradient: `turns` of a `dot_general`."""
+    """Part of a gradient: `turns` of a `dot_general`, whose factors are kept until the end."""
 
     of: list[Any]  # the two factors: variables, or what they hold, stacked
     dot: JaxprEqn
     turns: list[JaxprEqn]  # transpositions and reshapes, in order
-    cut: "Cut | None" = None  # where it is added to the sum in the loop, once for a few micro-batches
 
     def multiplied(self) -> jax.Array:
         """Of all micro-batches, whose number is the factors' first dimension."""
@@ -54,19 +53,6 @@ class Product(NamedTuple):
             value = turn.primitive.bind(value, **turn.params)
         return value
 
-    def added_to(self, total: jax.Array, cut: "Cut") -> jax.Array:
-        """A sum with this in it, multiplied out piece by piece."""
-        size = total.shape[cut.out] // cut.pieces
-
-        def add(i: Any, total: jax.Array) -> jax.Array:
-            of = list(self.of)
-            of[cut.side] = lax.dynamic_slice_in_dim(of[cut.side], i * size, size, cut.axis)
-            piece = lax.dynamic_slice_in_dim(total, i * size, size, cut.out)
-            piece = piece + self._replace(of=of).multiplied()
-            return lax.dynamic_update_slice_in_dim(total, piece, i * size, cut.out)
-
-        return lax.fori_loop(0, cut.pieces, add, total)
-
 
 class Cut(NamedTuple):
     """How a product of stacked factors is cut in pieces."""
@@ -75,6 +61,28 @@ class Cut(NamedTuple):
     side: int  # which factor is cut
     axis: int  # where
     out: int  # which axis of the product, after all turns, that is
+
+
+class InPieces(NamedTuple):
+    """Part of a gradient: a product that is added to the sum in the loop, once for a few micro-batches."""
+
+    of: list[Any]  # as the product's
+    product: Product
+    cut: Cut
+
+    def added_to(self, total: jax.Array) -> jax.Array:
+        """A sum with this in it, multiplied out piece by piece."""
+        pieces, side, axis, out = self.cut
+        size = total.shape[out] // pieces
+
+        def add(i: Any, total: jax.Array) -> jax.Array:
+            of = list(self.of)
+            of[side] = lax.dynamic_slice_in_dim(of[side], i * size, size, axis)
+            piece = lax.dynamic_slice_in_dim(total, i * size, size, out)
+            piece = piece + self.product._replace(of=of).multiplied()
+            return lax.dynamic_update_slice_in_dim(total, piece, i * size, out)
+
+        return lax.fori_loop(0, pieces, add, total)
 
 
 class Rows(NamedTuple):
@@ -134,7 +142,7 @@ class Program:
     def loop(self, state: Any, xs: Any) -> Any:
         """Of all micro-batches: the sums and the last state, and what each of them yields, stacked."""
         sums = [
-            None if all(isinstance(part, Product) and part.cut is None for part in several) else zero
+            None if all(isinstance(part, Product) for part in several) else zero
             for several, zero in zip(self.parts, self.zeros, strict=True)
         ]
 
@@ -163,10 +171,10 @@ class Program:
         totals, kept, few = [], [], []
         for several, total in zip(parts, sums, strict=True):
             for part in several:
-                if isinstance(part, Product):
+                if isinstance(part, Product | InPieces):
                     left, right = part.of
                     factors = _where_counted(weight, left), _weighed(weight, right)
-                    (kept if part.cut is None else few).append(factors)
+                    (kept if isinstance(part, Product) else few).append(factors)
                 elif isinstance(part, Rows):
                     indices, updates = part.of
                     total = part._replace(of=[indices, _weighed(weight, updates)]).added_to(total)
@@ -180,8 +188,8 @@ class Program:
         of, totals = iter(factors), []
         for several, total in zip(self.parts, sums, strict=True):
             for part in several:
-                if isinstance(part, Product) and part.cut is not None:
-                    total = part._replace(of=next(of)).added_to(total, part.cut)
+                if isinstance(part, InPieces):
+                    total = part._replace(of=next(of)).added_to(total)
             totals.append(total)
         return totals
 
@@ -190,7 +198,7 @@ class Program:
         of, finished = iter(kept), []
         for several, total in zip(self.parts, sums, strict=True):
             for part in several:
-                if isinstance(part, Product) and part.cut is None:
+                if isinstance(part, Product):
                     product = part._replace(of=next(of)).multiplied()
                     total = product if total is None else total + product
             finished.append(total)
@@ -263,8 +271,8 @@ def _group(parts: list[list[Any]], reader: "_Reader", zeros: Sequence[Any], coun
         for part in several:
             if isinstance(part, Dense):
                 made += [_bytes([v]) for v in part.of if not reader.is_constant(v)]
-            elif isinstance(part, Product) and part.cut is not None:
-                made.append(_bytes(part.dot.outvars) // part.cut.pieces)
+            elif isinstance(part, InPieces):
+                made.append(_bytes(part.product.dot.outvars) // part.cut.pieces)
                 factors += _bytes(part.of)
     room = max(zero.size * zero.dtype.itemsize for zero in zeros) - max(made)
     return max(n for n in range(1, count + 1) if n == 1 or (count % n == 0 and n * factors <= room))
@@ -322,7 +330,8 @@ class _Reader:
             return self._terms(made.invars[0], dtype, [made, *turns], chosen)
         is_chosen = chosen is None or id(made) in chosen
         if made.primitive is primitives.dot_general_p and is_chosen and _is_product(made, dtype):
-            return [Product(list(made.invars), made, turns, chosen[id(made)] if chosen else None)]
+            product, cut = Product(list(made.invars), made, turns), chosen[id(made)] if chosen else None
+            return [product if cut is None else InPieces(product.of, product, cut)]
         if made.primitive is lax.scatter_add_p and not turns and self.is_constant(made.invars[0], 0):
             return [Rows(list(made.invars[1:]), made)]
         return [Dense([v])]

@@ -228,7 +228,9 @@ def _explain(leaves: list[Tensor], functions: set[str]) -> None:
         reason = _reason(leaf)
         if reason is None:
             several = ", ".join(sorted(functions))
-            otherwise = "it is not only multiplied by, or looked up in" + (", or by few rows" if leaf.is_cuda else "")
+            otherwise = "it is not only multiplied by, or looked up in" + ", or by few rows" * (
+                leaf.device.type != "cpu"
+            )
             reason = f"the graph has {several}" if functions else otherwise
         if (reason, leaf.shape) not in explained:
             explained.add((reason, leaf.shape))

@@ -13,6 +13,9 @@ from torch import Tensor
 # So many at once, and a product is bound by arithmetic. A micro-batch of more than a quarter gains nothing by waiting.
 ROWS = 256
 
+# How much smaller than the weight a micro-batch's rows have to be: copying more costs what the sum is spared.
+SMALL = 8
+
 
 class Products:
     """The sums of one window: in `.grad`, and in what waits.
@@ -30,7 +33,7 @@ class Products:
     def product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
         """Adds leftᵀ·right, of shapes (rows, weight's rows) and (rows, weight's columns), inside a backward."""
         count = len(left)
-        few = 4 * count <= ROWS and 2 * count <= self._room
+        few = 4 * count <= ROWS and 2 * count <= self._room and SMALL * count * sum(weight.shape) <= weight.numel()
         if few and weight.dtype == left.dtype == right.dtype and weight in self._weights:
             self._place(weight).take(left, right)
         else:

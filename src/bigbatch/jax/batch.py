@@ -40,7 +40,7 @@ class Batch:
         self.size = min(micro_batch, self.length)  # of a full micro-batch
         self.full, self.rest = divmod(self.length, self.size)
         self.count = self.full + (self.rest > 0)
-        self._dealt = self._deal()
+        self._dealt = self._deal() if self.count > 1 else []
 
     @property
     def axes(self) -> list[int | None]:
@@ -78,11 +78,13 @@ class Batch:
         return [leaf.value if leaf.axis is None else deal(leaf.value, leaf.axis) for leaf in self.leaves]
 
     def take(self, i: Any) -> tuple[Any, ...]:
-        """The arguments of full micro-batch i, where i may be traced."""
+        """The arguments of full micro-batch i, where i may be traced; as they are, where it is the only one."""
+        if self.count == 1:
+            return self.args
 
         def part(leaf: Leaf, dealt: Any) -> Any:
             if leaf.axis is None:
-                return _folded(leaf.value, i) if self.count > 1 else leaf.value
+                return _folded(leaf.value, i)
             return lax.dynamic_index_in_dim(dealt, i, leaf.axis + 1, keepdims=False)
 
         return self.tree.unflatten(map(part, self.leaves, self._dealt))
