@@ -35,10 +35,10 @@ their number, without what `fit` does before and after it.
 """
 ON_A_CPU = """
 The allocator is kept from giving memory back between windows (glibc's `MALLOC_TRIM_THRESHOLD_` and
-`MALLOC_MMAP_THRESHOLD_`, which `make bench` sets): page faults would otherwise be part of the time, another part in each
-contender. As glibc stands, who makes the largest temporaries pays most: the transformer's window then took the loop by
-hand 970 ms and ours 631, 0.64 of it (medians of 7 rounds on the machine of the table below, by the same command
-without the two settings).
+`MALLOC_MMAP_THRESHOLD_`, which `make bench` sets): page faults would otherwise be part of the time, another part in
+each contender. As glibc stands, who makes the largest temporaries pays most: the transformer's window then took the
+loop by hand 970 ms and ours 631, 0.64 of it (medians of 7 rounds on the machine of the table below, by the same
+command without the two settings).
 """
 ON_A_GPU = """
 Small models leave it waiting for its host, whose time is then what is measured: of Python and of PyTorch's launches.
