@@ -39,13 +39,13 @@ _OF_KERNEL = ("Conv2DBackpropFilter", "Conv3DBackpropFilterV2")
 
 
 def _is_slow(operation: Any) -> bool:
-    """Whether it is such a gradient, of a convolution without groups and holes, and all sizes are known."""
+    """Whether it is such a gradient, of a convolution without groups, and all sizes are known."""
     if operation.type not in _OF_INPUTS + _OF_KERNEL:
         return False
     inputs, kernel, outputs = _shapes(operation)
     known = all(shape.is_fully_defined() for shape in (inputs, kernel, outputs))
     last = operation.get_attr("data_format") in (b"NHWC", b"NDHWC")
-    return known and last and kernel[-2] == inputs[-1] and set(operation.get_attr("dilations")) == {1}
+    return known and last and kernel[-2] == inputs[-1] and all(1 in (a.stride, a.dilation) for a in _axes(operation))
 
 
 def _shapes(operation: Any) -> list[Any]:
@@ -56,12 +56,13 @@ def _shapes(operation: Any) -> list[Any]:
 
 
 class _Axis:
-    """One axis of places: its sizes, the stride, and how many zeros stand before the first."""
+    """One axis of places: its sizes, the stride, the dilation, and how many zeros stand before the first."""
 
     def __init__(self, operation: Any, axis: int):
         inputs, kernel, outputs = _shapes(operation)
-        self.size, self.kernel, self.outputs = inputs[axis], kernel[axis - 1], outputs[axis]
-        self.stride = operation.get_attr("strides")[axis]
+        self.size, self.outputs = inputs[axis], outputs[axis]
+        self.stride, self.dilation = (operation.get_attr(name)[axis] for name in ("strides", "dilations"))
+        self.span = (kernel[axis - 1] - 1) * self.dilation  # from the kernel's first place to its last
         padding = operation.get_attr("padding")
         if padding == b"EXPLICIT":
             self.before = operation.get_attr("explicit_paddings")[2 * axis]
@@ -73,7 +74,7 @@ class _Axis:
     @property
     def reach(self) -> int:
         """How many places of the padded inputs have a part in the outputs."""
-        return (self.outputs - 1) * self.stride + self.kernel
+        return (self.outputs - 1) * self.stride + self.span + 1
 
 
 def _axes(operation: Any) -> list[_Axis]:
@@ -81,21 +82,21 @@ def _axes(operation: Any) -> list[_Axis]:
 
 
 def _of_inputs(operation: Any) -> tf.Tensor:
-    """Σ over kernel places k of outputs' gradients[(i + before - k) / stride] · kernel[k]ᵀ, for each input place i."""
+    """Σ over kernel places k of outputs' gradients[(i + before - k · dilation) / stride] · kernel[k]ᵀ, for each i."""
     _, kernel, gradient = operation.inputs
     axes = _axes(operation)
     for axis, a in enumerate(axes, 1):
         gradient = _spread(gradient, axis, a.stride)
-    margins = [(a.kernel - 1 - a.before, a.size + a.before - a.reach + a.kernel - 1) for a in axes]
+    margins = [(a.span - a.before, a.size + a.before - a.reach + a.span) for a in axes]
     gradient = _padded(gradient, [(0, 0), *margins, (0, 0)])
     places = list(range(len(axes)))
     turned = tf.reverse(kernel, places)
     kernel = tf.transpose(turned, [*places, len(axes) + 1, len(axes)])
-    return _convolved(gradient, kernel, [1] * len(axes))
+    return _convolved(gradient, kernel, [1] * len(axes), [a.dilation for a in axes])
 
 
 def _of_kernel(operation: Any) -> tf.Tensor:
-    """Σ over examples and output places o of inputs[o · stride + k - before]ᵀ · outputs' gradients[o], for each k."""
+    """Σ over examples and outputs o of inputs[o · stride + k · dilation - before]ᵀ · their gradients[o], for each k."""
     inputs, _, gradient = operation.inputs
     axes = _axes(operation)
     places = list(range(1, len(axes) + 1))
@@ -105,15 +106,15 @@ def _of_kernel(operation: Any) -> tf.Tensor:
     made = _convolved(
         tf.transpose(inputs, [len(axes) + 1, *places, 0]),
         tf.transpose(gradient, [*places, 0, len(axes) + 1]),
+        [a.dilation for a in axes],
         [a.stride for a in axes],
     )
     return tf.transpose(made, [*places, 0, len(axes) + 1])
 
 
-def _convolved(x: tf.Tensor, kernel: tf.Tensor, dilations: list[int]) -> tf.Tensor:
-    if len(dilations) == 2:
-        return tf.nn.conv2d(x, kernel, 1, "VALID", dilations=dilations)
-    return tf.nn.conv3d(x, kernel, [1] * 5, "VALID", dilations=[1, *dilations, 1])
+def _convolved(x: tf.Tensor, kernel: tf.Tensor, strides: list[int], dilations: list[int]) -> tf.Tensor:
+    convolution: Any = tf.nn.conv2d if len(strides) == 2 else tf.nn.conv3d
+    return convolution(x, kernel, [1, *strides, 1], "VALID", dilations=[1, *dilations, 1])
 
 
 def _spread(x: tf.Tensor, axis: int, stride: int) -> tf.Tensor:
