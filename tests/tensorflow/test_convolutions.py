@@ -68,6 +68,32 @@ def test_paddings_of_ones_own(padding):
         np.testing.assert_allclose(g, h, rtol=0, atol=1e-12 * np.abs(h).max())
 
 
+@pytest.mark.parametrize("many", [1, 3])
+@pytest.mark.parametrize(("kernel", "strides", "dilations"), [(1, 1, 1), (3, 1, 1), (3, 2, 1), (2, 3, 1), (3, 1, 2)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_depthwise_ones(kernel, strides, dilations, padding, many):
+    rng = np.random.default_rng(0)
+    x, w = tf.constant(rng.normal(size=(4, 11, 9, 2))), tf.constant(rng.normal(size=(kernel, kernel, 2, many)))
+
+    def run(change):
+        with tf.GradientTape() as tape:
+            tape.watch((x, w))
+            y = tf.nn.depthwise_conv2d(x, w, [1, strides, strides, 1], padding, dilations=[dilations] * 2)
+            loss = tf.reduce_sum(tf.sin(y))
+        found = tape.gradient(loss, (x, w))
+        if change:
+            found = with_fast_convolutions(tf.compat.v1.get_default_graph(), found)
+            read = [op.type for op in tf.compat.v1.get_default_graph().get_operations() if op.outputs and
+                    op.outputs[0].consumers()]  # fmt: skip
+            assert "DepthwiseConv2dNativeBackpropFilter" not in read
+        return found
+
+    step = tf.function(run, autograph=False, jit_compile=True)
+    for g, h in zip(step(True), step(False), strict=True):
+        assert g.shape == h.shape
+        np.testing.assert_allclose(g, h, rtol=0, atol=1e-12 * np.abs(h).max())
+
+
 @pytest.mark.parametrize("options", [{"dilations": 2, "strides": 2}, {"groups": 2}])
 def test_what_is_left_as_it_is(options):
     x = tf.ones([2, 8, 8, 4])

@@ -3,9 +3,10 @@
 XLA has kernels for inputs as examples, places, channels and for kernels as places, in, out. Other convolutions are
 transposed to that by a pass over the program's entry alone, which looks into no loop (jax-ml/jax#12868): there they are
 ten times slower, and TensorFlow asks XLA for a layer's two gradients as such others. A loop over micro-batches is such
-a loop.
+a loop. Of a depthwise kernel's gradient XLA makes something slower still: that is written as a sum for each place.
 """
 
+import functools
 from typing import Any
 
 import tensorflow as tf
@@ -29,20 +30,29 @@ def with_fast_convolutions(graph: Any, gradients: Any) -> Any:
         return gradients
     gradients = read(gradients)
     for operation in found:
-        make = _of_inputs if operation.type in _OF_INPUTS else _of_kernel
-        replace(operation.outputs[0], lambda make=make, operation=operation: make(operation))
+        if operation.type in _OF_INPUTS:
+            make = functools.partial(_of_inputs, operation)
+        else:
+            make = functools.partial(_of_each_place if operation.type in _DEPTHWISE else _of_kernel, operation)
+        replace(operation.outputs[0], make)
     return gradients
 
 
 _OF_INPUTS = ("Conv2DBackpropInput", "Conv3DBackpropInputV2")
 _OF_KERNEL = ("Conv2DBackpropFilter", "Conv3DBackpropFilterV2")
+_DEPTHWISE = ("DepthwiseConv2dNativeBackpropFilter",)  # the inputs' is fast as it is
+
+# Places in a depthwise kernel, of which each is a term of its own in the program. Compiling more takes long.
+MANY = 128
 
 
 def _is_slow(operation: Any) -> bool:
-    """Whether it is such a gradient, of a convolution without groups, and all sizes are known."""
-    if operation.type not in _OF_INPUTS + _OF_KERNEL:
+    """Whether it is such a gradient, of a convolution without groups or depthwise, and all sizes are known."""
+    if operation.type not in _OF_INPUTS + _OF_KERNEL + _DEPTHWISE:
         return False
     inputs, kernel, outputs = _shapes(operation)
+    if operation.type in _DEPTHWISE and kernel[:2].num_elements() not in range(MANY):
+        return False
     known = all(shape.is_fully_defined() for shape in (inputs, kernel, outputs))
     last = operation.get_attr("data_format") in (b"NHWC", b"NDHWC")
     return known and last and kernel[-2] == inputs[-1] and all(1 in (a.stride, a.dilation) for a in _axes(operation))
@@ -75,6 +85,11 @@ class _Axis:
     def reach(self) -> int:
         """How many places of the padded inputs have a part in the outputs."""
         return (self.outputs - 1) * self.stride + self.span + 1
+
+    def read_at(self, k: int) -> slice:
+        """What the kernel's place k reads of the padded inputs."""
+        start = k * self.dilation
+        return slice(start, start + self.reach - self.span, self.stride)
 
 
 def _axes(operation: Any) -> list[_Axis]:
@@ -110,6 +125,21 @@ def _of_kernel(operation: Any) -> tf.Tensor:
         [a.stride for a in axes],
     )
     return tf.transpose(made, [*places, 0, len(axes) + 1])
+
+
+def _of_each_place(operation: Any) -> tf.Tensor:
+    """The same sum for each channel by itself, whose outputs' gradients are so many in a row."""
+    inputs, _, gradient = operation.inputs
+    rows, columns = _axes(operation)
+    shape: list[Any] = operation.outputs[0].shape.as_list()
+    inputs = _padded(inputs, [(0, 0), *[(a.before, a.reach - a.size - a.before) for a in (rows, columns)], (0, 0)])
+    gradient = tf.reshape(gradient, [*gradient.shape[:3], *shape[2:]])
+
+    def at(i: int, j: int) -> tf.Tensor:
+        here = inputs[:, rows.read_at(i), columns.read_at(j), :, None]
+        return tf.reduce_sum(here * gradient, [0, 1, 2])
+
+    return tf.stack([tf.stack([at(i, j) for j in range(shape[1])]) for i in range(shape[0])])
 
 
 def _convolved(x: tf.Tensor, kernel: tf.Tensor, strides: list[int], dilations: list[int]) -> tf.Tensor:
