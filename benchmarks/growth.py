@@ -9,12 +9,10 @@ Wanted: time a micro-batch and peak memory flat in N, the batch's own data apart
 import argparse
 import importlib
 import os
-from pathlib import Path
 
 import matplotlib.pyplot as plt
-from interleaved import circumstances, measure, section
+from interleaved import circumstances, measure, page, section
 
-PAGE = Path(__file__).with_suffix(".md")
 COUNTS = (1, 2, 4, 16, 64, 256, 1024)
 WIDTHS = {1: 256, 4: 640, 16: 1440}  # numbers in the model, × 1, 4 and 16
 REPETITIONS = 20
@@ -90,13 +88,14 @@ def main():
     parts.append(f"Peak at N = 1,024 over N = 2 (wanted: at most 1.02): {grown}.")
     print("\n\n".join(parts))
     if options.write:
-        page = PAGE.with_name("growth-gpu.md") if "GPU" in module.ON else PAGE
-        figure(times[: len(COUNTS)], peaks[: len(COUNTS)], page.with_name(f"{page.stem}-{name}.png"))
+        on_gpu = "GPU" in module.ON
+        written = page(__file__, on_gpu)
+        figure(times[: len(COUNTS)], peaks[: len(COUNTS)], written.with_name(f"{written.stem}-{name}.png"))
         body = (
-            "\n\n".join(parts) + f"\n\n![growth]({page.stem}-{name}.png)\n\n"
+            "\n\n".join(parts) + f"\n\n![growth]({written.stem}-{name}.png)\n\n"
             f"On {module.ON}. {circumstances(*module.PACKAGES)}.\n\n    python benchmarks/growth.py {name} --write\n"
         )
-        section(page, HEAD if page == PAGE else f"# Growth on a GPU\n{ABOUT}", TITLES[name], body)
+        section(written, f"# Growth on a GPU\n{ABOUT}" if on_gpu else HEAD, TITLES[name], body)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax_jobs import dense, digits, mlp_loss
+from jax_jobs import ON, dense, digits, mlp_loss
 
 import bigbatch.jax as bb
 
+__all__ = ["ON", "PACKAGES", "peaks", "windows"]
 PACKAGES = ["jax"]
-ON = f"a GPU ({jax.devices()[0].device_kind})" if jax.default_backend() == "gpu" else "a CPU"
 
 
 class Window:

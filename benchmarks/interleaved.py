@@ -112,6 +112,12 @@ def figure(timings: Mapping[str, Timing], title: str, path: Path) -> None:
     plt.close(shown)
 
 
+def page(script: str, on_gpu: bool) -> Path:
+    """Where a script's results stand: a GPU's on a page of their own."""
+    path = Path(script)
+    return path.with_name(f"{path.stem}-gpu.md" if on_gpu else f"{path.stem}.md")
+
+
 def section(page: Path, head: str, title: str, body: str) -> None:
     """Writes one part of a page, in place of the part of the same title; `head` begins a new page."""
     text = page.read_text() if page.exists() and page.read_text().startswith(head) else head

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+ON_GPU = jax.default_backend() == "gpu"
+ON = f"a GPU ({jax.devices()[0].device_kind})" if ON_GPU else "a CPU"
+
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 

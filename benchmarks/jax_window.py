@@ -7,20 +7,17 @@ step: arguments + outputs − aliased + temporary.
 """
 
 import argparse
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from interleaved import circumstances, figure, measure, ratio, rounds, section, table
-from jax_jobs import JOBS, Job
+from interleaved import circumstances, figure, measure, page, ratio, rounds, section, table
+from jax_jobs import JOBS, ON, ON_GPU, Job
 
 import bigbatch.jax as bb
 from bigbatch.engines.jax_convolutions import with_fast_convolutions
 
-ON_GPU = jax.default_backend() == "gpu"
-PAGE = Path(__file__).with_name("jax_window-gpu.md" if ON_GPU else "jax_window.md")
-ON = f"a GPU ({jax.devices()[0].device_kind})" if ON_GPU else "a CPU"
+PAGE = page(__file__, ON_GPU)
 ADAM = optax.adam(1e-3)
 HEAD = f"""# JAX{" on a GPU" * ON_GPU}
 

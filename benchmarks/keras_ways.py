@@ -72,9 +72,9 @@ def on():
         import jax
 
         return f"a {jax.default_backend().upper()}"
-    from torch_jobs import DEVICE
+    from torch_jobs import ON_GPU
 
-    return f"a {'GPU' if DEVICE.type == 'cuda' else 'CPU'}"
+    return f"a {'GPU' if ON_GPU else 'CPU'}"
 
 
 def accumulators(model):

@@ -10,17 +10,16 @@ On a GPU, where there is one: timed by its events.
 import argparse
 import logging
 import warnings
-from pathlib import Path
 
 import lightning
 import torch
 from accelerate import Accelerator
-from interleaved import circumstances, figure, measure, ratio, rounds, section, table
+from interleaved import circumstances, figure, measure, page, ratio, rounds, section, table
 from torch_jobs import DEVICE, JOBS, ON, ON_GPU, Job, Stopwatch, peak, timed
 
 import bigbatch.torch as bb
 
-PAGE = Path(__file__).with_name("torch_window-gpu.md" if ON_GPU else "torch_window.md")
+PAGE = page(__file__, ON_GPU)
 HEAD = """
 Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one round.
 *Peak* is the most that tensors held at once in a window, beyond the parameters and the optimizer's state.

@@ -47,15 +47,16 @@ MANY = 128
 
 
 def _is_slow(operation: Any) -> bool:
-    """Whether it is such a gradient, of a convolution without groups or depthwise, and all sizes are known."""
+    """Whether it is such a gradient, and one that is written otherwise: not of groups, and all sizes are known."""
     if operation.type not in _OF_INPUTS + _OF_KERNEL + _DEPTHWISE:
         return False
     inputs, kernel, outputs = _shapes(operation)
-    if operation.type in _DEPTHWISE and kernel[:2].num_elements() not in range(MANY):
+    if not all(shape.is_fully_defined() for shape in (inputs, kernel, outputs)):
         return False
-    known = all(shape.is_fully_defined() for shape in (inputs, kernel, outputs))
+    if operation.type in _DEPTHWISE and kernel[:2].num_elements() >= MANY:
+        return False
     last = operation.get_attr("data_format") in (b"NHWC", b"NDHWC")
-    return known and last and kernel[-2] == inputs[-1] and all(1 in (a.stride, a.dilation) for a in _axes(operation))
+    return last and kernel[-2] == inputs[-1] and all(1 in (a.stride, a.dilation) for a in _axes(operation))
 
 
 def _shapes(operation: Any) -> list[Any]:
@@ -115,8 +116,7 @@ def _of_kernel(operation: Any) -> tf.Tensor:
     inputs, _, gradient = operation.inputs
     axes = _axes(operation)
     places = list(range(1, len(axes) + 1))
-    margins = [(a.before, a.reach - a.size - a.before) for a in axes]
-    inputs = _padded(inputs, [(0, 0), *margins, (0, 0)])
+    inputs = _as_read(inputs, axes)
     # Channels stand for examples, the examples are summed over, and the gradients are the kernel.
     made = _convolved(
         tf.transpose(inputs, [len(axes) + 1, *places, 0]),
@@ -130,9 +130,9 @@ def _of_kernel(operation: Any) -> tf.Tensor:
 def _of_each_place(operation: Any) -> tf.Tensor:
     """The same sum for each channel by itself, whose outputs' gradients are so many in a row."""
     inputs, _, gradient = operation.inputs
-    rows, columns = _axes(operation)
+    rows, columns = axes = _axes(operation)
     shape: list[Any] = operation.outputs[0].shape.as_list()
-    inputs = _padded(inputs, [(0, 0), *[(a.before, a.reach - a.size - a.before) for a in (rows, columns)], (0, 0)])
+    inputs = _as_read(inputs, axes)
     gradient = tf.reshape(gradient, [*gradient.shape[:3], *shape[2:]])
 
     def at(i: int, j: int) -> tf.Tensor:
@@ -140,6 +140,11 @@ def _of_each_place(operation: Any) -> tf.Tensor:
         return tf.reduce_sum(here * gradient, [0, 1, 2])
 
     return tf.stack([tf.stack([at(i, j) for j in range(shape[1])]) for i in range(shape[0])])
+
+
+def _as_read(inputs: tf.Tensor, axes: list[_Axis]) -> tf.Tensor:
+    """With the zeros that the convolution pads, and without places that it never reads."""
+    return _padded(inputs, [(0, 0), *[(a.before, a.reach - a.size - a.before) for a in axes], (0, 0)])
 
 
 def _convolved(x: tf.Tensor, kernel: tf.Tensor, strides: list[int], dilations: list[int]) -> tf.Tensor:

@@ -7,8 +7,13 @@ import tensorflow as tf
 
 
 def replace(tensor: tf.Tensor, make: Callable[[], tf.Tensor]) -> None:
-    """Has all operations that read `tensor` so far read what `make` returns, which may read it itself."""
+    """Has all operations that read `tensor` so far read what `make` returns, which may read it itself.
+
+    Nothing is made where nobody does, as of a first layer's inputs' gradient.
+    """
     readers = [(reader, i) for reader in tensor.consumers() for i, x in enumerate(reader.inputs) if x is tensor]
+    if not readers:
+        return
     new = make()
     for reader, i in readers:
         # Nothing public changes who reads what. tests/tensorflow/test_turned.py fails when this moves.

@@ -228,10 +228,8 @@ def _explain(leaves: list[Tensor], functions: set[str]) -> None:
         reason = _reason(leaf)
         if reason is None:
             several = ", ".join(sorted(functions))
-            otherwise = "it is not only multiplied by, or looked up in" + ", or by few rows" * (
-                leaf.device.type != "cpu"
-            )
-            reason = f"the graph has {several}" if functions else otherwise
+            few = "" if leaf.device.type == "cpu" else ", or by few rows"
+            reason = f"the graph has {several}" if functions else f"it is not only multiplied by, or looked up in{few}"
         if (reason, leaf.shape) not in explained:
             explained.add((reason, leaf.shape))
             log.debug("The gradient of a weight of shape %s is left to autograd: %s.", tuple(leaf.shape), reason)

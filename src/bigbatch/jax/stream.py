@@ -153,7 +153,7 @@ def accumulate(
             mean = jax.tree.map(lambda s, g: (s * jnp.asarray(factor, s.dtype)).astype(g.dtype), state.grads, grads)
             return tx.update(mean, state.inner, params, items=state.items, **extra)
 
-        like = jax.eval_shape(apply, state, params)[0]
+        like = None if and_apply else jax.eval_shape(apply, state, params)[0]
         lent = not and_apply and _fits(like, state.grads)
 
         def made(state: AccumulateState, params: Any) -> tuple[Any, Any, Any, jax.Array]:
@@ -191,8 +191,8 @@ def accumulate(
             return params if and_apply else None if lent else optax.tree.zeros_like(like)
 
         # Windows of one need no branch.
-        branches = state, params
-        updates, state = close(*branches) if full is True else lax.cond(full, close, stay, *branches)
+        both = state, params
+        updates, state = close(*both) if full is True else lax.cond(full, close, stay, *both)
         if lent:
             updates = jax.tree.map(lambda u, s: jnp.where(has_updated(state), s.astype(u.dtype), 0), like, state.grads)
         return updates, state
