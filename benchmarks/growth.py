@@ -83,9 +83,9 @@ def main():
             f"**{title}**, milliseconds a micro-batch:\n\n{table(times[some], heads)}\n\n"
             f"Peak MiB:\n\n{table(peaks[some], heads)}"
         )
-    last, two = COUNTS.index(1024), COUNTS.index(2)
-    grown = ", ".join(f"{way} {peaks[last][way] / peaks[two][way]:.3f}" for way in peaks[0])
-    parts.append(f"Peak at N = 1,024 over N = 2 (wanted: at most 1.02): {grown}.")
+    at = dict(zip(COUNTS, peaks, strict=False))
+    over = {n: ", ".join(f"{way} {at[1024][way] / at[n][way]:.3f}" for way in peaks[0]) for n in (2, 16)}
+    parts.append(f"Peak at N = 1,024 over N = 2 (wanted: at most 1.02): {over[2]}. Over N = 16: {over[16]}.")
     print("\n\n".join(parts))
     if options.write:
         on_gpu = "GPU" in module.ON

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -93,6 +93,16 @@ def table(
     return "\n".join(lines)
 
 
+def compared(timings: Mapping[str, Timing], pairs: Iterable[tuple[str, str, float | None]]) -> str:
+    """A Markdown table of the ratios of those pairs that were timed, with what is wanted at most, if anything."""
+    lines = ["| | measured | wanted, at most |", "| --- | ---: | ---: |"]
+    for name, to, goal in pairs:
+        if name in timings and to in timings:
+            wanted = "" if goal is None else f"{goal:.2f}"
+            lines.append(f"| {name} / {to} | {ratio(timings, name, to):.2f} | {wanted} |")
+    return "\n".join(lines)
+
+
 def figure(timings: Mapping[str, Timing], title: str, path: Path) -> None:
     """Bars of the medians with their quartiles, ours in colour, the floor as a line."""
     import matplotlib.pyplot as plt
@@ -140,7 +150,13 @@ def circumstances(*packages: str) -> str:
     )
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     python = platform.python_version()
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} × {cpu}, Python {python}, {versions}, commit {commit}"
+    kept = ", memory kept by glibc" if is_kept() else ""
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} × {cpu}, Python {python}, {versions}{kept}, commit {commit}"
+
+
+def is_kept() -> bool:
+    """Whether glibc was told, as `run.py` does, to keep what is freed between windows."""
+    return "MALLOC_TRIM_THRESHOLD_" in os.environ
 
 
 def _lines(path: str) -> list[str]:

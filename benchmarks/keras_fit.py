@@ -7,18 +7,19 @@ And with jax, and torch: each writes its own parts of keras_fit.md, one a job.
 """
 
 import argparse
-from pathlib import Path
 
 import resident
-from interleaved import circumstances, figure, measure, ratio, rounds, section, table
+from interleaved import circumstances, compared, figure, measure, page, rounds, section, table
 from keras_jobs import JOBS
 from keras_ways import BACKEND, WAYS, Trial, on
 
-PAGE = Path(__file__).with_suffix(".md")
-GOALS = {"tensorflow": 0.50, "jax": 0.36, "torch": 0.70}  # of the MLP at micro-batch 16
+PAGE = page(__file__, "GPU" in on())
+GOALS = {"tensorflow": 0.50, "jax": 0.36, "torch": 0.70}  # over Keras's own, of the MLP at micro-batch 16
+BY_THE_FLOOR = {"transformer": 1.05, "convolutional": 1.05}  # of the split door
+OURS = ("ours, split", "ours, stream")
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 PACKAGES = {"tensorflow": "tensorflow-cpu", "jax": "jax", "torch": "torch"}
-HEAD = """# Keras: one window
+HEAD = f"""# Keras: one window{" on a GPU" * ("GPU" in on())}
 
 16 micro-batches and one update by Adam, float32. Times are of one window: medians and quartiles over the repetitions,
 each contender once a round in one process, in an order drawn anew; ratios are medians over the rounds.
@@ -28,7 +29,9 @@ each contender once a round in one process, in an order drawn anew; ratios are m
 - *bare* is the train function that `fit` calls, on batches that are there already.
 - *by hand* is what an expert writes with the same model and optimizer: a `tf.while_loop`, a `lax.scan` or a Python loop
   over the micro-batches, then one update. It keeps no metrics, weighs no micro-batch, and takes inf as it comes.
-- *floor* is the same with nothing added up: each gradient replaces the one before.
+- *floor* is the same with nothing added up: each gradient replaces the one before. In TensorFlow ten micro-batches may
+  run at once there and by hand, as is its default: quicker where a thread would be idle, and more are in memory. Ours
+  run *one at a time*, and so does the floor of that name.
 - *peak MiB* is the most that a window holds beyond model, optimizer state and data: of tensors on PyTorch,
   by XLA's plan for the compiled step on JAX, and on TensorFlow, which keeps no account on a CPU, what a process of its
   own holds more (`resident.py`), to half a MiB. Keras's accumulators stand between windows too, and are counted.
@@ -42,9 +45,7 @@ NOTES = {
 The large weights' gradients are multiplied out once for many micro-batches, where by hand and at the floor each
 multiplies its own, a few rows times a matrix turned over are computed the other way round, and the rows of a table that
 was looked up are added to its sum where they belong. Left over that: a test for inf once a window, the metrics, and in
-the stream the micro-batches' way from the data set one by one. The loop runs one micro-batch at a time, so that one's
-activations are in memory. TensorFlow's default, ten at once, is quicker where a thread would be idle, and holds the
-activations of those that have begun.
+the stream the micro-batches' way from the data set one by one.
 Keras leaves XLA off where there is no accelerator; *XLA* is `compile(jit_compile=True)`, for ours and for Keras's
 own alike.""",
     "jax": """\
@@ -133,28 +134,25 @@ def main() -> None:
             f"{job.micro_batches} micro-batches a window, {trial.windows} windows at a time, on {on()}; "
             f"{repetitions} rounds.\n\n"
             f"{table(timings, ['Keras, fit', 'Keras, bare', 'by hand', 'floor'], columns)}\n\n"
-            f"{ratios(timings, GOALS[BACKEND] if name == 'mlp-16' else None)}\n\n"
+            f"{compared(timings, pairs(name))}\n\n"
             + (f"{NOTES[BACKEND]}\n\n" if name == "mlp-16" else "")
-            + f"![times](keras_fit-{BACKEND}-{name}.png)\n\n{circumstances('keras', PACKAGES[BACKEND])}.\n\n"
+            + f"![times]({PAGE.stem}-{BACKEND}-{name}.png)\n\n{circumstances('keras', PACKAGES[BACKEND])}.\n\n"
             f"    KERAS_BACKEND={BACKEND} python benchmarks/keras_fit.py {name} --repetitions {repetitions} --write\n"
         )
         print(title, part, sep="\n", flush=True)
         if options.write:
-            figure(timings, title, PAGE.with_name(f"keras_fit-{BACKEND}-{name}.png"))
+            figure(timings, title, PAGE.with_name(f"{PAGE.stem}-{BACKEND}-{name}.png"))
             section(PAGE, HEAD, title, part)
 
 
-def ratios(timings, goal) -> str:
-    """A table of ours over Keras's own and over the floor, with what is wanted of the MLP at micro-batch 16."""
-    wanted = f" {goal:.2f} |" if goal else ""
-    lines = ["| | measured |" + " wanted, at most |" * bool(goal), "| --- | ---: |" + " ---: |" * bool(goal)]
+def pairs(name):
+    """Ours over Keras's own and over the floor, with what is wanted where something is."""
     for way in ("fit", "bare", "bare, XLA"):
-        for ours in (f"ours, split, {way}", f"ours, stream, {way}"):
-            if ours in timings:
-                lines.append(f"| {ours} / Keras, {way} | {ratio(timings, ours, f'Keras, {way}'):.2f} |{wanted}")
-    for ours in ("ours, split, bare", "ours, stream, bare"):
-        lines.append(f"| {ours} / floor | {ratio(timings, ours, 'floor'):.2f} |" + " |" * bool(goal))
-    return "\n".join(lines)
+        for ours in OURS:
+            yield f"{ours}, {way}", f"Keras, {way}", GOALS[BACKEND] if name == "mlp-16" else None
+    for floor in ("floor", "floor, one at a time"):
+        for ours in OURS:
+            yield f"{ours}, bare", floor, BY_THE_FLOOR.get(name) if "split" in ours else None
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ takes_products = pytest.mark.skipif(
 
 
 @contextmanager
-def small_ones_too() -> Iterator[None]:
-    """Takes the gradients of small weights too, and has room for some rows of each."""
+def small_ones_too(room: int = 8) -> Iterator[None]:
+    """Takes the gradients of small weights too, and has room for so many rows of each."""
     with (
         mock.patch.object(torch_graph, "is_worth", return_value=True),
-        mock.patch.object(torch_products, "ROWS", 32),
+        mock.patch.object(torch_products, "ROWS", 4 * room),
         mock.patch.object(torch_products, "SMALL", 0),
-        mock.patch.object(torch_products, "rows_for", return_value=8),
+        mock.patch.object(torch_products, "rows_for", return_value=room),
     ):
         yield

@@ -1,108 +1,30 @@
-"""Weight gradients straight into the sums, some of them late: autograd's numbers, and its work where it must be."""
+"""Weight gradients straight into the sums: autograd's numbers."""
 
 import copy
-import io
-import logging
 import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_graph, torch_products
-from bigbatch.engines.torch_memory import PeakMemory
-from bigbatch.engines.torch_products import Products
-from conformance.torch_products import takes_products
+from bigbatch.engines import torch_graph
+from conformance.torch_products import small_ones_too, takes_products
 
-rows_for, is_worth, SMALL = torch_products.rows_for, torch_graph.is_worth, torch_products.SMALL
+from .products import ROOM, Tied, agree, by, gradients, language
 
 
 @pytest.fixture(autouse=True)
-def whatever_its_size(monkeypatch):
-    """Rows of weights as small as these would take more room than a gradient, so there is room for a few rows only."""
-    monkeypatch.setattr(torch_graph, "is_worth", lambda *_: True)
-    monkeypatch.setattr(torch_products, "ROWS", 8)
-    monkeypatch.setattr(torch_products, "SMALL", 0)
-    monkeypatch.setattr(torch_products, "rows_for", lambda weights: 4)
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operations that reach the device, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-class Tied(nn.Module):
-    """A language model in small: one table for both ends, and a layer used twice."""
-
-    def __init__(self, bias=True, padding_idx=None):
-        super().__init__()
-        self.embedding = nn.Embedding(11, 6, padding_idx=padding_idx)
-        self.middle = nn.Linear(6, 6, bias=bias)
-        self.out = nn.Linear(6, 11, bias=bias)
-        self.out.weight = self.embedding.weight
-
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        return self.out(torch.tanh(self.middle(torch.tanh(self.middle(x)))))
-
-
-def gradients(model):
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
-
-def by(door, model, loss_fn, batch, micro_batch, **options):
-    """The window's gradient through one of the doors; `fused` says which way."""
-    on = options.pop("on")
-    if door == "split":
-        bb.backward(loss_fn, batch, micro_batch=micro_batch, fused=on, **options)
-        found = gradients(model)
-        model.zero_grad()
-        return found
-    found = {}
-
-    class Look(torch.optim.SGD):
-        def step(self, closure=None):
-            found.update(gradients(model))
-
-    acc = bb.Accumulator(Look(model.parameters(), lr=1.0), every=10**6, fused=on, **options)
-    for part in zip(*(t.split(micro_batch) for t in batch), strict=True):
-        acc.backward(loss_fn(part), items=len(part[0]))
-    acc.flush()
-    return found
-
-
-def language(model):
-    return lambda b: F.cross_entropy(model(b[0]).flatten(0, -2), b[1].flatten())
+def whatever_its_size():
+    with small_ones_too(ROOM):
+        yield
 
 
 @pytest.fixture
 def tokens():
     torch.manual_seed(1)
     return torch.randint(11, (10, 5)), torch.randint(11, (10, 5))
-
-
-def agree(found, wanted, dtype):
-    """Both are sums of at most a hundred rounded terms."""
-    for name, w in wanted.items():
-        if w is None:
-            assert found[name] is None, name
-            continue
-        tolerance = 100 * torch.finfo(dtype).eps * w.abs().max().item()
-        torch.testing.assert_close(found[name], w, rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("door", ["split", "stream"])
@@ -224,88 +146,6 @@ def test_a_table_with_sparse_gradients_that_is_also_multiplied_by(tokens):
     agree(by("split", model, loss_fn, tokens, 3, on=True), wanted, torch.float64)
 
 
-def called(acc, model, rows=2):
-    """The products of one micro-batch's backward."""
-    loss = model(torch.randn(rows, 8)).square().mean()
-    with Calls() as calls:
-        acc.backward(loss, items=rows)
-    return [name for name in calls.names if "mm" in name]
-
-
-@takes_products
-def test_products_wait_until_they_are_many_and_the_first_of_them_is_the_sum():
-    model = nn.Linear(8, 8, bias=False)
-    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=6)
-    # Two rows each, and room for four: the third micro-batch has to make room, and so has the fifth.
-    assert [called(acc, model) for _ in range(5)] == [[], [], ["mm"], [], ["addmm_"]]
-    assert called(acc, model) == ["addmm_"]  # the end
-
-
-@takes_products
-def test_products_of_many_rows_do_not_wait():
-    model = nn.Linear(8, 8, bias=False)
-    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
-    assert [called(acc, model, rows=3) for _ in range(3)] == [["mm"], ["addmm_"], ["addmm_"]]
-
-
-@takes_products
-@pytest.mark.parametrize(("width", "waits"), [(31, False), (32, True)])
-def test_rows_wait_where_they_are_an_eighth_of_the_weight(width, waits, monkeypatch):
-    monkeypatch.setattr(torch_products, "SMALL", SMALL)
-    model = nn.Linear(width, width, bias=False)
-    acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
-    acc.backward(model(torch.randn(2, width)).square().mean(), items=2)
-    assert (model.weight.grad is None) == waits
-
-
-def test_what_waits_takes_less_than_the_largest_weight(monkeypatch):
-    monkeypatch.setattr(torch_products, "ROWS", 256)
-    weights = [torch.empty(1024, 784), torch.empty(1024, 1024)]
-    assert rows_for(weights) == 7 * 1024 * 1024 // (8 * (1024 + 784 + 2 * 1024)) == 237
-    assert rows_for(weights[:1]) == 256, "more gain nothing"
-    assert rows_for([]) == 0
-
-
-@takes_products
-def test_a_flushed_window_of_one_is_the_plain_step_to_the_bit():
-    results = []
-    for flushed in (True, False):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        acc = bb.Accumulator(optimizer, every=8)  # a share that is exact
-        loss = model(torch.randn(1, 8)).square().mean()
-        if flushed:
-            acc.backward(loss, items=1)
-            assert model[0].weight.grad is None, "it waits"
-            acc.flush()
-        else:
-            loss.backward()
-            optimizer.step()
-        results.append([p.detach() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@takes_products
-def test_rows_looked_up_go_into_a_sum_whose_products_wait():
-    """A table at both ends: the head's rows come first, and wait."""
-    torch.manual_seed(0)
-    table = nn.Parameter(torch.randn(30, 30))
-    start, parts = table.detach().clone(), torch.randint(0, 30, (3, 1))
-
-    def loss(ids):
-        return F.linear(F.embedding(ids, table), table).square().mean()
-
-    sum(loss(ids) for ids in parts).backward()
-    wanted, table.grad = table.grad, None
-    acc = bb.Accumulator(torch.optim.SGD([table], lr=1.0), every=9)
-    for ids in parts:
-        acc.backward(loss(ids), items=1)
-    assert (table.grad == 0).all(dim=1).sum() >= 27, "only what was looked up is in it"
-    acc.flush()
-    torch.testing.assert_close(start - table, wanted / 3)
-
-
 def test_a_window_of_one_is_the_plain_step_to_the_bit(tokens):
     wanted, found = [], []
     for results, on in ((wanted, None), (found, True)):
@@ -322,70 +162,6 @@ def test_a_window_of_one_is_the_plain_step_to_the_bit(tokens):
                 optimizer.zero_grad()
         results += model.parameters()
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-@pytest.mark.parametrize("stop", range(1, 6))
-def test_saved_while_rows_wait_it_goes_on_to_the_bit(stop):
-    def run(resumed):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8))
-        acc = bb.Accumulator(torch.optim.Adam(model.parameters()), every=7)
-        for i, part in enumerate(torch.randn(14, 2, 8)):
-            if resumed and i == stop:
-                file = io.BytesIO()
-                torch.save(acc.state_dict(), file)
-                file.seek(0)
-                acc.reset()
-                acc = bb.Accumulator(acc.optimizer, every=7)
-                acc.load_state_dict(torch.load(file, weights_only=True))
-            acc.backward(model(part).square().mean(), items=2)
-        return list(model.parameters())
-
-    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
-
-
-@pytest.mark.parametrize("broken", ["error", "nan", "reset", "drop"])
-def test_rows_that_wait_never_reach_the_next_window(broken):
-    def window(acc, model, parts):
-        return [acc.backward(model(part).square().mean(), items=2) for part in parts][-1]
-
-    results = []
-    for trouble in (False, True):
-        torch.manual_seed(0)
-        model = nn.Linear(8, 8)
-        acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.1), every=3, partial="drop")
-        parts = torch.randn(6, 2, 8)
-        if trouble and broken == "nan":
-            assert window(acc, model, [parts[0], parts[1] * torch.nan, parts[2]]).skipped
-        elif trouble:
-            window(acc, model, parts[:2])
-            if broken == "error":
-                loss = model(parts[0]).square().mean()
-                torch.autograd.grad(loss, model.weight)
-                with pytest.raises(RuntimeError, match="a second time"):
-                    acc.backward(loss, items=2)
-            elif broken == "reset":
-                acc.reset()
-            else:
-                assert "dropped" in acc.flush().skipped
-        window(acc, model, parts[3:])
-        results.append(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_inputs_may_be_written_over_while_their_rows_wait():
-    """A loader may fill one buffer again and again."""
-    model, found = nn.Linear(8, 8).double(), []
-    x = torch.randn(5, 2, 8, dtype=torch.float64)
-    for reused in (False, True):
-        acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.0), every=10)
-        buffer = torch.empty(2, 8, dtype=torch.float64)
-        for part in x:
-            acc.backward(model(buffer.copy_(part) if reused else part).square().mean(), items=2)
-        acc._window.gradients([])
-        found.append(gradients(model))
-        acc.reset()
-    agree(found[1], found[0], torch.float64)
 
 
 WAYS = {
@@ -443,201 +219,6 @@ def test_what_is_in_grad_before_is_added_to(tokens):
     agree(gradients(model), {name: 2 * g for name, g in before.items()}, torch.float64)
 
 
-def test_gradients_of_gradients_inside_the_loss(tokens):
-    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1)).double()
-    x = torch.randn(8, 6, dtype=torch.float64)
-
-    def loss_fn(b):
-        (at,) = (b[0].detach().requires_grad_(),)
-        energy = model(at).sum()
-        (force,) = torch.autograd.grad(energy, at, create_graph=True)
-        (plain,) = torch.autograd.grad(energy, at, retain_graph=True)
-        return (force.square().sum(1) + model(at)[:, 0]).mean() + 0 * plain.sum()
-
-    wanted = by("split", model, loss_fn, (x,), 3, on=False)
-    agree(by("split", model, loss_fn, (x,), 3, on=True), wanted, torch.float64)
-
-
-@pytest.mark.parametrize("door", ["split", "stream"])
-def test_what_is_checkpointed_is_autograds(door, tokens):
-    model = Tied().double()
-    first, rest = model.embedding, nn.Sequential(model.middle, nn.Tanh(), model.out)
-
-    def loss_fn(b):
-        return F.cross_entropy(checkpoint(rest, first(b[0]), use_reentrant=False).flatten(0, 1), b[1].flatten())
-
-    wanted = by(door, model, loss_fn, tokens, 3, on=False)
-    agree(by(door, model, loss_fn, tokens, 3, on=True), wanted, torch.float64)
-
-
-def test_saved_tensors_may_be_kept_elsewhere(tokens):
-    model = Tied().double()
-
-    def loss_fn(b):
-        with torch.autograd.graph.save_on_cpu():
-            return language(model)(b)
-
-    wanted = by("split", model, loss_fn, tokens, 3, on=False)
-    agree(by("split", model, loss_fn, tokens, 3, on=True), wanted, torch.float64)
-
-
-def hook_on_the_gradient(model):
-    seen = []
-    model.weight.register_hook(lambda g: seen.append(1))
-    return model, lambda: len(seen) == 4
-
-
-def hook_after_accumulation(model):
-    seen = []
-    model.weight.register_post_accumulate_grad_hook(lambda p: seen.append(1))
-    return model, lambda: len(seen) == 4
-
-
-def parametrized(model):
-    return parametrizations.weight_norm(model), lambda: True
-
-
-class Named(torch.Tensor):
-    """A subclass with nothing of its own."""
-
-
-def subclass(model):
-    model.weight = nn.Parameter(model.weight.detach().as_subclass(Named))
-    return model, lambda: True
-
-
-def column_by_column(model):
-    model.weight = nn.Parameter(model.weight.detach().t().contiguous().t())
-    return model, lambda: True
-
-
-class Twice(torch.autograd.Function):
-    """Its backward could be anything, a reentrant checkpoint's too."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return 2 * grads[0]
-
-
-def with_a_function(model):
-    model.register_forward_hook(lambda module, args, output: Twice.apply(output))
-    return model, lambda: True
-
-
-def used_elsewhere(model):
-    model.register_forward_hook(lambda module, args, output: output + module.weight.sum())
-    return model, lambda: True
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (hook_on_the_gradient, "hooks"),
-        (hook_after_accumulation, "hooks"),
-        (parametrized, "not only"),
-        (subclass, "subclass"),
-        (column_by_column, "layout"),
-        (with_a_function, "TwiceBackward"),
-        (used_elsewhere, "not only"),
-    ],
-)
-def test_where_it_would_not_be_safe_it_is_autograds_and_says_why(change, reason, caplog):
-    model, seen = change(nn.Linear(4, 4).double())
-    x = torch.randn(8, 4, dtype=torch.float64)
-
-    def loss_fn(b):
-        return model(b[0]).as_subclass(torch.Tensor).square().mean()
-
-    with caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
-        found = by("split", model, loss_fn, (x,), 2, on=True)
-    assert seen()
-    assert [reason in record.message for record in caplog.records if "(4, 4)" in record.message] == [True]
-    agree(found, by("split", model, loss_fn, (x,), 2, on=False), torch.float64)
-
-
-def test_small_weights_are_autograds(monkeypatch, caplog):
-    monkeypatch.setattr(torch_graph, "is_worth", lambda weight, rows=None: weight.numel() > 16)
-    model = nn.Linear(4, 4)
-    with caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
-        by("split", model, lambda b: model(b[0]).mean(), (torch.randn(4, 4),), 2, on=True)
-    assert "it is so small that" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("shape", "rows", "worth"),
-    [((2048, 2048), 2048, True), ((2048, 2048), 1024, False), ((8192, 8192), 1, True), ((1024, 1024), 10**9, True)],
-)
-def test_beside_a_device_it_is_the_work_that_counts(shape, rows, worth):
-    """A device that exists everywhere stands for a GPU."""
-    weight = torch.empty(shape, device="meta")
-    assert is_worth(weight, rows) == worth
-    assert is_worth(weight) == (weight.numel() >= 1 << 22)
-    assert is_worth(torch.empty(shape), rows)
-    assert Products([weight])._weights == set()
-
-
-@pytest.mark.parametrize("door", ["split", "stream"])
-def test_where_the_first_graph_has_no_products_the_next_are_not_searched(door, monkeypatch, tokens):
-    searched = []
-    read = torch_graph.read
-
-    def noting(loss, products=True, explain=False):
-        searched.append(products)
-        return read(loss, products, explain)
-
-    monkeypatch.setattr(torch_graph, "is_worth", lambda weight, rows=None: rows is None)
-    monkeypatch.setattr(torch_graph, "read", noting)
-    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
-    by(door, model, language(model), tokens, 2, on=True)
-    assert searched == ([True, False, False, False, False] if door == "split" else [True])
-
-
-@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
-def test_special_embeddings_are_autograds(options, tokens):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(11, 6, **options), nn.Linear(6, 11)).double()
-    wanted = by("split", model, language(model), tokens, 3, on=False)
-    found = by("split", model, language(model), tokens, 3, on=True)
-    for name, w in wanted.items():
-        torch.testing.assert_close(found[name].to_dense(), w.to_dense(), rtol=1e-12, atol=1e-14)
-
-
-def test_transforms_of_torch_func_inside_the_loss():
-    model = nn.Linear(4, 3).double()
-    x = torch.randn(6, 4, dtype=torch.float64)
-
-    def loss_fn(b):
-        jacobians = torch.func.vmap(torch.func.jacrev(lambda row: torch.tanh(model(row))))(b[0])
-        return jacobians.square().mean()
-
-    wanted = by("split", model, loss_fn, (x,), 4, on=False)
-    agree(by("split", model, loss_fn, (x,), 4, on=True), wanted, torch.float64)
-
-
-def test_where_other_ranks_may_wait_for_a_gradient_all_are_autograds():
-    """A wrapper that bigbatch was not told of, such as DistributedDataParallel of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(nn.Linear(8, 8, bias=False))
-        seen = []
-        model.register_comm_hook(None, lambda _, bucket: seen.append(bucket) or _done(bucket))
-        acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=3)
-        assert [called(acc, model) for _ in range(2)] == [["mm"], ["mm"]]
-        assert len(seen) == 2
-    finally:
-        dist.destroy_process_group()
-
-
-def _done(bucket):
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
 def test_hooks_on_what_a_layer_returns_are_seen_first():
     model = nn.Linear(6, 5).double()
     x = torch.randn(8, 6, dtype=torch.float64)
@@ -679,18 +260,6 @@ def test_a_graph_that_is_kept_has_no_hooks_left():
     loss = model(torch.randn(4, 6)).square().mean()
     loss.backward()
     assert len(taken) == 1
-
-
-def test_a_loss_from_a_reentrant_checkpoint(tokens):
-    model = Tied().double()
-    middle = nn.Sequential(model.middle, nn.Tanh())
-
-    def loss_of(middle):
-        return lambda b: F.cross_entropy(model.out(middle(model.embedding(b[0]))).flatten(0, 1), b[1].flatten())
-
-    wanted = by("stream", model, loss_of(middle), tokens, 3, on=False)
-    reentrant = loss_of(lambda x: checkpoint(middle, x, use_reentrant=True))
-    agree(by("stream", model, reentrant, tokens, 3, on=True), wanted, torch.float64)
 
 
 def test_the_module_is_as_it_was_also_after_an_error(tokens):
@@ -748,36 +317,3 @@ def test_private_names_are_where_they_were():
         assert (torch.ones(1, 2) @ p).grad_fn._raw_saved_self.unpack_hook is not None
     looked_up = F.embedding(torch.tensor([1]), p).grad_fn
     assert torch_graph._signed(looked_up._saved_padding_idx) == -1
-
-
-@takes_products
-@pytest.mark.parametrize("door", ["split", "stream"])
-def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_loops(door, monkeypatch):
-    monkeypatch.setattr(torch_products, "ROWS", 256)
-    monkeypatch.setattr(torch_products, "rows_for", rows_for)
-    torch.manual_seed(0)
-    model = nn.Linear(128, 128, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def peak(n, door):
-        x = torch.randn(n, 2, 128)
-        with PeakMemory() as memory:
-            if door == "split":
-                bb.backward(lambda b: model(b[0]).square().mean(), (x,), micro_batch=1)
-                optimizer.step()
-                optimizer.zero_grad()
-            elif door == "stream":
-                acc = bb.Accumulator(optimizer, every=n)
-                for part in x.split(1):
-                    acc.backward(model(part).square().mean(), items=1)
-            else:
-                for part in x.split(1):
-                    (model(part).square().mean() / n).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return memory.peak
-
-    assert peak(1024, door) <= 1.02 * peak(2, door)
-    assert peak(16, door) < peak(16, "hand-written")
-    monkeypatch.setattr(torch_products, "rows_for", lambda weights: 4)
-    assert peak(16, door) < 0.7 * peak(16, "hand-written"), "but for what waits there is one sum"
