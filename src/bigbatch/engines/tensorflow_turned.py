@@ -2,7 +2,8 @@
 
 The gradient of a dense layer's inputs is rows · weightsᵀ. Of (weights · rowsᵀ)ᵀ TensorFlow makes the same numbers, but
 for the order in which some sums are taken, and reads the weights as they lie. Where a model turns its weights over
-first, as the table of words that its last layer is tied to, their gradient is (leftᵀ · right)ᵀ: that is rightᵀ · left.
+first, as the table of words that its last layer is tied to, the same is true of the layer itself, and the gradient of
+its inputs is rows · weights. The gradient of such weights is (leftᵀ · right)ᵀ: that is rightᵀ · left.
 """
 
 import functools
@@ -30,7 +31,7 @@ def turn(graph: Any, several: Any, gradients: Any) -> Any:
         graph: a micro-batch's, that is being traced and has its backward pass.
         several: whether the window has more than one micro-batch: a bool, or a scalar tensor where only the run will
             tell. A window of one stays bit for bit what it is without us.
-        gradients: what the backward pass made, nested in any way, and None.
+        gradients: what the backward pass made, nested in any way, and None; nothing where all who read them are there.
 
     Returns:
         The gradients, computed so.
@@ -40,7 +41,7 @@ def turn(graph: Any, several: Any, gradients: Any) -> Any:
     gradients = read(gradients)
     for operation in graph.get_operations():
         if _is_of_few_rows(operation):
-            plain, turned = _of_few_rows(*operation.inputs)
+            plain, turned = _of_few_rows(*operation.inputs, transposed=operation.get_attr("transpose_b"))
         elif _is_of_turned_weights(operation):
             plain, turned = _of_turned_weights(*operation.inputs[0].op.inputs)
         else:
@@ -50,20 +51,33 @@ def turn(graph: Any, several: Any, gradients: Any) -> Any:
     return gradients
 
 
-def _of_few_rows(rows: tf.Tensor, weights: tf.Tensor) -> Ways:
+def _of_few_rows(rows: tf.Tensor, weights: tf.Tensor, transposed: bool) -> Ways:
+    if not _is_transposition(weights.op):
+        return (
+            lambda: tf.linalg.matmul(rows, weights, transpose_b=transposed),
+            lambda: _over(rows, weights),
+        )
+    (matrix, _) = weights.op.inputs
     return (
-        lambda: tf.linalg.matmul(rows, weights, transpose_b=True),
-        lambda: tf.transpose(tf.linalg.matmul(weights, rows, transpose_b=True)),
+        # Not of `weights` itself: a conditional would have it turned over beforehand, for either way.
+        lambda: tf.linalg.matmul(rows, tf.transpose(matrix), transpose_b=transposed),
+        lambda: tf.linalg.matmul(rows, matrix) if transposed else _over(rows, matrix),
     )
 
 
+def _over(rows: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Rows · weightsᵀ."""
+    return tf.transpose(tf.linalg.matmul(weights, rows, transpose_b=True))
+
+
 def _is_of_few_rows(operation: Any) -> bool:
-    if not _is_product(operation, False, True):
+    if operation.type != "MatMul" or operation.get_attr("transpose_a"):
         return False
     rows, weights = (side.shape for side in operation.inputs)
     if not (rows.is_fully_defined() and weights.is_fully_defined()):
         return False
-    return rows[0] > 1 and math.prod(weights.as_list()) >= max(LEAST, MANY * rows[0] ** 2)
+    few = rows[0] > 1 and math.prod(weights.as_list()) >= max(LEAST, MANY * rows[0] ** 2)
+    return few and (operation.get_attr("transpose_b") or _is_transposition(operation.inputs[1].op))
 
 
 def _of_turned_weights(left: tf.Tensor, right: tf.Tensor) -> Ways:
@@ -74,16 +88,20 @@ def _of_turned_weights(left: tf.Tensor, right: tf.Tensor) -> Ways:
 
 
 def _is_of_turned_weights(operation: Any) -> bool:
-    if operation.type != "Transpose" or not _is_product(operation.inputs[0].op, True, False):
+    if not _is_transposition(operation):
         return False
-    order, shape = operation.inputs[1], operation.outputs[0].shape
+    shape, made = operation.outputs[0].shape, operation.inputs[0].op
+    if made.type != "MatMul" or not made.get_attr("transpose_a") or made.get_attr("transpose_b"):
+        return False
+    return shape.is_fully_defined() and math.prod(shape.as_list()) >= LEAST
+
+
+def _is_transposition(operation: Any) -> bool:
+    """Whether it turns a matrix over."""
+    if operation.type != "Transpose":
+        return False
+    order = operation.inputs[1]
     if order.op.type == "InvertPermutation":  # the gradient of a transposition; of two axes it is its own
         (order,) = order.op.inputs
-    turns = tf.get_static_value(order)
-    large = shape.is_fully_defined() and math.prod(shape.as_list()) >= LEAST
-    return large and turns is not None and list(turns) == [1, 0]
-
-
-def _is_product(operation: Any, *turned: bool) -> bool:
-    turns = ("transpose_a", "transpose_b")
-    return operation.type == "MatMul" and tuple(operation.get_attr(turn) for turn in turns) == turned
+    axes = tf.get_static_value(order)
+    return axes is not None and list(axes) == [1, 0]

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from bigbatch import errors
 from bigbatch.engines.tensorflow_products import in_turn
+from bigbatch.engines.tensorflow_turned import turn
 from bigbatch.every import Every, Items, as_every
 from bigbatch.noise import NoiseScale, UntilNoise, one_in
 from bigbatch.tensorflow import replicas
@@ -158,6 +159,8 @@ class Accumulator(tf.Module):
                 variables are as they were. XLA makes no such check; a window without items is skipped there.
 
         Outside a `tf.function` this runs in one of its own, traced once. The host never waits for the device.
+        In a graph on a CPU, what has read products of large matrices turned over, as gradients of dense layers' inputs
+        are, reads them computed the other way round from here on: the same numbers but for the order of their sums.
         """
         pairs = list(grads_and_vars)
         items = as_items(items)
@@ -260,6 +263,11 @@ class Accumulator(tf.Module):
         self._items.assign_add(items)
         if self._meter is not None:
             self._meter.take(gradients, items, first, self._index)
+        if self.every != 1 and not self._distributed and not under_xla():
+            # Free of what the call may stand under: a step that waits for a gradient cannot come before that gradient.
+            with tf.control_dependencies(None):
+                # A window's first micro-batch stays as it is, so that a flushed window of one is the plain step.
+                turn(tf.compat.v1.get_default_graph(), self._micro_batches > 0, [])
         self._loss.assign_add(weight * (math.nan if loss is None else tf.cast(tf.reshape(loss, ()), COUNT)))
         if self._distributed:
             return tf.distribute.get_replica_context().merge_call(self._advance_all, args=(items,))
