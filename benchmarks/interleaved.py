@@ -150,7 +150,7 @@ def circumstances(*packages: str) -> str:
     )
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     python = platform.python_version()
-    kept = ", memory kept by glibc" if is_kept() else ""
+    kept = ", memory kept by glibc" * is_kept() + " in one arena" * (os.environ.get("MALLOC_ARENA_MAX") == "1")
     return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} × {cpu}, Python {python}, {versions}{kept}, commit {commit}"
 
 

@@ -21,19 +21,28 @@ SCRIPTS = sorted(
 
 # One framework a process, and Keras takes its backend from the environment when it is imported.
 GROWTH = ["torch", "jax", "tensorflow", "tf1", "keras_tensorflow", "keras_jax", "keras_torch"]
-# glibc gives memory back between windows and takes it again, at the cost of thousands of page faults a window; whatever
-# the thresholds, that is so of blocks over 64 MiB in threads that have an arena of their own. What a contender pays
-# for that says nothing of its loop.
+# glibc gives memory back between windows and takes it again, at the cost of thousands of page faults a window. Whatever
+# the thresholds, that is so of blocks over 64 MiB in threads that have an arena of their own. What a contender pays for
+# that says nothing of its loop.
 KEEPING = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
 }
 AS_IT_STANDS = dict.fromkeys(KEEPING)
+# JAX's threads would wait for each other in one arena: only where its blocks are so large is that the lesser evil.
+MANY_ARENAS = {"MALLOC_ARENA_MAX": None}
 
+SMALL = ["mlp-1", "mlp-16", "mlp-128", "convolutional"]
 PARTS = {
     "growth": [([framework], {}) for framework in GROWTH],
-    "keras_fit": [([], {"KERAS_BACKEND": backend}) for backend in ("tensorflow", "jax", "torch")],
+    "jax_window": [([*SMALL, "mlp-32"], MANY_ARENAS), (["transformer"], {})],
+    "keras_fit": [
+        ([], {"KERAS_BACKEND": "tensorflow"}),
+        (SMALL, {"KERAS_BACKEND": "jax", **MANY_ARENAS}),
+        (["transformer"], {"KERAS_BACKEND": "jax"}),
+        ([], {"KERAS_BACKEND": "torch"}),
+    ],
     "torch_window": [([], {}), (["mlp-16", "transformer"], AS_IT_STANDS)],
 }
 
