@@ -11,7 +11,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 import optax
-from interleaved import circumstances, figure, measure, page, ratio, rounds, section, table
+from interleaved import against_goals, circumstances, figure, measure, page, ratio, rounds, section, table
 from jax_jobs import JOBS, ON, ON_GPU, Job
 
 import bigbatch.jax as bb
@@ -140,7 +140,7 @@ def contenders(job: Job):
     }
 
 
-def goals(timings, live, of_all: bool) -> list[tuple[str, float, str]]:
+def goals(timings, live, of_all: bool) -> list[tuple[str, str, float | None]]:
     """Ratios, and what is wanted at most: two of every job, the others of the MLP's 8 × 32 alone."""
 
     def time(ours, to):
@@ -158,7 +158,7 @@ def goals(timings, live, of_all: bool) -> list[tuple[str, float, str]]:
         ("stream / MultiSteps, memory", live["ours, stream"] / live["optax.MultiSteps"], 1.00),
     ]
     every = ("split / floor, time", "stream / stream by hand, time")
-    return [(name, got, f"{goal:.2f}" if of_all or name in every else "") for name, got, goal in wanted]
+    return [(name, f"{got:.3f}", goal if of_all or name in every else None) for name, got, goal in wanted]
 
 
 def main():
@@ -175,10 +175,7 @@ def main():
         live = {name: c.mebibytes for name, c in measured.items()}
         against = ["optax.MultiSteps", "scan by hand", "stream by hand", "floor"]
         shown = table(timings, against, {"live MiB": {name: f"{mib:.1f}" for name, mib in live.items()}})
-        wanted = "\n".join(
-            ["| | measured | wanted, at most |", "| --- | ---: | ---: |"]
-            + [f"| {what} | {got:.3f} | {goal} |" for what, got, goal in goals(timings, live, name == "mlp-32")]
-        )
+        wanted = against_goals(goals(timings, live, name == "mlp-32"))
         print(f"{job.title}, {job.micro_batches} micro-batches, {repetitions} rounds\n{shown}\n{wanted}")
         if options.write:
             figure(timings, f"{job.title}, {job.micro_batches} of them", PAGE.with_name(f"{PAGE.stem}-{name}.png"))

@@ -9,17 +9,17 @@ And with jax, and torch: each writes its own parts of keras_fit.md, one a job.
 import argparse
 
 import resident
-from interleaved import circumstances, compared, figure, measure, page, rounds, section, table
+from interleaved import OVER_THE_FLOOR, circumstances, compared, figure, measure, page, rounds, section, table
 from keras_jobs import JOBS
 from keras_ways import BACKEND, WAYS, Trial, on
 
-PAGE = page(__file__, "GPU" in on())
+ON_GPU = "GPU" in on()
+PAGE = page(__file__, ON_GPU)
 GOALS = {"tensorflow": 0.50, "jax": 0.36, "torch": 0.70}  # over Keras's own, of the MLP at micro-batch 16
-BY_THE_FLOOR = {"transformer": 1.05, "convolutional": 1.05}  # of the split door
 OURS = ("ours, split", "ours, stream")
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 PACKAGES = {"tensorflow": "tensorflow-cpu", "jax": "jax", "torch": "torch"}
-HEAD = f"""# Keras: one window{" on a GPU" * ("GPU" in on())}
+HEAD = f"""# Keras: one window{" on a GPU" * ON_GPU}
 
 16 micro-batches and one update by Adam, float32. Times are of one window: medians and quartiles over the repetitions,
 each contender once a round in one process, in an order drawn anew; ratios are medians over the rounds.
@@ -152,7 +152,7 @@ def pairs(name):
             yield f"{ours}, {way}", f"Keras, {way}", GOALS[BACKEND] if name == "mlp-16" else None
     for floor in ("floor", "floor, one at a time"):
         for ours in OURS:
-            yield f"{ours}, bare", floor, BY_THE_FLOOR.get(name) if "split" in ours else None
+            yield f"{ours}, bare", floor, OVER_THE_FLOOR.get(name) if "split" in ours else None
 
 
 if __name__ == "__main__":

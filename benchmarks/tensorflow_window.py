@@ -13,7 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import resident
 import tensorflow as tf
-from interleaved import circumstances, compared, figure, measure, page, rounds, section, table
+from interleaved import OVER_THE_FLOOR, circumstances, compared, figure, measure, page, rounds, section, table
 from keras_jobs import JOBS
 from keras_jobs import loss as cross_entropy
 
@@ -187,10 +187,9 @@ def whole(contender, window):
 
 def pairs(name):
     """Ratios, and what is wanted at most."""
-    by_the_floor = 1.05 if name in ("transformer", "convolutional") else None
     for xla in ("", ", XLA"):
         yield f"ours, split{xla}", f"hand-written{xla}", None
-        yield f"ours, split{xla}", f"floor{xla}", by_the_floor
+        yield f"ours, split{xla}", f"floor{xla}", OVER_THE_FLOOR.get(name)
         yield f"ours, split{xla}", f"Keras{xla}", None
         yield f"ours, stream{xla}", f"hand-written{xla}", 1.0
         yield f"ours, stream{xla}", f"Keras{xla}", None

@@ -14,7 +14,7 @@ import warnings
 import lightning
 import torch
 from accelerate import Accelerator
-from interleaved import circumstances, compared, figure, is_kept, measure, page, rounds, section, table
+from interleaved import OVER_THE_FLOOR, circumstances, compared, figure, is_kept, measure, page, rounds, section, table
 from torch_jobs import DEVICE, JOBS, ON, ON_GPU, Job, Stopwatch, peak, timed
 
 import bigbatch.torch as bb
@@ -199,7 +199,7 @@ def contenders(job: Job):
 
 
 WANTED = {("mlp-16", "hand-written"): 0.85, ("mlp-16", "accelerate"): 0.75, ("transformer", "hand-written"): 0.85}
-WANTED |= {(name, "floor"): 1.05 for name in ("transformer", "convolutional")}
+WANTED |= {(name, "floor"): goal for name, goal in OVER_THE_FLOOR.items()}
 
 
 def pairs(name):

@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from bigbatch.engines.tensorflow_products import factors_of
 from bigbatch.engines.tensorflow_readers import read, replace
 
 # Where the other way round was quicker: not for a single row, nor for small matrices, which the transposing would cost.
@@ -88,11 +89,9 @@ def _of_turned_weights(left: tf.Tensor, right: tf.Tensor) -> Ways:
 
 
 def _is_of_turned_weights(operation: Any) -> bool:
-    if not _is_transposition(operation):
+    if not _is_transposition(operation) or factors_of(operation.inputs[0]) is None:
         return False
-    shape, made = operation.outputs[0].shape, operation.inputs[0].op
-    if made.type != "MatMul" or not made.get_attr("transpose_a") or made.get_attr("transpose_b"):
-        return False
+    shape = operation.outputs[0].shape
     return shape.is_fully_defined() and math.prod(shape.as_list()) >= LEAST
 
 
