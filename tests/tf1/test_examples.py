@@ -1,12 +1,18 @@
 """The example and the page run, and the demo agrees with the true batch."""
 
 import runpy
+import time
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
+from bigbatch.demo import Job
+from bigbatch.demo import tf1 as demo
+from conformance.adapters import tf1 as conformance
 from documentation import run_blocks
 
+v1 = tf.compat.v1
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -20,12 +26,9 @@ def test_the_example(capsys):
 
 
 def test_the_demo_agrees_with_the_true_batch():
-    from bigbatch.demo import Job
-    from bigbatch.demo.tf1 import train
-
     job = Job(dtype="float64", epochs=2)
     seen = []
-    results = {way: train(way, job, seen.append) for way in ("micro", "full", "stream", "split")}
+    results = {way: demo.train(way, job, seen.append) for way in ("micro", "full", "stream", "split")}
     assert {way: result.updates for way, result in results.items()} == {
         "micro": 180,
         "full": 4,
@@ -37,6 +40,20 @@ def test_the_demo_agrees_with_the_true_batch():
         assert dict(results[way].losses) == pytest.approx(dict(results["full"].losses))
     assert results["micro"].distance(results["full"]) > 1e-2
     assert sum(seen) == 4 * 2 * 1437
+
+
+@pytest.mark.parametrize("adamw", [demo.AdamW, conformance.AdamW])
+def test_the_bare_optimizer_decays_after_the_forward_pass(adamw):
+    # What ours is compared with. The gradient is 2w, and Adam's first moment a tenth of it; decay alone would make w 0.
+    with tf.Graph().as_default(), v1.Session() as session:
+        w = v1.get_variable("w", initializer=1.0, use_resource=True)
+        with tf.control_dependencies([tf.numpy_function(lambda: time.sleep(0.1), [], [])]):
+            loss = tf.square(w.read_value())
+        optimizer = adamw(1.0, weight_decay=1.0)
+        train_op = optimizer.minimize(loss)
+        session.run(v1.global_variables_initializer())
+        session.run(train_op)
+        assert session.run(optimizer.get_slot(w, "m")) == pytest.approx(0.2)
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):

@@ -25,8 +25,10 @@ class AdamW(v1.train.AdamOptimizer):
         self.weight_decay = weight_decay
 
     def _resource_apply_dense(self, grad: Any, var: Any) -> Any:
-        rate = tf.cast(self._lr_t, var.dtype.base_dtype)
-        with tf.control_dependencies([var.assign_sub(rate * self.weight_decay * var, read_value=False)]):
+        with tf.control_dependencies([grad]):  # or the forward pass may find the variable shrunk already
+            rate = tf.cast(self._lr_t, var.dtype.base_dtype)
+            shrunk = var.assign_sub(rate * self.weight_decay * var, read_value=False)
+        with tf.control_dependencies([shrunk]):
             return super()._resource_apply_dense(grad, var)
 
 

@@ -30,16 +30,17 @@ class AdamW(v1.train.AdamOptimizer):
         super().__init__(learning_rate, name="AdamW")
         self.weight_decay = weight_decay
 
-    def decay(self, var: Any) -> tf.Operation:
-        rate = tf.cast(self._lr_t, var.dtype.base_dtype)
-        return var.assign_sub(rate * self.weight_decay * var, read_value=False)
+    def decay(self, grad: Any, var: Any) -> tf.Operation:
+        with tf.control_dependencies([grad]):  # or the forward pass may find the variable shrunk already
+            rate = tf.cast(self._lr_t, var.dtype.base_dtype)
+            return var.assign_sub(rate * self.weight_decay * var, read_value=False)
 
     def _resource_apply_dense(self, grad: Any, var: Any) -> Any:
-        with tf.control_dependencies([self.decay(var)]):
+        with tf.control_dependencies([self.decay(grad, var)]):
             return super()._resource_apply_dense(grad, var)
 
     def _resource_apply_sparse(self, grad: Any, var: Any, indices: Any) -> Any:
-        with tf.control_dependencies([self.decay(var)]):
+        with tf.control_dependencies([self.decay(grad, var)]):
             return super()._resource_apply_sparse(grad, var, indices)
 
 
