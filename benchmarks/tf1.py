@@ -16,16 +16,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import resident
 import tensorflow as tf
-from interleaved import circumstances, figure, measure, ratio, rounds, section, table
+from interleaved import circumstances, compared, figure, measure, page, rounds, section, table
 from tf1_jobs import JOBS
 
 import bigbatch.tf1 as bb
 
 v1 = tf.compat.v1
-PAGE, ROOT = Path(__file__).with_suffix(".md"), Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 TABLE = "A table of 50 million rows"
-ON = "a GPU" if tf.config.list_physical_devices("GPU") else "a CPU"
-HEAD = """# TensorFlow 1 sessions
+ON_GPU = bool(tf.config.list_physical_devices("GPU"))
+ON = "a GPU" if ON_GPU else "a CPU"
+PAGE = page(__file__, ON_GPU)
+HEAD = f"""# TensorFlow 1 sessions{" on a GPU" * ON_GPU}
 
 Every contender once a round in one process, in an order drawn anew; medians, quartiles, and the medians of each round's
 ratios. `session.run` returns when the device is done, on a GPU too.
@@ -123,6 +125,8 @@ def floor(job):
     return run
 
 
+# Ratios, and what is wanted at most.
+PAIRS = [("ours", "three ops", 1.0), ("ours", "three ops, guarded", None), ("ours", "floor", None)]
 WAYS = {
     "ours": ours,
     "three ops": three_ops,
@@ -170,10 +174,10 @@ def main():
             shown = table(timings, ["three ops", "three ops, guarded", "floor"], {"peak MiB": peaks})
             title, more = job.title, f" --repetitions {repetitions}"
             body = f"{job.micro_batches} micro-batches a window, float32, on {ON}; {repetitions} rounds.\n\n{shown}"
-            print(f"{title}: ours / three ops = {ratio(timings, 'ours', 'three ops'):.3f} (to be at most 1)")
+            body += f"\n\n{compared(timings, PAIRS)}"
             if options.write:
-                figure(timings, f"{title}, {job.micro_batches} of them", PAGE.with_name(f"tf1-{name}.png"))
-                body += f"\n\n![times](tf1-{name}.png)"
+                figure(timings, f"{title}, {job.micro_batches} of them", PAGE.with_name(f"{PAGE.stem}-{name}.png"))
+                body += f"\n\n![times]({PAGE.stem}-{name}.png)"
         print(title, body, sep="\n", flush=True)
         if options.write:
             command = f"python benchmarks/tf1.py {name}{more} --write"
