@@ -42,7 +42,7 @@ def answer(windows: Callable[[int, int], dict[str, Callable[[], object]]]) -> No
     told(windows(int(width), int(n)), times=3 if int(n) <= 64 else 1)
 
 
-def told(contenders: dict[str, Callable[[], object]], times: int = 3) -> None:
+def told(contenders: dict[str, Callable[[], object]], times: int = 5) -> None:
     """Measures each contender's window, the median of so many, and prints it for `asked_of`."""
     for name, run in contenders.items():
         run()
