@@ -305,6 +305,15 @@ def averages(counts: list[int]) -> list[torch.Tensor]:
     return [b.clone() for b in model.module.buffers()]
 
 
+def sent_and_gone() -> bool:
+    """Whether all that a window handed to gloo is gone, though its gradients are not: dense, of rows, and buffers."""
+    layers = nn.Embedding(WORDS, WIDTH, sparse=True), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 1)
+    model = DistributedDataParallel(nn.Sequential(*layers))
+    bb.backward(lambda tokens: model(tokens).square().mean(), torch.arange(8), micro_batch=4, model=model)
+    replicas._wait_for_gloo(seconds=30)
+    return all(p.grad is not None for p in model.parameters()) and len(replicas._SENT) == 0
+
+
 def overflowing(where: int) -> tuple[list[Any], float]:
     """A GradScaler, and one rank whose second window overflows."""
     model = DistributedDataParallel(language_model(torch.float32))

@@ -71,7 +71,7 @@ def test_fsdp2_goes_on_from_its_checkpoint_with_the_same_weights(tmp_path):
 
 
 # On a busy machine one in thirty of Lightning's runs is aborted by gloo's thread after Python has exited, without
-# bigbatch too. What we hand to gloo we keep for that reason (`Replicas`).
+# bigbatch too. For what we hand to gloo Python waits (tests/ranks/test_exit.py).
 @pytest.mark.parametrize(
     ("name", "allowed"), [("accelerate", None), ("lightning", "terminate called without an active exception")]
 )

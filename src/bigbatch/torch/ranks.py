@@ -218,9 +218,9 @@ class Ranks:
 
     def add_up(self, numbers: list[Any]) -> list[float]:
         """Each number, of all ranks together."""
-        self._sent = torch.tensor(numbers, dtype=torch.float64, device=self.device)  # kept, as in `Replicas`
-        or_lost(dist.all_reduce, self._sent, group=self.group)
-        return self._sent.tolist()
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        or_lost(dist.all_reduce, sums, group=self.group)
+        return sums.tolist()
 
 
 def ranks_of(model: Any, sync: Sync = "window") -> Ranks | None:

@@ -1,5 +1,8 @@
 """DistributedDataParallel in a window: whole gradients on every rank, added up in buckets when the window closes."""
 
+import atexit
+import time
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +37,6 @@ class Replicas:
         self.models = models
         self.parameters: list[Tensor] = [p for model in models for p in model.parameters()]
         self.group = models[0].process_group
-        # gloo's thread lets go of a tensor a little after the host goes on. Were it the last to hold one that Python
-        # has seen, it would ask for the interpreter, and where that has exited the process would be aborted.
-        self._sent: list[Tensor] = []
 
     def hold(self, reduce: bool = False) -> None:
         """Puts off the models' own reductions, and their broadcasts of buffers, until called with `reduce=True`."""
@@ -59,20 +59,17 @@ class Replicas:
                 rows = torch.sparse_coo_tensor(*none, p.shape, check_invariants=False)
             rows = (rows.to(widened(p, dtype)) * met.sums.factor).coalesce()
             or_lost(dist.all_reduce, rows, group=self.group)
-            _put(window, p, rows)
-        self._sent = []
-        for bucket, flat, means, work in buckets:
+            _put(window, p, rows.detach())
+        for bucket, means, work in buckets:
             or_lost(work.wait)
             for p, mean in zip(bucket, means, strict=True):
                 _put(window, p, mean)
-            flat.data = flat.new_empty(0)  # the memory is the means'
-            self._sent.append(flat)
         self._share_buffers()
         return 1.0
 
     def _launch(
         self, window: Window, bucket: list[Tensor], factor: float, dtype: torch.dtype
-    ) -> tuple[list[Tensor], Tensor, list[Tensor], Any]:
+    ) -> tuple[list[Tensor], list[Tensor], Any]:
         """Starts a bucket on its way. The gradients move into it, so that one bucket lies twice at a time, not all."""
         flat = bucket[0].new_empty(sum(p.numel() for p in bucket), dtype=widened(bucket[0], dtype))
         parts = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in bucket]), bucket, strict=True)]
@@ -84,7 +81,7 @@ class Replicas:
                 part.copy_(grad)
         if factor != 1.0:
             flat.mul_(factor)
-        return bucket, flat, parts, or_lost(dist.all_reduce, flat, group=self.group, async_op=True)
+        return bucket, parts, or_lost(dist.all_reduce, flat.detach(), group=self.group, async_op=True)
 
     def _share_buffers(self) -> None:
         """Rank 0's buffers for all, such as BatchNorm's averages; the model itself would do it in every forward."""
@@ -93,7 +90,6 @@ class Replicas:
             for dtype in dict.fromkeys(b.dtype for b in buffers):
                 several = [b for b in buffers if b.dtype == dtype]
                 flat = torch.cat([b.reshape(-1) for b in several])
-                self._sent.append(flat)
                 or_lost(dist.broadcast, flat, group=self.group, group_src=0)
                 for b, part in zip(several, flat.split([b.numel() for b in several]), strict=True):
                     b.copy_(part.view_as(b))
@@ -131,9 +127,26 @@ def _put(window: Window, p: Tensor, mean: Tensor) -> None:
         window.sums[p] = mean
 
 
+# What gloo's threads may still hold. They let go of a tensor a little after the host goes on, and of one that Python
+# has seen they ask for the interpreter: where that has exited, the process is aborted (pytorch/pytorch#179291).
+_SENT: "weakref.WeakSet[Tensor]" = weakref.WeakSet()
+
+
 def or_lost(collective: Any, *arguments: Any, **options: Any) -> Any:
-    """A collective, and what to tell a rank whose partner is gone."""
+    """A collective, and what to tell a rank whose partner is gone.
+
+    Nobody else is to have the tensor itself afterwards: when Python exits, it waits until it is gone.
+    """
+    _SENT.update(x for x in arguments if isinstance(x, Tensor) and x.is_cpu)
     try:
         return collective(*arguments, **options)
     except RuntimeError as error:  # DistBackendError and DistNetworkError too
+        _SENT.clear()  # the traceback has them
         raise errors.rank_lost(error) from error
+
+
+@atexit.register
+def _wait_for_gloo(seconds: float = 1.0) -> None:
+    until = time.monotonic() + seconds
+    while len(_SENT) and time.monotonic() < until:
+        time.sleep(0.001)

@@ -1,0 +1,36 @@
+"""When Python exits, it waits for gloo's threads, which let go of what they were given a little after a collective."""
+
+import threading
+import time
+
+import torch
+
+from bigbatch.torch import replicas
+from conformance.ranks_pool import pool
+from ranks import in_rank
+
+
+def test_python_waits_for_what_is_held_outside_of_it():
+    held = []
+    replicas.or_lost(lambda x: held.append(x.view(-1)), torch.zeros(3))  # a view holds its base from C++, as gloo does
+    assert len(replicas._SENT) == 1
+    threading.Timer(0.2, held.clear).start()
+    started = time.perf_counter()
+    replicas._wait_for_gloo(seconds=30)
+    assert len(replicas._SENT) == 0
+    assert time.perf_counter() - started > 0.1
+
+
+def test_a_rank_that_was_lost_is_not_waited_for():
+    def lost(tensor):
+        raise RuntimeError("Connection reset by peer")
+
+    sent = torch.zeros(3)  # as a traceback has it
+    try:
+        replicas.or_lost(lost, sent)
+    except RuntimeError:
+        assert len(replicas._SENT) == 0
+
+
+def test_nothing_that_stays_was_handed_to_gloo():
+    assert pool(2).run(in_rank.sent_and_gone) == [True, True]
