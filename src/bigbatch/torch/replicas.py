@@ -1,6 +1,7 @@
 """DistributedDataParallel in a window: whole gradients on every rank, added up in buckets when the window closes."""
 
 import atexit
+import functools
 import time
 import weakref
 from collections.abc import Iterator
@@ -137,6 +138,7 @@ def or_lost(collective: Any, *arguments: Any, **options: Any) -> Any:
 
     Nobody else is to have the tensor itself afterwards: when Python exits, it waits until it is gone.
     """
+    _at_exit(_wait_for_gloo)
     _SENT.update(x for x in arguments if isinstance(x, Tensor) and x.is_cpu)
     try:
         return collective(*arguments, **options)
@@ -145,8 +147,11 @@ def or_lost(collective: Any, *arguments: Any, **options: Any) -> Any:
         raise errors.rank_lost(error) from error
 
 
-@atexit.register
+_at_exit = functools.cache(atexit.register)  # once
+
+
 def _wait_for_gloo(seconds: float = 1.0) -> None:
+    time.sleep(0.1)  # what others sent, such as fully_shard, is not known: who waits for the interpreter gets it now
     until = time.monotonic() + seconds
     while len(_SENT) and time.monotonic() < until:
         time.sleep(0.001)
