@@ -3,6 +3,7 @@
 import threading
 import time
 
+import pytest
 import torch
 
 from bigbatch.torch import replicas
@@ -26,10 +27,9 @@ def test_a_rank_that_was_lost_is_not_waited_for():
         raise RuntimeError("Connection reset by peer")
 
     sent = torch.zeros(3)  # as a traceback has it
-    try:
+    with pytest.raises(RuntimeError, match="rank"):
         replicas.or_lost(lost, sent)
-    except RuntimeError:
-        assert len(replicas._SENT) == 0
+    assert len(replicas._SENT) == 0
 
 
 def test_nothing_that_stays_was_handed_to_gloo():
