@@ -205,18 +205,19 @@ def kills(times, epochs, seed):
 
 
 HEAD = "# PyTorch on several ranks"
+PARTS = ["times", "kills"]
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", default=["times", "kills"], choices=["times", "kills"])
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="both without")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the points at which ranks are killed")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    for part in args.parts:
+    for part in args.parts or PARTS:
         if part == "times":
             (title, body), given = times(args.repetitions), f"--repetitions {args.repetitions}"
         else:
