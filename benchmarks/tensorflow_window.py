@@ -85,6 +85,12 @@ def every_part(c):
     return lambda: [step(*part) for part in c.parts][-1]
 
 
+def apply_mean(c, sums):
+    c.apply([s / c.job.micro_batches for s in sums])
+    for s in sums:
+        s.assign(tf.zeros_like(s))
+
+
 def hand_written(c):
     sums = c.sums = [tf.Variable(tf.zeros_like(v)) for v in c.variables]
 
@@ -97,9 +103,7 @@ def hand_written(c):
 
     @tf.function(**c.jit)
     def update():
-        c.apply([s / c.job.micro_batches for s in sums])
-        for s in sums:
-            s.assign(tf.zeros_like(s))
+        apply_mean(c, sums)
 
     def window():
         losses = [accumulate(*part) for part in c.parts]
@@ -114,9 +118,7 @@ def hand_written_in_one(c):
     held = tf.Variable(0)
 
     def update():
-        c.apply([s / c.job.micro_batches for s in sums])
-        for s in sums:
-            s.assign(tf.zeros_like(s))
+        apply_mean(c, sums)
         held.assign(0)
 
     @tf.function(**c.jit)
@@ -139,9 +141,7 @@ def hand_written_eager(c):
             loss, gradients = c.gradients(*part)
             for s, g in zip(sums, gradients, strict=True):
                 s.assign_add(g)
-        c.apply([s / c.job.micro_batches for s in sums])
-        for s in sums:
-            s.assign(tf.zeros_like(s))
+        apply_mean(c, sums)
         return loss
 
     return window

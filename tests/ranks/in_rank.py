@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bigbatch.torch as bb
 from bigbatch.engines import torch_graph
-from bigbatch.torch import replicas
+from bigbatch.torch import collectives, replicas
 from bigbatch.torch.shards import whole
 
 WORDS, WIDTH, LENGTH = 11, 6, 9
@@ -310,8 +310,8 @@ def sent_and_gone() -> bool:
     layers = nn.Embedding(WORDS, WIDTH, sparse=True), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 1)
     model = DistributedDataParallel(nn.Sequential(*layers))
     bb.backward(lambda tokens: model(tokens).square().mean(), torch.arange(8), micro_batch=4, model=model)
-    replicas._wait_for_gloo(seconds=30)
-    return all(p.grad is not None for p in model.parameters()) and len(replicas._SENT) == 0
+    collectives._wait_for_gloo(seconds=30)
+    return all(p.grad is not None for p in model.parameters()) and len(collectives._SENT) == 0
 
 
 def overflowing(where: int) -> tuple[list[Any], float]:

@@ -6,19 +6,20 @@ import time
 import pytest
 import torch
 
-from bigbatch.torch import replicas
+from bigbatch.torch import collectives
 from conformance.ranks_pool import pool
 from ranks import in_rank
 
 
 def test_python_waits_for_what_is_held_outside_of_it():
     held = []
-    replicas.or_lost(lambda x: held.append(x.view(-1)), torch.zeros(3))  # a view holds its base from C++, as gloo does
-    assert len(replicas._SENT) == 1
+    # A view holds its base from C++, as gloo does.
+    collectives.or_lost(lambda x: held.append(x.view(-1)), torch.zeros(3))
+    assert len(collectives._SENT) == 1
     threading.Timer(0.5, held.clear).start()
     started = time.perf_counter()
-    replicas._wait_for_gloo(seconds=30)
-    assert len(replicas._SENT) == 0
+    collectives._wait_for_gloo(seconds=30)
+    assert len(collectives._SENT) == 0
     assert time.perf_counter() - started > 0.3
 
 
@@ -28,8 +29,8 @@ def test_a_rank_that_was_lost_is_not_waited_for():
 
     sent = torch.zeros(3)  # as a traceback has it
     with pytest.raises(RuntimeError, match="rank"):
-        replicas.or_lost(lost, sent)
-    assert len(replicas._SENT) == 0
+        collectives.or_lost(lost, sent)
+    assert len(collectives._SENT) == 0
 
 
 def test_nothing_that_stays_was_handed_to_gloo():

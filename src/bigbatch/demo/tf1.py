@@ -24,11 +24,14 @@ class AdamW(v1.train.AdamOptimizer):
         super().__init__(learning_rate, name="AdamW")
         self.weight_decay = weight_decay
 
-    def _resource_apply_dense(self, grad: Any, var: Any) -> Any:
+    def decay(self, grad: Any, var: Any) -> tf.Operation:
+        """Shrinks the variable, of which `grad` is the gradient."""
         with tf.control_dependencies([grad]):  # or the forward pass may find the variable shrunk already
             rate = tf.cast(self._lr_t, var.dtype.base_dtype)
-            shrunk = var.assign_sub(rate * self.weight_decay * var, read_value=False)
-        with tf.control_dependencies([shrunk]):
+            return var.assign_sub(rate * self.weight_decay * var, read_value=False)
+
+    def _resource_apply_dense(self, grad: Any, var: Any) -> Any:
+        with tf.control_dependencies([self.decay(grad, var)]):
             return super()._resource_apply_dense(grad, var)
 
 

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch import errors
 from bigbatch.every import Items
-from bigbatch.torch.replicas import Replicas, at_least_float32, or_lost
+from bigbatch.torch.collectives import or_lost
+from bigbatch.torch.replicas import Replicas, at_least_float32
 from bigbatch.torch.shards import Shards, power_of_two, shards_in
 from bigbatch.torch.window import Sums, Window
 

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 import bigbatch.tf1 as bb
+from bigbatch.demo import tf1 as demo
 from conformance import jobs
 from conformance.jobs import MicroBatch, Params, Spec
 from conformance.mistakes import at_the_stream_door
@@ -23,21 +24,8 @@ DTYPES = {"float64": tf.float64, "float32": tf.float32, "half": tf.bfloat16}
 EXTRAS = {"net": ("y",), "missing": ("ids", "has")}
 
 
-class AdamW(v1.train.AdamOptimizer):
-    """v1 has none: Adam, and before it the decay of the variables that have a gradient."""
-
-    def __init__(self, learning_rate: Any, weight_decay: float):
-        super().__init__(learning_rate, name="AdamW")
-        self.weight_decay = weight_decay
-
-    def decay(self, grad: Any, var: Any) -> tf.Operation:
-        with tf.control_dependencies([grad]):  # or the forward pass may find the variable shrunk already
-            rate = tf.cast(self._lr_t, var.dtype.base_dtype)
-            return var.assign_sub(rate * self.weight_decay * var, read_value=False)
-
-    def _resource_apply_dense(self, grad: Any, var: Any) -> Any:
-        with tf.control_dependencies([self.decay(grad, var)]):
-            return super()._resource_apply_dense(grad, var)
+class AdamW(demo.AdamW):
+    """The demo's, for rows too: it decays the whole table where any row has a gradient."""
 
     def _resource_apply_sparse(self, grad: Any, var: Any, indices: Any) -> Any:
         with tf.control_dependencies([self.decay(grad, var)]):
