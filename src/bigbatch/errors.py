@@ -57,11 +57,10 @@ def check_every(every: Any) -> int:
     )
 
 
-def check_micro_batch(micro_batch: Any) -> int:
-    """Accepts the number of examples that fit in memory at once."""
-    return _check_count(
-        "micro_batch", micro_batch, "an integer", "Pass the number of examples that fit in memory at once."
-    )
+def check_micro_batch(micro_batch: Any, *, auto: bool = True) -> int:
+    """Accepts the number of examples that fit in memory at once; `auto` is whether the caller also takes "auto"."""
+    kinds = 'an integer or "auto"' if auto else "an integer"
+    return _check_count("micro_batch", micro_batch, kinds, "Pass the number of examples that fit in memory at once.")
 
 
 def check_batch_size(batch_size: Any) -> int:

@@ -46,6 +46,14 @@ class Run(Protocol):
 
     def load(self, saved: Any) -> None: ...
 
+    def acts(self) -> dict[str, Callable[[], None]]:
+        """What somebody else can do to an open window of this run. A name is a word that the refusal must contain."""
+        ...
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> Report | None:
+        """Makes one whole window, and calls `act` once before its micro-batch number `place` (0: before the window)."""
+        ...
+
     def watch(self, work: Callable[[], Any]) -> tuple[int, int]:
         """Runs `work` and counts (traces and compilations, waits of the host for the device)."""
         ...

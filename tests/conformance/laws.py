@@ -1,4 +1,4 @@
-"""The fifteen laws. Each is a function of an adapter, and runs unchanged on every framework.
+"""The sixteen laws. Each is a function of an adapter, and runs unchanged on every framework.
 
 Two tiers: dyadic inputs, where every sum is exact and results are compared bit for bit, and random inputs against a
 bound that is derived. Gradients in a window are always distinct, so that mean and last never agree by chance, and
@@ -62,7 +62,12 @@ WORDS: dict[str, tuple[type[Exception], str]] = {
     ),
     "micro_batch=2.5": (
         TypeError,
-        "micro_batch must be an integer. Received: micro_batch=2.5 (float). "
+        'micro_batch must be an integer or "auto". Received: micro_batch=2.5 (float). '
+        "Pass the number of examples that fit in memory at once.",
+    ),
+    "micro_batch='Auto'": (
+        TypeError,
+        "micro_batch must be an integer or \"auto\". Received: micro_batch='Auto' (str). "
         "Pass the number of examples that fit in memory at once.",
     ),
     # A batch {"x": …, "y": …} whose leaves are 8 and 7 examples long; then one whose leaves are empty.
@@ -73,7 +78,7 @@ WORDS: dict[str, tuple[type[Exception], str]] = {
     ),
     "empty": (ValueError, "The batch is empty. Received: batch['x'] of length 0. Pass at least one example."),
 }
-SPLIT_WORDS = {"micro_batch=0", "micro_batch=2.5", "lengths", "empty"}
+SPLIT_WORDS = {"micro_batch=0", "micro_batch=2.5", "micro_batch='Auto'", "lengths", "empty"}
 STREAM_WORDS = set(WORDS) - SPLIT_WORDS
 
 
@@ -394,6 +399,53 @@ def words(adapter: Any) -> None:
         same(adapter.untouched(), before, name)
 
 
+def alone(adapter: Any) -> None:
+    """16. What others do to an open window's gradients is refused, never mixed in."""
+    spec = _net("sgd")
+    first, then = (jobs.window("net", _ragged(adapter), seed=seed) for seed in (11, 12))
+    for name, place in itertools.product(adapter.start(spec).acts(), (0, 1, len(first) - 1)):
+        what = f"{name} before micro-batch {place}"
+        run, acted = adapter.start(spec), []
+        refused = _disturbed(run, first, place, run.acts()[name], acted)
+        expect(len(acted) == 1, f"{what}: the act took place {len(acted)} times")
+        if refused is None:
+            # Before a window opens anybody may move a parameter.
+            close(run.params(), _stepped(acted[0][0] if place == 0 else spec.params, first), 1e-12, f"{what}, accepted")
+        else:
+            expect(name in refused, f"{what} was not named: {refused}")
+            same(run.params(), acted[0][0], f"{what}, refused")
+            same(run.held(), acted[0][1], f"{what}, refused")
+        start = run.params()
+        try:
+            run.window(then)
+        except Exception as error:
+            raise LawBroken(f"the window after {what} raised {error!r}") from error
+        close(run.params(), _stepped(start, then), 1e-12, f"the window after {what}")
+
+
+def _disturbed(run: Any, micro_batches: Any, place: int, act: Callable[[], None], acted: list[Any]) -> str | None:
+    """The refusal's text, or None where the window was accepted; `acted` gets what the act left of the run."""
+
+    def acting() -> None:
+        try:
+            act()
+        finally:
+            acted.append((run.params(), run.held()))
+
+    try:
+        report = run.disturb(micro_batches, place, acting)
+    except Exception as error:
+        return str(error)
+    skipped = getattr(report, "skipped", None)
+    return str(skipped) if skipped else None
+
+
+def _stepped(params: Params, micro_batches: Sequence[Any]) -> Params:
+    """One step of SGD at `_net`'s rate, in closed form."""
+    _, gradient = jobs.loss_and_gradient("net", params, jobs.join(micro_batches))
+    return {name: p - 0.1 * gradient[name] for name, p in params.items()}
+
+
 LAWS: dict[str, Callable[[Any], None]] = {
     law.__name__: law
     for law in (
@@ -412,6 +464,7 @@ LAWS: dict[str, Callable[[Any], None]] = {
         steady,
         loss,
         words,
+        alone,
     )
 }
 

@@ -11,6 +11,7 @@ def at_the_split_door(split: Callable[..., Any], x: Any, y: Any) -> Mistakes:
     return {
         "micro_batch=0": lambda: split({"x": x}, 0),
         "micro_batch=2.5": lambda: split({"x": x}, 2.5),
+        "micro_batch='Auto'": lambda: split({"x": x}, "Auto"),
         "lengths": lambda: split({"x": x, "y": y}),
         "empty": lambda: split({"x": x[:0], "y": y[:0]}),
     }

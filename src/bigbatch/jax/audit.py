@@ -53,7 +53,7 @@ def audit(
     Raises:
         TypeError, ValueError: an argument, a loss or its items are not as described.
     """
-    micro_batch = errors.check_micro_batch(micro_batch)
+    micro_batch = errors.check_micro_batch(micro_batch, auto=False)
     length = Batch(loss_fn, args, in_axes, micro_batch).length
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)

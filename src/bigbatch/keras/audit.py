@@ -75,7 +75,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
         raise TypeError(f"model must be a keras.Model. {errors.received('model', model)}")
     if not model.compiled:
         raise ValueError("An audit is of a model's loss. You must call `compile()` before calling `audit()`.")
-    micro_batch = errors.check_micro_batch(micro_batch)
+    micro_batch = errors.check_micro_batch(micro_batch, auto=False)
     length = batch.check((x, y, sample_weight)) or 0
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)

@@ -48,7 +48,7 @@ def audit(loss_fn: Callable[[Any], Any], batch: Any, variables: Sequence[Any], *
 
     Every variable that `loss_fn` reads or writes and the random state are put back as they were.
     """
-    micro_batch = errors.check_micro_batch(micro_batch)
+    micro_batch = errors.check_micro_batch(micro_batch, auto=False)
     batch = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
     length = _length(batch)
     if micro_batch >= length:

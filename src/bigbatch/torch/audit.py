@@ -56,7 +56,7 @@ def audit(
     they were; no optimizer is touched. Hooks on parameters do not fire. Only what a forward writes into objects of its
     own, such as a list, stays.
     """
-    micro_batch = errors.check_micro_batch(micro_batch)
+    micro_batch = errors.check_micro_batch(micro_batch, auto=False)
     length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)

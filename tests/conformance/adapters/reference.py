@@ -31,6 +31,7 @@ class ReferenceRun:
         self.reset()
 
     def reset(self) -> None:
+        self.opened = self.state["step"]
         self.gradients: list[Gradient] = []
         self.items: list[float] = []
         self.losses: list[float] = []
@@ -40,6 +41,7 @@ class ReferenceRun:
         return len(self.items)
 
     def feed(self, micro_batch: MicroBatch) -> SimpleNamespace | None:
+        self.refuse_others()
         loss, gradient = self.loss_and_gradient(micro_batch)
         self.gradients.append(gradient)
         self.items.append(errors.check_items(jobs.items(micro_batch)))
@@ -48,6 +50,37 @@ class ReferenceRun:
 
     def window(self, micro_batches: Sequence[MicroBatch]) -> Any:
         return [self.feed(m) for m in micro_batches][-1]
+
+    def acts(self) -> dict[str, Callable[[], None]]:
+        other = {name: np.ones_like(p) for name, p in self.p.items()}
+        return {
+            "zero_grad": self.gradients.clear,
+            "backward": lambda: self.gradients.append(other),
+            "step": lambda: self.apply(other),
+        }
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> Any:
+        reports = []
+        for i, micro_batch in enumerate(micro_batches):
+            if i == place:
+                act()
+            reports.append(self.feed(micro_batch))
+        return reports[-1]
+
+    def refuse_others(self) -> None:
+        """A window owns its gradients from its first micro-batch on; what lies there before, it discards."""
+        if not self.pending:
+            self.reset()
+            self.opened = self.state["step"]
+        seen = {
+            "zero_grad": len(self.gradients) < self.pending,
+            "backward": len(self.gradients) > self.pending,
+            "step": self.state["step"] != self.opened,
+        }
+        for name, happened in seen.items():
+            if happened:
+                self.reset()
+                raise RuntimeError(f"Somebody else called {name} inside an open window.")
 
     def flush(self) -> SimpleNamespace | None:
         if not self.pending:
@@ -151,6 +184,7 @@ class ReferenceRun:
 
     def load(self, saved: bytes) -> None:
         self.p, self.state, self.gradients, self.items, self.losses = pickle.loads(saved)
+        self.opened = self.state["step"]
 
     def watch(self, work: Callable[[], Any]) -> tuple[int, int]:
         before = self.compiled, self.waits

@@ -61,6 +61,7 @@ class SteppingEachMicroBatch(ReferenceRun):
         report = super().feed(micro_batch)
         if report is None:
             self.apply({name: np.zeros_like(p) for name, p in self.p.items()})
+            self.opened = self.state["step"]  # so that it does not take its own step for somebody else's
         return report
 
 
@@ -215,6 +216,48 @@ class MovesBeforeItRefuses(Reference):
         return {"w": np.full(1, self.moved)}
 
 
+class MixesInWhatOthersDo(ReferenceRun):
+    """`.grad` is whoever's: cleared inside a window it is short, and what another adds counts as one item."""
+
+    def refuse_others(self) -> None:
+        pass
+
+    def mean(self) -> Gradient:
+        items, n = self.items, len(self.gradients)
+        self.items = (items[-n:] + [1.0] * n)[:n]
+        means = super().mean()
+        self.items = items
+        return means
+
+
+class DiscardsAtTheDoorOnly(MixesInWhatOthersDo):
+    """Clears what lies there when a window opens, and looks no more."""
+
+    def refuse_others(self) -> None:
+        if not self.pending:
+            self.reset()
+
+
+class KeepsWhatItRefused(ReferenceRun):
+    """Raises, and leaves the window as the other left it."""
+
+    def refuse_others(self) -> None:
+        left = self.gradients, self.items, self.losses
+        try:
+            super().refuse_others()
+        except RuntimeError:
+            self.gradients, self.items, self.losses = left
+            raise
+
+
+class RefusesWithoutAName(ReferenceRun):
+    def refuse_others(self) -> None:
+        try:
+            super().refuse_others()
+        except RuntimeError:
+            raise RuntimeError("The window is not as it was.") from None
+
+
 WRONG: dict[str, list[Any]] = {
     "mean": [LastGradientOnly, SumNotMean, MeanOfMeans],
     "one": [AlwaysDividedByPlan],
@@ -231,6 +274,7 @@ WRONG: dict[str, list[Any]] = {
     "steady": [RetracesEachWindow, WaitsEachMicroBatch],
     "loss": [LastLoss],
     "words": [OtherWords("OtherWords"), MovesBeforeItRefuses("MovesBeforeItRefuses")],
+    "alone": [MixesInWhatOthersDo, DiscardsAtTheDoorOnly, KeepsWhatItRefused, RefusesWithoutAName],
 }
 
 
