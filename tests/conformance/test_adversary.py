@@ -1,4 +1,4 @@
-"""Random models, windows and foreign acts: the full batch's update, or an error after which the next window is exact."""
+"""Random models, windows and foreign acts: the full batch's update, or an error and then an exact window."""
 
 import os
 
