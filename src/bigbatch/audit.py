@@ -1,4 +1,4 @@
-"""Is accumulation exact for this model and this loss? What an audit says; `bigbatch.examine` finds it out."""
+"""Is accumulation exact for this model and this loss? What an audit says; `bigbatch.audit_experiments` finds it out."""
 
 import math
 from collections.abc import Mapping, Sequence

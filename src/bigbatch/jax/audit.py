@@ -1,7 +1,7 @@
 """`audit`: is accumulation exact for this loss and this batch?
 
-The experiments are `bigbatch.examine`'s. A loss function in JAX is a pure function of its arguments, so that a run
-leaves nothing behind, and there are no modules to watch.
+`bigbatch.audit_experiments` has the experiments. A loss function in JAX is a pure function of its arguments, so that
+a run leaves nothing behind, and there are no modules to watch.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ import numpy as np
 
 from bigbatch import errors
 from bigbatch.audit import Audit
-from bigbatch.examine import examine
+from bigbatch.audit_experiments import examine
+from bigbatch.audit_probe import Rows, Run
 from bigbatch.jax.batch import Batch
 from bigbatch.jax.terms import as_terms
-from bigbatch.probe import Rows, Run
 
 
 def audit(
@@ -65,7 +65,7 @@ def audit(
 
 
 class Bench:
-    """Runs of one loss function on one batch (see `bigbatch.examine.Bench`); without a dtype, in the arguments' own."""
+    """Runs of one loss function on one batch (see `audit_experiments`); without a dtype, in the arguments' own."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """`audit`: is accumulation exact for this model, as it was compiled, and these data?
 
-The experiments are `bigbatch.examine`'s. Here is how Keras makes a run that leaves nothing behind. Layers have the
-dtype that they were made with, so it is made in that.
+`bigbatch.audit_experiments` has the experiments. Here is how Keras makes a run that leaves nothing behind. Layers
+have the dtype that they were made with, so it is made in that.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from keras.src.trainers.data_adapters import get_data_adapter
 
 from bigbatch import errors
 from bigbatch.audit import Audit
-from bigbatch.examine import examine
+from bigbatch.audit_experiments import examine
+from bigbatch.audit_probe import Rows, Run
 from bigbatch.keras import batch, loss, noise, watch
 from bigbatch.keras.accumulate import check_model
-from bigbatch.probe import Rows, Run
 
 # What to do about each cause in Keras, where `fit` has the loss and no loss function says its items.
 REMEDIES = {
@@ -96,7 +96,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
 
 
 class Bench:
-    """Runs of one model's loss on one batch (see `bigbatch.examine.Bench`)."""
+    """Runs of one model's loss on one batch (see `audit_experiments`)."""
 
     def __init__(self, model: Any, data: Any, length: int, micro_batch: int):
         self.model, self.data = model, data

@@ -1,7 +1,7 @@
 """`audit`: is accumulation exact for this loss and this batch?
 
-The experiments are `bigbatch.examine`'s. Here is how TensorFlow makes a run that leaves nothing behind. Variables have
-the dtype that they were made with, so it is made in that.
+`bigbatch.audit_experiments` has the experiments. Here is how TensorFlow makes a run that leaves nothing behind.
+Variables have the dtype that they were made with, so it is made in that.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ import tensorflow as tf
 
 from bigbatch import errors
 from bigbatch.audit import Audit
+from bigbatch.audit_experiments import examine
+from bigbatch.audit_probe import Rows, Run
 from bigbatch.engines import tensorflow_chance
-from bigbatch.examine import examine
-from bigbatch.probe import Rows, Run
 from bigbatch.tensorflow.checks import as_items, check_loss
 from bigbatch.tensorflow.split import _length
 
@@ -61,7 +61,7 @@ def audit(loss_fn: Callable[[Any], Any], batch: Any, variables: Sequence[Any], *
 
 
 class Bench:
-    """Runs of one loss function on one batch (see `bigbatch.examine.Bench`)."""
+    """Runs of one loss function on one batch (see `audit_experiments`)."""
 
     def __init__(self, loss_fn: Callable[[Any], Any], batch: Any, variables: list[Any], length: int, micro_batch: int):
         self.loss_fn, self.batch, self.variables = loss_fn, batch, variables

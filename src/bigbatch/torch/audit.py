@@ -1,6 +1,6 @@
 """`audit`: is accumulation exact for this model, this loss and this batch?
 
-The experiments are `bigbatch.examine`'s. Here is how PyTorch makes a run that leaves nothing behind.
+`bigbatch.audit_experiments` has the experiments. Here is how PyTorch makes a run that leaves nothing behind.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bigbatch import errors
 from bigbatch.audit import Audit
+from bigbatch.audit_experiments import examine
+from bigbatch.audit_probe import Rows, Run
 from bigbatch.engines import torch_chance
-from bigbatch.examine import examine
-from bigbatch.probe import Rows, Run
 from bigbatch.torch.checks import check_items, check_loss
 from bigbatch.torch.split import children_of, leaves, mapped
 from bigbatch.torch.window import exact
@@ -74,7 +74,7 @@ def audit(
 
 
 class Bench:
-    """Runs of one loss function on one batch (see `bigbatch.examine.Bench`), in one dtype; None is the model's own."""
+    """Runs of one loss function on one batch (see `audit_experiments`), in one dtype; None is the model's own."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What kind of mean a loss is, told by repeating examples (see `bigbatch.examine`)."""
+"""What kind of mean a loss is, told by repeating examples (see `bigbatch.audit_experiments`)."""
 
 import math
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from bigbatch import errors
 from bigbatch.audit import COARSE, FINE, LOOSE, Audit, Cause, Compared, compared, differing, floor_of, rank
-from bigbatch.probe import Probe, Rows, Run
+from bigbatch.audit_probe import Probe, Rows, Run
 
 
 class Bench(Protocol):
