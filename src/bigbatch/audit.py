@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bigbatch import report
+
 # What two gradients may differ by and still be the same, as a fraction of their norm: rounding, with room to spare.
 FINE, LOOSE, COARSE = 1e-9, 1e-4, 5e-2  # of float64, of float32, of narrower dtypes
 
@@ -120,17 +122,37 @@ class Audit:
         exact = f"exact to {self.error:.0e}" if self.error else "exact, bit for bit"
         return f"{exact}, but for chance" if self.chance else exact
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each parameter, the worst first, for a table or a data frame.
+
+        Its keys are `name`, `full`, `accumulated`, `ratio`, `error` (relative to the full batch's gradient, or to the
+        floor below which a gradient is rounding), `angle` in degrees, and `differs`: by more than rounding.
+        """
+        floor, wrong = floor_of(self.parameters), {p.name for p in self.differing}
+        rows = [
+            {
+                "name": p.name,
+                "full": p.full,
+                "accumulated": p.accumulated,
+                "ratio": p.ratio,
+                "error": p.difference / max(p.full, floor) if p.difference else 0.0,
+                "angle": p.angle,
+                "differs": p.name in wrong,
+            }
+            for p in self.parameters
+        ]
+        return sorted(rows, key=lambda row: -rank(row["error"]))
+
     def table(self, most: int = 20) -> Any:
-        """A `rich` table of the parameters, the worst first, of `most` rows."""
-        from bigbatch.report import audit_table
+        """A `rich` table of at most `most` parameters: those that differ, the worst first; else the largest."""
+        rows = self.rows()
+        chosen = [row for row in rows if row["differs"]] or sorted(rows, key=lambda row: -row["full"])
+        return report.audit_table(chosen[:most], self.verdict, len(chosen) - most)
 
-        return audit_table(self, most)
-
-    def figure(self, path: Any) -> None:
-        """Saves a figure of the worst parameters, with matplotlib."""
-        from bigbatch.report import audit_figure
-
-        audit_figure(self, path)
+    def figure(self, path: Any, most: int = 12) -> None:
+        """Saves a figure of the `most` worst parameters, with matplotlib."""
+        title = f"{self.verdict}\n{self.length} examples in micro-batches of {self.micro_batch}"
+        report.audit_figure(self.rows()[:most][::-1], self.tolerance, title, path)
 
     def __str__(self) -> str:
         lines = [self.verdict]

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigbatch import errors
+from bigbatch import errors, report
 from bigbatch.host import Memory, written
 
 RESERVE = 0.1
@@ -154,17 +154,47 @@ class Plan:
             f"({self.budget.says}), {self.how}"
         )
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each size that was looked at, smallest first, for a table or a data frame.
+
+        Its keys are `micro_batch`, `passes`, `needs` (bytes, None where the size does not run), `share` of the budget,
+        `seconds_per_example` (None where it was not timed), `fits`, `chosen` and `verdict`.
+        """
+        timed = any(c.seconds is not None for c in self.candidates)
+
+        def verdict(c: Candidate) -> str:
+            if not self.fits(c):
+                return "does not run" if c.needs == NEVER else "too large"
+            fastest = timed and c.micro_batch == self.micro_batch
+            return ", ".join(["largest"] * (c.micro_batch == self.largest) + ["fastest"] * fastest)
+
+        return [
+            {
+                "micro_batch": c.micro_batch,
+                "passes": -(-self.batch // c.micro_batch),
+                "needs": None if c.needs == NEVER else c.needs,
+                "share": c.needs / self.budget.room if self.budget.room and c.needs != NEVER else None,
+                "seconds_per_example": None if c.seconds is None else c.seconds_per_example,
+                "fits": self.fits(c),
+                "chosen": c.micro_batch == self.micro_batch,
+                "verdict": verdict(c),
+            }
+            for c in self.candidates
+        ]
+
     def show(self) -> None:
         """Prints the reasoning as a table. Needs `rich` (`pip install 'bigbatch[demo]'`)."""
-        from bigbatch import report
-
-        report.plan_show(self)
+        report.print_table(
+            f"For a batch of {self.batch:,} a micro-batch may take {written(self.budget.room)} beside the "
+            f"{written(self.budget.held)} in use ({self.budget.says}).",
+            report.plan_table(self.rows()),
+            f"Needs: {self.how}. {' '.join(self.notes)}",
+            f"[bold]micro_batch={self.micro_batch}[/bold]",
+        )
 
     def save(self, path: str | Path) -> None:
         """Saves a figure of memory, and time where there is some, against the micro-batch. Needs `matplotlib`."""
-        from bigbatch import report
-
-        report.plan_figure(self, Path(path))
+        report.plan_figure(self.rows(), self.budget.room, f"A batch of {self.batch:,}, {self.how}", path)
 
 
 def sizes(batch: int) -> list[int]:

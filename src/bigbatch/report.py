@@ -1,167 +1,177 @@
-"""What plan, audit and the noise scale say: tables for the terminal with rich, figures for the eye with matplotlib.
+"""Draws rows of plain numbers: tables for the terminal with rich, figures with matplotlib.
 
-Both are imported where they are used; `pip install 'bigbatch[demo]'` brings them.
+Plans, audits and the noise scale make the rows. Both libraries are imported where they are used;
+`pip install 'bigbatch[demo]'` brings them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bigbatch.host import written
-from bigbatch.plan import NEVER, Plan
 
-if TYPE_CHECKING:
-    from bigbatch.audit import Audit
+Row = Mapping[str, Any]
 
 
-def plan_table(plan: Plan) -> Any:
-    """The sizes that were looked at: what each needs, whether it fits, and how fast it is where that was timed."""
+def plan_table(rows: Sequence[Row]) -> Any:
+    """What each size of micro-batch needs, whether it fits, and how fast it is where that was timed.
+
+    Args:
+        rows: `Plan.rows()`.
+    """
     from rich import box
     from rich.table import Table
 
-    timed = any(c.seconds is not None for c in plan.candidates)
+    timed = any(row["seconds_per_example"] is not None for row in rows)
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ["micro-batch", "passes", "needs", "of the room"] + ["an example"] * timed:
+    for column in ["micro-batch", "passes", "needs", "of the budget"] + ["an example"] * timed:
         shown.add_column(column, justify="right", no_wrap=True)
     shown.add_column("")
-    for c in plan.candidates:
-        share = f"{c.needs / plan.budget.room:.0%}" if plan.budget.room else "—"
-        time = ["—" if c.seconds is None else f"{c.seconds_per_example * 1e3:.3g} ms"] * timed
-        words = ["largest"] if c.micro_batch == plan.largest else []
-        words += ["fastest"] * (timed and c.micro_batch == plan.micro_batch)
-        words = words if plan.fits(c) else ["does not run" if c.needs == NEVER else "too large"]
-        style = "bold" if c.micro_batch == plan.micro_batch else None if plan.fits(c) else "dim"
-        needs, share = ("—", "—") if c.needs == NEVER else (written(c.needs), share)
-        row = f"{c.micro_batch:,}", f"{-(-plan.batch // c.micro_batch):,}", needs, share
-        shown.add_row(*row, *time, ", ".join(words), style=style)
+    for row in rows:
+        needs = "—" if row["needs"] is None else written(row["needs"])
+        share = "—" if row["share"] is None else f"{row['share']:.0%}"
+        seconds = row["seconds_per_example"]
+        time = ["—" if seconds is None else f"{seconds * 1e3:.3g} ms"] * timed
+        style = "bold" if row["chosen"] else None if row["fits"] else "dim"
+        cells = f"{row['micro_batch']:,}", f"{row['passes']:,}", needs, share
+        shown.add_row(*cells, *time, row["verdict"], style=style)
     return shown
 
 
-def plan_show(plan: Plan) -> None:
-    """Prints the table, with the budget above it and the choice below."""
+def print_table(above: str, table: Any, *below: str) -> None:
+    """Prints a table between lines of text, which may use rich's markup."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(
-        f"For a batch of {plan.batch:,} a micro-batch may take {written(plan.budget.room)} beside the "
-        f"{written(plan.budget.held)} in use ({plan.budget.says})."
-    )
-    console.print(plan_table(plan))
-    console.print(f"Needs: {plan.how}. {' '.join(plan.notes)}")
-    console.print(f"[bold]micro_batch={plan.micro_batch}[/bold]")
+    console.print(above)
+    console.print(table)
+    for line in below:
+        console.print(line)
 
 
-def plan_figure(plan: Plan, path: str | Path) -> None:
+def plan_figure(rows: Sequence[Row], budget: int, title: str, path: str | Path) -> None:
     """Saves memory against the micro-batch with the budget's line, and the time an example below where it was taken.
 
     Args:
-        plan: what `bb.plan` returned.
+        rows: `Plan.rows()`.
+        budget: bytes that a micro-batch may take.
+        title: above the figure.
         path: of the figure; its ending says which kind.
     """
-    # Not pyplot: a figure of one's own needs no screen, and nobody has to close it.
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    timed = [c for c in plan.candidates if c.seconds is not None]
-    figure = Figure(figsize=(8, 6.6 if timed else 4.4), layout="constrained")
-    above, *below = figure.subplots(2 if timed else 1, 1, sharex=True, squeeze=False)[:, 0]
-    room, gib = plan.budget.room / 2**30, 2**30
-    runs = [c for c in plan.candidates if c.needs != NEVER]
-    above.plot([c.micro_batch for c in runs], [c.needs / gib for c in runs], color="0.7")
+    timed = [row for row in rows if row["seconds_per_example"] is not None]
+    figure, (above, *below) = _axes(6.6 if timed else 4.4, 2 if timed else 1)
+    run = [row for row in rows if row["needs"] is not None]
+    above.plot([row["micro_batch"] for row in run], [max(row["needs"], 1) for row in run], color="0.7")
     for fits, color, label in ((True, "tab:blue", "fits"), (False, "tab:red", "too large")):
-        points = [c for c in runs if plan.fits(c) is fits]
-        above.scatter([c.micro_batch for c in points], [c.needs / gib for c in points], c=color, label=label, zorder=3)
-    above.axhline(room, color="black", linewidth=1, linestyle="--", label=f"budget: {written(plan.budget.room)}")
-    above.axvline(plan.micro_batch, color="tab:blue", linewidth=6, alpha=0.2, label=f"chosen: {plan.micro_batch:,}")
-    above.set(ylabel="GiB a micro-batch needs", xscale="log", title=f"A batch of {plan.batch:,}, {plan.how}")
-    above.title.set_size(10)
-    # From zero to a little over the budget: what is far too large would flatten all that fits.
-    above.set_ylim(0, max(2.5 * room, 1.1 * max(c.needs for c in runs if plan.fits(c)) / gib))
+        points = [row for row in run if row["fits"] is fits]
+        if points:
+            needs = [max(row["needs"], 1) for row in points]
+            above.scatter([row["micro_batch"] for row in points], needs, c=color, label=label, zorder=3)
+    above.axhline(budget, color="black", linewidth=1, linestyle="--", label=f"budget: {written(budget)}")
+    chosen = next(row["micro_batch"] for row in rows if row["chosen"])
+    above.axvline(chosen, color="tab:blue", linewidth=6, alpha=0.2, label=f"chosen: {chosen:,}")
+    # Logarithmic, so that the sizes can be told apart under a budget that is far away.
+    above.set_xscale("log", base=2)
+    above.set_yscale("log", base=2)
+    above.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
+    above.yaxis.set_major_formatter(FuncFormatter(lambda size, _: written(size)))
+    above.set_ylabel("memory a micro-batch needs")
+    above.set_title(title, fontsize=10)
     above.legend(frameon=False)
     for axes in below:
-        axes.plot([c.micro_batch for c in timed], [c.seconds_per_example * 1e3 for c in timed], "o-", color="tab:blue")
+        axes.plot([r["micro_batch"] for r in timed], [r["seconds_per_example"] * 1e3 for r in timed], "o-")
         axes.set(ylabel="ms an example", ylim=(0, None))
-    axes = below[-1] if below else above
-    axes.set_xlabel("micro-batch")
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+    (below[-1] if below else above).set_xlabel("micro-batch")
     figure.savefig(path, dpi=150)
 
 
-def audit_table(audit: "Audit", most: int = 20) -> Any:
-    """The parameters whose gradients differ, the worst first; of an exact audit, the largest.
+def audit_table(rows: Sequence[Row], title: str, more: int) -> Any:
+    """Parameters whose gradients differ.
 
     Args:
-        audit: what `bb.audit` returned.
-        most: rows at most.
+        rows: the parameters to show, of `Audit.rows()`.
+        title: above the table.
+        more: how many parameters are left out.
     """
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, title=audit.verdict, title_justify="left", pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     shown.add_column("parameter", overflow="fold")  # several may begin alike
     for column in ("full batch", "accumulated", "ratio", "relative error", "angle"):
         shown.add_column(column, justify="right", no_wrap=True)
-    chosen = audit.differing or sorted(audit.parameters, key=lambda p: -p.full)
-    for p in chosen[:most]:
-        cells = f"{p.full:.3g}", f"{p.accumulated:.3g}", f"{p.ratio:.4g}", f"{p.error:.1e}", f"{p.angle:.1f}°"
-        shown.add_row(p.name, *cells)
-    if len(chosen) > most:
-        shown.add_row(f"… and {len(chosen) - most} more")
+    for row in rows:
+        numbers = f"{row['full']:.3g}", f"{row['accumulated']:.3g}", f"{row['ratio']:.4g}"
+        shown.add_row(row["name"], *numbers, f"{row['error']:.1e}", f"{row['angle']:.1f}°")
+    if more > 0:
+        shown.add_row(f"… and {more} more")
     return shown
 
 
-def audit_figure(audit: "Audit", path: str | Path, most: int = 12) -> None:
-    """Saves the worst parameters' relative errors as bars, each with the angle between the two gradients.
+def audit_figure(rows: Sequence[Row], tolerance: float, title: str, path: str | Path) -> None:
+    """Saves parameters' relative errors against the line up to which a difference is rounding.
 
     Args:
-        audit: what `bb.audit` returned.
+        rows: the parameters to show, of `Audit.rows()`.
+        tolerance: the relative error that is rounding.
+        title: above the figure.
         path: of the figure; its ending says which kind.
-        most: bars at most.
     """
-    worst = sorted(audit.parameters, key=lambda p: p.error)[-most:]
-    figure, axes = _axes(height=1.6 + 0.32 * len(worst))
-    wrong = {p.name for p in audit.differing}
-    smallest = 1e-17  # of float64's rounding; a bar of zero has no length on a logarithmic axis
-    bars = axes.barh(
-        [p.name for p in worst],
-        [max(min(p.error, 1e3), smallest) if p.error == p.error else 1e3 for p in worst],
-        color=["tab:red" if p.name in wrong else "tab:green" for p in worst],
-    )
-    axes.bar_label(bars, [f"{p.error:.1e}, {p.angle:.1f}°" for p in worst], padding=4, fontsize=8)
-    axes.set(xscale="log", xlim=(smallest, 1e5), xlabel="relative error of the accumulated gradient", title="")
-    axes.set_title(f"{audit.verdict}\n{audit.length} examples in micro-batches of {audit.micro_batch}", fontsize=10)
-    _save(figure, path)
+    figure, (axes,) = _axes(height=1.8 + 0.32 * len(rows))
+    top = 1e3  # NaN and inf stand at the right edge
+    errors = [min(row["error"], top) if row["error"] == row["error"] else top for row in rows]
+    floor = min([e for e in errors if e > 0] + [tolerance]) / 10  # where an error of zero stands
+    shown = [max(e, floor) for e in errors]
+    colors = ["tab:red" if row["differs"] else "tab:blue" for row in rows]
+    places = range(len(rows))
+    axes.hlines(places, floor, shown, color=colors, linewidth=1, alpha=0.5)
+    axes.scatter(shown, places, c=colors, zorder=3)
+    for place, error, row in zip(places, shown, rows, strict=True):
+        angle = f", {row['angle']:.1f}°" if row["angle"] == row["angle"] else ""
+        text = f"{row['error']:.1e}{angle}"
+        axes.annotate(text, (error, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.axvline(tolerance, color="black", linewidth=1, linestyle="--")
+    axes.annotate(f"rounding, up to {tolerance:.0e}", (tolerance, -0.6), (4, 0), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlim=(floor / 2, max([*shown, tolerance]) * 300), ylim=(-0.7, len(rows) - 0.3))
+    axes.set_yticks(places, [row["name"] for row in rows])
+    axes.set_xlabel("relative error of the accumulated gradient, and the angle to the full batch's")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)
 
 
-def noise_figure(rows: Sequence[dict[str, float]], path: str | Path) -> None:
+def noise_figure(rows: Sequence[Row], path: str | Path, title: str = "Gradient noise scale") -> None:
     """Saves the noise scale over a training with its 95 % interval, beside the batch that was used.
 
     Args:
         rows: from `bb.noise_curve(updates)`.
         path: of the figure; its ending says which kind.
+        title: above the figure.
     """
-    figure, axes = _axes(height=4.2)
+    figure, (axes,) = _axes(height=4.2)
     updates = [row["update"] for row in rows]
-    finite = [row["noise_scale"] for row in rows if row["noise_scale"] < float("inf")]
-    top = 10 * max([*finite, *(row["items"] for row in rows)], default=1.0)
-    low = [max(row["noise_scale_low"], 1e-3) for row in rows]
-    axes.fill_between(updates, low, [min(row["noise_scale_high"], top) for row in rows], alpha=0.2, linewidth=0)
-    axes.plot(updates, [row["noise_scale"] for row in rows], label="noise scale, with 95 %")
-    axes.plot(updates, [row["items"] for row in rows], color="black", linewidth=1, linestyle="--", label="batch")
-    axes.set(xlabel="update", ylabel="items", yscale="log", ylim=(None, top))
+    finite = [row["noise_scale"] for row in rows if 0 < row["noise_scale"] < float("inf")]
+    items = [row["items"] for row in rows]
+    # The first intervals reach from zero to infinity; drawn whole, they would flatten the curve.
+    bottom, top = min([*finite, *items], default=1.0) / 5, 5 * max([*finite, *items], default=1.0)
+    low = [min(max(row["noise_scale_low"], bottom), top) for row in rows]
+    high = [max(min(row["noise_scale_high"], top), bottom) for row in rows]
+    axes.fill_between(updates, low, high, alpha=0.2, linewidth=0)
+    axes.plot(updates, [row["noise_scale"] for row in rows], label="noise scale, with 95 % interval")
+    axes.plot(updates, items, color="black", linewidth=1, linestyle="--", label="batch")
+    axes.set(xlabel="update", ylabel="items", yscale="log", ylim=(bottom, top))
+    axes.set_title(title, fontsize=10)
     axes.legend(frameon=False)
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
-def _axes(height: float) -> tuple[Any, Any]:
+def _axes(height: float, count: int = 1) -> tuple[Any, Any]:
     # Not pyplot: a figure of one's own needs no screen, and nobody has to close it.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    figure.savefig(path, dpi=150)
+    every = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, every
