@@ -1,5 +1,6 @@
 """The search and the budget: whatever memory does, what comes out was itself predicted to fit."""
 
+import logging
 import math
 import resource
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from bigbatch import host
 from bigbatch.host import Memory
-from bigbatch.plan import Budget, Candidate, budget, choose, sizes, timed
+from bigbatch.plan import Budget, Candidate, Choice, budget, choose, fitting, sizes, timed
 
 DEVICE = Memory(held=2 << 30, free=6 << 30, limit="the machine")
 
@@ -255,3 +256,52 @@ def test_the_figure(made, tmp_path):
     timed(made, lambda size: size << 20, lambda size: 1.0).save(str(tmp_path / "timed.svg"))
     assert "ms an example" not in (tmp_path / "plan.png").read_text(errors="ignore")
     assert (tmp_path / "timed.svg").stat().st_size > 5000
+
+
+class Full(Exception):
+    """A framework's out-of-memory."""
+
+
+def fit(made, limit, length=64, other=None):
+    """`fitting` on a machine that holds `limit` examples: the sizes tried, and what each run found restored."""
+    choice, tried, written = Choice(made, made.micro_batch), [], [0]
+
+    def save():
+        before = list(written)
+        return lambda: written.__setitem__(slice(None), before)
+
+    def run(size):
+        assert written == [0], "the run before was not taken back"
+        written[0] += 1
+        tried.append(size)
+        if other is not None:
+            raise other
+        if size > limit:
+            raise Full
+        return size
+
+    result = fitting(run, choice, length, lambda error: isinstance(error, Full), logging.getLogger("bigbatch"), save)
+    return result, choice, tried
+
+
+def test_out_of_memory_halves_and_keeps_the_smaller_size(made, caplog):
+    result, choice, tried = fit(made, limit=9)
+    assert (result, choice.micro_batch, tried) == (8, 8, [32, 16, 8])
+    assert "out of memory at 32; the window is run again with 16." in caplog.text
+
+
+def test_a_batch_of_another_length_comes_in_even_micro_batches(made):
+    assert fit(made, limit=64, length=33)[2] == [17]
+
+
+def test_not_even_one_example_fits(made):
+    with pytest.raises(Full) as caught:
+        fit(made, limit=0)
+    assert "not even one example at a time fits. Planned was: micro_batch 32" in caught.value.__notes__[0]
+
+
+def test_another_error_is_not_tried_again(made):
+    error = ValueError("shapes")
+    with pytest.raises(ValueError, match="shapes") as caught:
+        fit(made, limit=64, other=error)
+    assert caught.value is error

@@ -4,6 +4,7 @@ Memory is neither linear in the micro-batch nor monotone: kernels choose workspa
 otherwise. So the search proposes a size from what it has seen, and what it returns was itself predicted to fit.
 """
 
+import logging
 import math
 import numbers
 import re
@@ -12,10 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from bigbatch import errors, report
 from bigbatch.host import Memory, written
+
+Result = TypeVar("Result")
 
 RESERVE = 0.1
 """The part of the free memory that is left alone where a room has no reason for another: allocators round up."""
@@ -337,6 +340,68 @@ def timed(plan: Plan, needs: Callable[[int], int], seconds: Callable[[int], floa
         known[size] = candidate._replace(seconds=seconds(size)) if plan.fits(candidate) else candidate
     fastest = min(known.values(), key=lambda c: c.seconds_per_example)
     return replace(plan, micro_batch=fastest.micro_batch, candidates=tuple(known[size] for size in sorted(known)))
+
+
+@dataclass
+class Choice:
+    """The micro-batch that `micro_batch="auto"` uses for one shape of batch.
+
+    Attributes:
+        plan: the plan it comes from.
+        micro_batch: the most examples that a micro-batch may have; lowered when memory runs out all the same.
+    """
+
+    plan: Plan
+    micro_batch: int
+
+    def size(self, length: int) -> int:
+        """The micro-batch for a batch of this length: as few micro-batches as possible, of nearly one size."""
+        return -(-length // -(-length // self.micro_batch))
+
+
+def nothing_to_restore() -> Callable[[], None]:
+    """The `save` of `fitting` for a run that writes to nothing."""
+    return lambda: None
+
+
+def fitting(
+    run: Callable[[int], Result],
+    choice: Choice,
+    length: int,
+    is_out_of_memory: Callable[[Exception], bool],
+    logger: logging.Logger,
+    save: Callable[[], Callable[[], None]] = nothing_to_restore,
+) -> Result:
+    """Runs `run(micro_batch)`; after an out-of-memory again with half the size, which `choice` keeps.
+
+    Args:
+        run: makes a whole window; it must not step an optimizer before it has all gradients.
+        choice: what was planned; changed in place.
+        length: of the batch.
+        is_out_of_memory: tells an out-of-memory of the framework from any other error.
+        logger: told of each lowering, as a warning.
+        save: notes what `run` writes to, and returns a function that restores it. It is called before each run.
+
+    Raises:
+        Exception: whatever `run` raises that is no out-of-memory; an out-of-memory of micro-batches of one example,
+            with a note that names the plan.
+    """
+    while True:
+        restore, size = save(), choice.size(length)
+        try:
+            return run(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                note = f'micro_batch="auto": not even one example at a time fits. Planned was: {choice.plan}'
+                error.add_note(note)
+                raise
+        # Outside the except the failed frames are gone, and with them the tensors that they held.
+        restore()
+        choice.micro_batch = halved(length, size)
+        message = 'micro_batch="auto": out of memory at %s; the window is run again with %s.'
+        logger.warning(message, f"{size:,}", f"{choice.micro_batch:,}")
 
 
 def halved(length: int, micro_batch: int) -> int:
