@@ -84,7 +84,9 @@ def both(function, *args):
     And of how many micro-batches in a row they are kept until they are added to the sums; 1 where that is done of none.
     """
     loop, *inner = scans(jax.make_jaxpr(function)(*args).jaxpr)
-    return len(loop.outvars) - loop.params["num_carry"] - 2, inner[0].params["length"] if inner else 1
+    each = loop.params["jaxpr"].jaxpr.outvars  # of one iteration: what is stacked has another shape
+    stacked = sum(v.aval.shape != one.aval.shape for v, one in zip(loop.outvars, each, strict=True))
+    return stacked - 2, inner[0].params["length"] if inner else 1
 
 
 def kept(function, *args):

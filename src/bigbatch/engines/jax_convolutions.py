@@ -41,7 +41,7 @@ def fast(program: ClosedJaxpr) -> ClosedJaxpr:
 
 def _changed(value: Any) -> Any:
     """A program, or a parameter of an equation, which may hold programs; itself where nothing changes."""
-    if isinstance(value, ClosedJaxpr):
+    if isinstance(value, ClosedJaxpr) and value.jaxpr is not value:  # from JAX 0.11 on the two are one class
         inner = _changed(value.jaxpr)
         return value if inner is value.jaxpr else value.replace(jaxpr=inner)
     if isinstance(value, Jaxpr):
