@@ -29,5 +29,5 @@ clean:
 	touch $@
 
 .venv/.test: .venv/.demo
-	$(INSTALL) --editable '.[torch,jax,keras,tensorflow,demo,dev]'
+	$(INSTALL) --editable '.[torch,jax,keras,tensorflow-cpu,demo,dev]'
 	touch $@

@@ -3,4 +3,4 @@
 Importing `bigbatch` imports no framework. The doors are in the rooms: `import bigbatch.torch as bb`, and so on.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
