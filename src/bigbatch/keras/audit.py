@@ -15,8 +15,8 @@ import keras
 import numpy as np
 from keras import ops
 
-# Not public: the generator that draws where a seed is None. tests/keras/test_private.py fails when they move.
-from keras.src.backend.common import global_state
+# Not public: the generator that draws where a seed is None, and the adapter of arrays.
+# tests/keras/test_private.py fails when they move.
 from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
@@ -24,8 +24,8 @@ from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Rows, Run
-from bigbatch.keras import batch, loss, noise, watch
-from bigbatch.keras.accumulate import check_model
+from bigbatch.keras import batch, loss, noise, randomness, watch
+from bigbatch.keras.checks import check_cut, check_model
 
 # What to do about each cause in Keras, where `fit` has the loss and no loss function says its items.
 REMEDIES = {
@@ -82,6 +82,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
     if noise.devices(model) > 1:
         raise ValueError(f"An audit is made on one device. Received: {noise.devices(model)} devices.")
     check_model(model)
+    check_cut(model)
     adapter = get_data_adapter(
         x, y, sample_weight, batch_size=length, steps_per_epoch=None, shuffle=False, class_weight=None
     )
@@ -89,7 +90,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
     model._symbolic_build(data_batch=data)
     if not model.trainable_variables:
         raise ValueError("The model does not have any trainable weights. An audit compares their gradients.")
-    with _chance_kept(model):
+    with randomness.kept(model):
         found = examine(Bench(model, data, length, micro_batch))
     causes = [replace(cause, remedy=REMEDIES.get(cause.kind, cause.remedy)) for cause in found.causes]
     return replace(found, causes=causes)
@@ -234,20 +235,6 @@ class Bench:
 def _number(x: Any) -> float:
     value: Any = ops.convert_to_numpy(x)
     return float(value)
-
-
-@contextlib.contextmanager
-def _chance_kept(model: Any) -> Iterator[None]:
-    """The random state of Keras, its backend, NumPy and Python."""
-    python, numpy = random.getstate(), np.random.get_state()
-    generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
-    try:
-        with _own().chance_kept(model):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
 
 
 def _own() -> Any:

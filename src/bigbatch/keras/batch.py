@@ -32,8 +32,20 @@ def check(data: Any) -> int | None:
             if leaf is None:
                 continue
             where = f"batch['{name}']" + "".join(f"[{key!r}]" for key in path)
+            kind = type(leaf).__name__
+            if kind.startswith(("Ragged", "Sparse", "BCOO")) or getattr(leaf, "is_sparse", False):
+                raise _not_dense(where, leaf)
             if not hasattr(leaf, "shape") or len(leaf.shape) == 0:
                 raise errors.leaf_without_length(where, leaf)
             lengths.append((where, leaf.shape[0]))
     known = [(where, n) for where, n in lengths if n is not None]
     return errors.check_lengths(known) if known or not lengths else None
+
+
+def _not_dense(where: str, leaf: Any) -> Exception:
+    kind = type(leaf).__name__
+    fix = "Pad it with to_tensor() and mask the padding" if "Ragged" in kind else "Pass a dense array"
+    return TypeError(
+        f"A leaf of a batch must be a dense array. Received: {where}, a {kind} of shape {tuple(leaf.shape)}. {fix}: "
+        "micro-batches are cut and stacked along their leading dimension."
+    )

@@ -19,7 +19,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 
 from bigbatch import errors
 from bigbatch.keras import batch
-from bigbatch.keras.accumulate import check_model
+from bigbatch.keras.checks import check_model
 from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
@@ -72,7 +72,7 @@ def plan(
     if not model.compiled:
         raise ValueError("You must call `compile()` before calling `plan()`.")  # Keras's words
     check_model(model)
-    _check_one_device(model)
+    check_one_device(model)
     if batch_size is not None:
         batch_size = errors.check_batch_size(batch_size)
     elif all(hasattr(leaf, "shape") for leaf in batch.leaves((x, y, sample_weight))):
@@ -86,7 +86,6 @@ def plan(
 
 def open_door(model: Any) -> None:
     """Gives the model a train function that chooses the micro-batch by what `fit` hands it."""
-    _check_one_device(model)
 
     def make_train_function(force: bool = False) -> None:
         if model.train_function is None or force:
@@ -100,7 +99,8 @@ def _own() -> Any:
     return importlib.import_module(f"bigbatch.keras.memory_{keras.backend.backend()}")
 
 
-def _check_one_device(model: Any) -> None:
+def check_one_device(model: Any) -> None:
+    """Refuses to plan for a model that is spread over devices."""
     replicas = model.distribute_strategy.num_replicas_in_sync if keras.backend.backend() == "tensorflow" else 1
     if replicas > 1 or keras.distribution.distribution() is not None:
         raise ValueError('micro_batch="auto" is not planned across devices yet. Pass a number.')
