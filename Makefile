@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: .venv/.demo
 	$(BIN)/bigbatch demo
@@ -14,11 +14,15 @@ test: .venv/.test
 lint: .venv/.test
 	$(BIN)/python tests/run.py lint
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'open site/index.html'
+
 bench: .venv/.test
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigbatch needs Python 3.11 or newer. Received: $(PYTHON) = %d.%d. Run make PYTHON=python3.11" % sys.version_info[:2])'
@@ -29,5 +33,9 @@ clean:
 	touch $@
 
 .venv/.test: .venv/.demo
-	$(INSTALL) --editable '.[torch,jax,keras,tensorflow-cpu,demo,dev]'
+	$(INSTALL) --editable '.[torch,jax,keras,tensorflow-cpu,demo,docs,dev]'
+	touch $@
+
+.venv/.docs: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[docs]'
 	touch $@

@@ -33,14 +33,14 @@ def pytest_ignore_collect(collection_path, config):
     parts = collection_path.relative_to(Path(__file__).parent).parts
     needs_one = parts[:1] == ("conformance",) and parts[-1] in NEED_A_BACKEND
     room = parts[0] if parts and parts[0] in ROOMS else None
-    if parts[-1] == "test_adversary.py" and backend in ("tf1", "ranks"):
-        return True  # these look for third outcomes in tests of their own
+    if parts[-1] in ("test_adversary.py", "test_quickstart.py") and backend in ("tf1", "ranks"):
+        return True  # these have tests of their own
     if backend is None:
         return True if needs_one or room else None
     return True if not needs_one and room != ROOM_OF.get(backend, backend) and collection_path.is_file() else None
 
 
-NEED_A_BACKEND = ("test_laws.py", "test_properties.py", "test_adversary.py")
+NEED_A_BACKEND = ("test_laws.py", "test_properties.py", "test_adversary.py", "test_quickstart.py")
 ROOM_OF = {"keras_torch": "keras", "keras_jax": "keras", "keras_tensorflow": "keras"}
 ROOMS = {ROOM_OF.get(backend, backend) for backend in BACKENDS}
 

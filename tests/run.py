@@ -16,11 +16,18 @@ ROOT = Path(__file__).parent.parent
 BACKENDS = ["keras_tensorflow", "jax", "keras_jax", "tensorflow", "ranks", "torch", "tf1", "keras_torch"]
 STEPS = {
     "lint": [["ruff", "check"], ["ruff", "format", "--check"], ["pyright"]],
+    "docs": [["mkdocs", "build", "--strict", "--quiet", "--site-dir", "site"]],
     "core": [["pytest", "-q"]],
     **{backend: [["pytest", "-q", "--durations=5", "--backend", backend]] for backend in BACKENDS},
 }
 # The tests' arrays are small: threads that wait for each other on a busy machine take longer than the work.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "PYTHONUNBUFFERED": "1",
+    "NO_MKDOCS_2_WARNING": "1",
+}
 
 
 def run(name: str) -> tuple[str, bool, str, float]:
