@@ -5,6 +5,7 @@ asked for and missing fails. `--device cuda` makes PyTorch's tensors there, and 
 """
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,13 @@ BACKENDS = sorted(
 
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=BACKENDS, help="the framework under test")
+    parser.addoption("--hide-fused", action="store_true", help="as if src/bigbatch/fused had been deleted")
     parser.addoption("--device", help="where PyTorch makes its tensors")
 
 
 def pytest_configure(config):
+    if config.getoption("hide_fused"):
+        sys.modules["bigbatch.fused"] = None  # an import of it, or of what lies in it, is a ModuleNotFoundError
     if device := config.getoption("device"):
         importlib.import_module("torch").set_default_device(device)
 
