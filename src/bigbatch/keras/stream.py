@@ -4,6 +4,7 @@ The window is pulled whole and trained on in one call, as `steps_per_execution` 
 over between calls: a checkpoint between two steps needs no gradients, and an epoch's last window is just a shorter one.
 """
 
+import functools
 import inspect
 import itertools
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 # Not public: `fit` takes a data adapter where it takes data, which is how the number of steps becomes that of updates.
 # tests/keras/test_private.py fails when they move.
@@ -20,7 +22,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from bigbatch.every import Every, Items, planned
 from bigbatch.keras import batch
-from bigbatch.keras.carried import Carried, updates_of
+from bigbatch.keras.carried import Checkpoints, updates_of
 from bigbatch.keras.split import backend
 
 logger = logging.getLogger("bigbatch.keras")
@@ -43,11 +45,12 @@ def open_door(model: Any, every: Every, partial: str) -> None:
             return plain_fit(*args, **kwargs)  # says so
         given = signature.bind(*args, **kwargs).arguments
         windows.index = updates_of(model)
-        with warnings.catch_warnings():
+        checkpoints = Checkpoints(model, windows, given.get("callbacks"))
+        with warnings.catch_warnings(), checkpoints.in_use():
             if not isinstance(every, int):
                 # Keras counts on as many steps as there could be windows, and warns when there are fewer.
                 warnings.filterwarnings("ignore", message="Your input ran out of data")
-            return plain_fit(**_with_callback(windows, _with_windows(windows, given)))
+            return plain_fit(**_with_callback(checkpoints, _with_windows(windows, given)))
 
     def train_on_batch(*args: Any, **kwargs: Any) -> Any:
         windows.alone = True
@@ -58,6 +61,29 @@ def open_door(model: Any, every: Every, partial: str) -> None:
 
     fit.__signature__, train_on_batch.__signature__ = signature, inspect.signature(plain_train_on_batch)
     model.make_train_function, model.fit, model.train_on_batch = make_train_function, fit, train_on_batch
+    for name in ("save", "save_weights", "load_weights"):
+        setattr(model, name, _telling(windows, getattr(model, name)))
+
+
+def _telling(windows: "Windows", method: Any) -> Any:
+    """A method of the model's that says what becomes of the micro-batches that were carried from the last epoch."""
+    becomes = {
+        "save": "are not in the file: training that goes on from it begins with an empty window",
+        "save_weights": "are not in the file: training that goes on from it begins with an empty window",
+        "load_weights": "stay: the next window begins with them",
+    }[method.__name__]
+
+    @functools.wraps(method)
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        if windows.held:
+            warnings.warn(
+                f'model.{method.__name__}: the micro-batches that partial="carry" holds {becomes}. '
+                "BackupAndRestore saves and restores them with the weights.",
+                stacklevel=2,
+            )
+        return method(*args, **kwargs)
+
+    return telling
 
 
 class Windows:
@@ -121,9 +147,8 @@ class Windows:
                 data = next(iterator)
             except StopIteration:
                 break
-            for leaves in self.saved:
-                window.append(batch.nest(data, list(map(keras.ops.convert_to_tensor, leaves))))
-            self.saved = []
+            saved, self.saved = self.saved, []
+            window.extend(_like(data, leaves) for leaves in saved)
             window.append(data)
             if self.left is not None:
                 self.left -= 1
@@ -132,6 +157,37 @@ class Windows:
     def _say(self, window: list[Any], plan: int | Items, what: str) -> None:
         if window:
             logger.info("The epoch ended in a window: %d micro-batches (every=%s) %s.", len(window), plan, what)
+
+
+def _like(data: Any, arrays: list[Any]) -> Any:
+    """A micro-batch of a checkpoint's arrays, nested as `data` is and on the same device.
+
+    Raises:
+        ValueError: they come from other data.
+    """
+    leaves = batch.leaves(data)
+    described = [[(len(x.shape), _dtype(x)) for x in xs] for xs in (arrays, leaves)]
+    if described[0] != described[1]:
+        raise ValueError(
+            "The checkpoint's carried micro-batches come from other data. Received: "
+            f"arrays of {_shown(arrays)} in the checkpoint, of {_shown(leaves)} in the data. "
+            "Pass the data that the checkpoint was written with, or remove the checkpoint."
+        )
+    # An array stays one: the framework converts the whole window at once.
+    made = [
+        x if isinstance(leaf, np.ndarray) else keras.ops.convert_to_tensor(x)
+        for x, leaf in zip(arrays, leaves, strict=True)
+    ]
+    return batch.nest(data, made)
+
+
+def _dtype(leaf: Any) -> str:
+    text = getattr(leaf.dtype, "kind", None) in ("O", "S", "U") or leaf.dtype == "string"
+    return "string" if text else keras.backend.standardize_dtype(leaf.dtype)
+
+
+def _shown(leaves: list[Any]) -> str:
+    return ", ".join(f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in leaves) or "none"
 
 
 def _is_full(window: list[Any], plan: int | Items) -> bool:
@@ -169,13 +225,14 @@ def _pulling(model: Any, windows: Windows, train_function: Any) -> Any:
     return pulling
 
 
-def _with_callback(windows: Windows, given: dict[str, Any]) -> dict[str, Any]:
+def _with_callback(checkpoints: Checkpoints, given: dict[str, Any]) -> dict[str, Any]:
     """`fit`'s arguments with a callback of ours after the user's, unless they come as a list of Keras's own."""
     callbacks = given.get("callbacks")
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return given
     callbacks = [] if callbacks is None else keras.tree.flatten(callbacks)
-    return {**given, "callbacks": [*callbacks, Carried(windows, callbacks)]}
+    begin = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: checkpoints.count())
+    return {**given, "callbacks": [*callbacks, begin]}
 
 
 def _with_windows(windows: Windows, given: dict[str, Any]) -> dict[str, Any]:
