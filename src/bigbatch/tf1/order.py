@@ -11,20 +11,33 @@ from typing import Any
 import tensorflow as tf
 
 
-def only_if(holds: tf.Tensor, work: Callable[[], tf.Operation], after: Sequence[Any] = ()) -> tf.Operation:
+def only_if(
+    holds: tf.Tensor,
+    work: Callable[[], tf.Operation],
+    after: Sequence[Any] = (),
+    otherwise: Callable[[], tf.Operation] | None = None,
+) -> tf.Operation:
     """An op that comes after what `work` builds, which runs `after` those where `holds` is true, or else at once.
 
-    tf.cond would switch every tensor that `work` takes from outside, and an update takes some forty: on the runs that
-    make none, that is what they would cost. Here one Switch kills them all.
+    `otherwise` builds what runs where it is false. tf.cond would switch every tensor that `work` takes from outside,
+    and an update takes some forty: on the runs that make none, that is what they would cost. Here one Switch kills
+    them all.
     """
     no, yes = tf.raw_ops.Switch(data=holds, pred=holds)
     with tf.control_dependencies(after):
         go = tf.identity(yes)  # an edge from the Switch itself would be alive whichever way it goes
+    yes = _after(go, work)
+    if otherwise is not None:
+        no = _after(tf.identity(no), otherwise)
+    return tf.raw_ops.Merge(inputs=[yes, no]).output.op
+
+
+def _after(go: tf.Tensor, work: Callable[[], tf.Operation]) -> tf.Tensor:
+    """`go`, once what `work` builds after it has run."""
     with tf.control_dependencies([go]):
         done = work()
         with tf.control_dependencies([done]):
-            yes = tf.identity(yes)
-    return tf.raw_ops.Merge(inputs=[yes, no]).output.op
+            return tf.identity(go)
 
 
 def done(*operations: tf.Operation) -> tf.Tensor:

@@ -1,7 +1,7 @@
 """The stream door: a `session.run` a micro-batch, and bigbatch stands where a v1 optimizer applies a gradient."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -10,13 +10,25 @@ from bigbatch import errors
 from bigbatch.engines.tensorflow_products import in_turn
 from bigbatch.every import Every, Items, as_every
 from bigbatch.tf1 import checks
-from bigbatch.tf1.order import done, only_if
-from bigbatch.tf1.sums import make_sum
-from bigbatch.tf1.window import APPLIED, CARRIED, DROPPED, NOT_FINITE, Lock, Scalars, Window, not_finite
+from bigbatch.tf1.fingerprint import fingerprint, require_unchanged
+from bigbatch.tf1.order import only_if
+from bigbatch.tf1.step import Step, one_train_op
+from bigbatch.tf1.sums import SparseSum, make_sum
+from bigbatch.tf1.window import (
+    APPLIED,
+    CARRIED,
+    DROPPED,
+    NOT_FINITE,
+    Lock,
+    Scalars,
+    Window,
+    not_finite,
+    require_usable,
+)
 from bigbatch.tf1.window import Update as Update
 
 v1 = tf.compat.v1
-LossScaling = v1.train.experimental.MixedPrecisionLossScaleOptimizer
+PARTS = {"accumulate", "apply", "flush", "zero", "pending", "pending_items", "updates", "last"}
 
 
 class Accumulator(v1.train.Optimizer):
@@ -70,15 +82,22 @@ class Accumulator(v1.train.Optimizer):
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
         name: str = "Accumulator",
     ):
-        self.optimizer = checks.check_optimizer(optimizer)
+        self.optimizer = checks.check_optimizer(optimizer, nonfinite, Accumulator)
         self.every: Any = as_every(every)
         self.clip_norm = errors.check_clip_norm(clip_norm)
         self.reduction = errors.check_choice("reduction", reduction, ("mean", "sum"))
-        self.dtype = dtype
+        self.dtype = checks.check_dtype(dtype)
         self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
         self.nonfinite = errors.check_choice("nonfinite", nonfinite, ("skip", "raise", "apply"))
         super().__init__(use_locking=False, name=name)
-        self._built = self._stepped = self._has_loss = False
+        self._built = self._has_loss = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PARTS:
+            raise ValueError(
+                f"This Accumulator has no `{name}` yet: minimize or apply_gradients makes it. Call it first."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def minimize(
         self,
@@ -113,7 +132,9 @@ class Accumulator(v1.train.Optimizer):
         Raises:
             TypeError, ValueError: the loss or `items` is not as described; nothing was added to the graph.
         """
+        self._check_new()
         loss, items = checks.check_loss(loss), checks.check_items(items)
+        checks.check_step(global_step)
         pairs = self.compute_gradients(
             loss, var_list, gate_gradients, aggregation_method, colocate_gradients_with_ops, grad_loss
         )
@@ -151,13 +172,14 @@ class Accumulator(v1.train.Optimizer):
         Raises:
             TypeError, ValueError: an argument is not as described; nothing was added to the graph.
         """
+        self._check_new()
         items = checks.check_items(items)
         loss = None if loss is None else checks.check_loss(loss)
+        checks.check_step(global_step)
         pairs = checks.check_gradients(grads_and_vars)
-        if self._built:
-            raise ValueError("This Accumulator has its op already. Make another one for another loss or graph.")
-        self._built, self._has_loss = True, loss is not None
-        with v1.name_scope(name, self.get_name()) as scope, _one_train_op() as train_ops:
+        self._has_loss, self._step = loss is not None, Step(self.optimizer, global_step)
+        with v1.name_scope(name, self.get_name()) as scope, one_train_op() as train_ops:
+            loss = None if loss is None else tf.ensure_shape(loss, ())  # where the graph cannot tell
             items = checks.positive(items)
             # What the caller waits for, such as UPDATE_OPS, takes feeds; only the micro-batch's ops wait for it.
             with tf.control_dependencies(None):
@@ -176,17 +198,23 @@ class Accumulator(v1.train.Optimizer):
             full = self._is_full(held, plan)
             self.accumulate = window.release(lock, [added], "accumulate")
             # A run that fetches both has one micro-batch and one lock, which is held until the update is made.
-            closed = only_if(full, lambda: self._close(held, global_step), after=[added])
+            closed = only_if(full, lambda: self._close(held, same_run=True), after=[added])
             train_op = window.release(lock, [added, closed], scope)
             with tf.control_dependencies(None):
-                self.apply = self.flush = window.exclusively(lambda held: self._close(held, global_step), "apply", 1)
+                self.apply = self.flush = window.exclusively(lambda held: self._close(held), "apply", 1)
                 if self.partial == "carry":
                     self.flush = window.exclusively(lambda held: self._report(held, CARRIED), "flush", 2)
                 if self.partial == "drop":
                     self.flush = window.exclusively(self._drop, "flush", 2)
                 self.zero = window.exclusively(lambda _: window.empty(), "zero", 3)
             train_ops.append(train_op)
+        self._built = True
         return train_op
+
+    def _check_new(self) -> None:
+        checks.check_place()
+        if self._built:
+            raise ValueError("This Accumulator has its op already. Make another one for another loss or graph.")
 
     def get_slot(self, var: Any, name: str) -> Any:
         """The wrapped optimizer's slot."""
@@ -197,29 +225,43 @@ class Accumulator(v1.train.Optimizer):
         return self.optimizer.get_slot_names()
 
     def variables(self) -> list[Any]:
-        """The wrapped optimizer's variables, and the window's."""
-        window = [*self._window.variables, *(v for s, _ in self._sums for v in s.variables)] if self._built else []
-        return [*self.optimizer.variables(), *window]
+        """The window's variables, which a checkpoint from before bigbatch has not.
+
+        Those of the wrapped optimizer have the names that they have without bigbatch: `acc.optimizer.variables()`.
+        """
+        return [*self._window.variables, *(v for s, _ in self._sums for v in s.variables)] if self._built else []
 
     def _accumulate(
         self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None, plan: tf.Tensor, known: list[Any]
     ) -> tuple[Scalars, tf.Operation]:
         """Adds one micro-batch to the open window. Returns its scalars, and an op that comes after all of it."""
-        first = tf.equal(before.micro_batches, 0)
-        unit = weight = tf.ones_like(items)
+        first = tf.logical_not(before.micro_batches >= 1)  # also where a checkpoint brought NaN, which is refused
+        unit, weight = tf.zeros_like(items), tf.ones_like(items)
         if self.reduction == "mean":
             unit = v1.where(first, items * plan, before.unit)
             weight = items / unit
         part = 0 if loss is None else weight * tf.cast(loss, tf.float64)
-        after = Scalars(before.micro_batches + 1, before.items + items, unit, before.loss + part)
         sums = [s for s, _ in self._sums]
+
+        def start() -> tf.Tensor:
+            with tf.control_dependencies([self._window.require_none(before)]):
+                begun, mark = [s.start(weight) for s in sums], self._fingerprint()
+            with tf.control_dependencies(begun):
+                return tf.identity(mark)
+
+        def add() -> tf.Tensor:
+            with tf.control_dependencies([s.add(weight) for s in sums]):
+                return tf.identity(before.mark)
+
         with tf.control_dependencies([before.micro_batches, *known]):
             emptied = self._window.empty()  # if some of the sums fail, the next micro-batch starts anew
         with tf.control_dependencies([emptied]):
-            added = tf.cond(
-                first, lambda: done(*(s.start(weight) for s in sums)), lambda: done(*(s.add(weight) for s in sums))
-            )
-        return after, self._window.write(after, [added])
+            mark = tf.cond(first, start, add)
+        after = Scalars(before.micro_batches + 1, before.items + items, unit, before.loss + part, mark)
+        return after, self._window.write(after, [mark])
+
+    def _fingerprint(self) -> tf.Tensor:
+        return fingerprint([(v, isinstance(s, SparseSum)) for s, v in self._sums])
 
     def _planned(self, lock: Lock) -> tf.Tensor:
         """How many micro-batches the open window is planned to hold, as far as that is known: 1 for `items(n)`."""
@@ -246,9 +288,14 @@ class Accumulator(v1.train.Optimizer):
 
         return tf.cond(tf.equal(factor, 1), read, lambda: read(factor))
 
-    def _close(self, window: Scalars, global_step: Any) -> tf.Operation:
+    def _close(self, window: Scalars, same_run: bool = False) -> tf.Operation:
         """One update from the window's sums; whatever becomes of it, the window is no more."""
         with tf.control_dependencies([self._window.empty()]):
+            checked = require_usable(window, self.reduction)
+            compare = functools.partial(require_unchanged, window.mark, self._fingerprint)
+            # Nobody comes between a window's only micro-batch and its close in the same run.
+            unchanged = only_if(window.micro_batches > 1, compare) if same_run else compare()
+        with tf.control_dependencies([checked, unchanged]):
             factor, loss = self._factor(window), self._mean_loss(window)
             gradients = self._gradients(factor)
         widest = max((s.dtype for s, _ in self._sums), key=lambda dtype: dtype.size)
@@ -265,9 +312,7 @@ class Accumulator(v1.train.Optimizer):
             words = tf.strings.join([not_finite(loss, norm), ". The variables and the optimizer are as they were."])
             with tf.control_dependencies([checks.require(finite, words)]):
                 finite = tf.identity(finite)
-        # A loss-scaling optimizer has to see the inf: it lowers the scale, and makes no update either.
-        step = tf.ones_like(finite) if isinstance(self.optimizer, LossScaling) else finite
-        with tf.control_dependencies([only_if(step, lambda: self._step(pairs, global_step))]):
+        with tf.control_dependencies([self._step.only_if(finite, pairs)]):
             return self._report(window, tf.where(finite, APPLIED, NOT_FINITE), norm)
 
     def _drop(self, window: Scalars) -> tf.Operation:
@@ -276,21 +321,3 @@ class Accumulator(v1.train.Optimizer):
 
     def _report(self, window: Scalars, code: tf.Tensor | int, norm: tf.Tensor | float = float("nan")) -> tf.Operation:
         return self._window.report(window, self._mean_loss(window), norm, code)
-
-    def _step(self, pairs: list[tuple[Any, Any]], global_step: Any) -> tf.Operation:
-        # Built for the micro-batch's op and again for `apply`. Optimizers that call get_variable, as BERT's does, find
-        # the second time what they made the first.
-        reuse = v1.AUTO_REUSE if self._stepped else None
-        self._stepped = True
-        scope = v1.get_variable_scope()
-        with v1.variable_scope(scope, reuse=reuse, auxiliary_name_scope=False):
-            return self.optimizer.apply_gradients(pairs, global_step)
-
-
-@contextlib.contextmanager
-def _one_train_op() -> Iterator[list[Any]]:
-    """The graph's train ops, as they were before: the wrapped optimizer's own stand in conditionals."""
-    collection = v1.get_collection_ref(v1.GraphKeys.TRAIN_OP)
-    before = list(collection)
-    yield before
-    collection[:] = before

@@ -19,18 +19,7 @@ v1 = tf.compat.v1
 APPLIED, NOT_FINITE, CARRIED, DROPPED = range(4)
 
 
-class Update(NamedTuple):
-    """What the last window came to, as tensors: `session.run(acc.last)` gives an `Update` of numbers.
-
-    Attributes:
-        index: the update's index, from 0, int64; a skipped window leaves it for the next.
-        micro_batches: how many micro-batches the window held, int64.
-        items: the examples or tokens that they counted for, float64.
-        loss: the window's mean loss over items, float64; NaN where `apply_gradients` was given none.
-        grad_norm: the 2-norm of the window's gradient, before clipping, float64; NaN where none was taken.
-        skipped: why no update was made, a string; empty where it was.
-    """
-
+class _Update(NamedTuple):
     index: Any
     micro_batches: Any
     items: Any
@@ -39,13 +28,36 @@ class Update(NamedTuple):
     skipped: Any
 
 
+class Update(_Update):
+    """What the last window came to, as tensors: `session.run(acc.last)` gives an `Update` of numbers.
+
+    Attributes:
+        index: the update's index, from 0, int64; a skipped window leaves it for the next.
+        micro_batches: how many micro-batches the window held, int64.
+        items: the examples or tokens that they counted for, float64.
+        loss: the window's mean loss over items, float64; NaN where `apply_gradients` was given none.
+        grad_norm: the 2-norm of the window's gradient, before clipping, float64; NaN where none was taken.
+        skipped: why no update was made, a string; None where it was made. The tensor alone, `acc.last.skipped`, is
+            fetched as the bytes that a session makes of any string, and empty where an update was made.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, index: Any, micro_batches: Any, items: Any, loss: Any, grad_norm: Any, skipped: Any) -> "Update":
+        """Takes tensors or, from `session.run`, what it fetched of them, of which the text is bytes."""
+        if isinstance(skipped, bytes):
+            skipped = skipped.decode() or None
+        return super().__new__(cls, index, micro_batches, items, loss, grad_norm, skipped)
+
+
 class Scalars(NamedTuple):
     """An open window's, all float64, which counts exactly to 2⁵³: one variable, so one read and one write."""
 
     micro_batches: Any
     items: Any
-    unit: Any  # the items planned for the window; the sums are kept divided by it
+    unit: Any  # the items planned for the window; the sums are kept divided by it. 0 for reduction="sum"
     loss: Any  # Σ nᵢ·lossᵢ / unit
+    mark: Any  # the fingerprint of the trained variables at the window's first micro-batch
 
 
 class Lock(NamedTuple):
@@ -112,6 +124,18 @@ class Window:
         with tf.control_dependencies(after):
             return self._open.assign(packed, read_value=False)
 
+    def require_none(self, found: Scalars) -> tf.Operation:
+        """An op that raises where `found`, of which no window is open, holds something, or the count of updates none.
+
+        An open window has at least one micro-batch; without one all is zero, except in a damaged checkpoint.
+        """
+        updates = _read(self._report)[0]
+        sound = tf.logical_and(tf.math.is_finite(updates), updates >= 0)
+        return require(
+            tf.logical_and(tf.reduce_all(tf.equal(tf.stack(list(found)), 0)), sound),
+            damaged({**found._asdict(), "updates": updates}),
+        )
+
     def empty(self) -> tf.Operation:
         """Leaves no window. What the sums hold is then nobody's: the next micro-batch assigns them."""
         return self._open.assign(tf.zeros([len(Scalars._fields)], tf.float64), read_value=False)
@@ -126,7 +150,9 @@ class Window:
         """An op that does `work` on the open window, if there is one."""
         lock = self.lock([], turn)
         window = self.read(lock)
-        return self.release(lock, [only_if(window.micro_batches > 0, lambda: work(window))], name)
+        # Not `> 0`: what a damaged checkpoint left, such as NaN, is refused by `apply` and forgotten by `zero`.
+        found = tf.not_equal(window.micro_batches, 0)
+        return self.release(lock, [only_if(found, lambda: work(window))], name)
 
     def report(self, window: Scalars, loss: tf.Tensor, norm: tf.Tensor | float, code: tf.Tensor | int) -> tf.Operation:
         """Writes `last`, and counts the update if it was applied."""
@@ -135,6 +161,29 @@ class Window:
         updates = index + tf.cast(tf.equal(code, APPLIED), tf.float64)
         last = [updates, index, window.micro_batches, window.items, loss, norm, code]
         return self._report.assign(tf.stack(last), read_value=False)
+
+
+def require_usable(window: Scalars, reduction: str) -> tf.Operation:
+    """An op that raises where an open window's counts cannot have come from an accumulator of this `reduction`."""
+    counts = tf.stack([window.micro_batches, window.items])
+    holds = tf.logical_and(tf.reduce_all(tf.math.is_finite(counts)), tf.reduce_all(counts > 0))
+    holds = tf.logical_and(holds, tf.equal(tf.floor(window.micro_batches), window.micro_batches))
+    planned = tf.logical_and(tf.math.is_finite(window.unit), window.unit > 0)
+    same_reduction = tf.equal(window.unit, 0) if reduction == "sum" else planned
+    return require(tf.logical_and(holds, same_reduction), damaged(window._asdict()))
+
+
+def damaged(counts: dict[str, Any]) -> tf.Tensor:
+    """Says that counts cannot be those of a window."""
+    shown = [part for name in ("micro_batches", "items", "unit", "updates") if name in counts
+             for part in (f" {name}=", tf.strings.as_string(counts[name], shortest=True))]  # fmt: skip
+    return tf.strings.join([
+        "The accumulator's variables do not hold a window of this Accumulator. Received:",
+        *shown,
+        ". They come from a damaged checkpoint, or from one with another `reduction`. The window was dropped; the "
+        "model's variables and the optimizer are as they were. Restore another checkpoint, or leave acc.variables() "
+        "out and run tf.compat.v1.variables_initializer(acc.variables()).",
+    ])  # fmt: skip
 
 
 def not_finite(loss: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
