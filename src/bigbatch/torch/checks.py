@@ -1,6 +1,7 @@
-"""What the doors are given, looked at before anything moves."""
+"""What the APIs are given, looked at before anything moves."""
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -9,11 +10,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bigbatch import errors
+from bigbatch.torch.several import Optimizers, Schedulers
 from bigbatch.torch.window import exact
 
 
+def split_result(result: Any) -> tuple[Any, Any]:
+    """What a loss_fn returned as (loss, items); items is None where it returned only a loss, or an output with one."""
+    if isinstance(result, tuple) and not hasattr(result, "loss"):
+        if len(result) != 2:
+            raise errors.not_a_loss(result)
+        return result
+    return result, None
+
+
 def check_loss(loss: Any) -> Tensor:
-    """Accepts a real scalar tensor that autograd can differentiate."""
+    """Accepts a real scalar tensor that autograd can differentiate, or a model's output that has one as `.loss`."""
+    if not isinstance(loss, Tensor) and hasattr(loss, "loss"):
+        loss = loss.loss
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
         raise errors.loss_not_scalar(loss)
     if not loss.requires_grad:
@@ -22,40 +35,137 @@ def check_loss(loss: Any) -> Tensor:
 
 
 def check_items(items: Any) -> float | Tensor:
-    """Accepts a number above zero, or a tensor of one element; reading that one would make the host wait."""
+    """Accepts a number above zero, or a tensor of one element; reading that one would make the host wait.
+
+    A count in it that is none (negative, NaN or infinite) makes the window's items NaN or infinite, which is seen when
+    the window closes.
+    """
     if not isinstance(items, Tensor):
         return errors.check_items(items)
     if items.numel() != 1 or items.is_complex() or items.dtype == torch.bool:
         errors.check_items(items)  # says what a number is
     # A sum of bf16 counts would stop at 256, and int / int would be float32.
-    return items.detach().reshape(()).to(exact(items.device))
+    items = items.detach().reshape(()).to(exact(items.device))
+    # Negative ones become NaN, in one kernel. The threshold is below zero, and no denormal in float32.
+    return torch.threshold(items, -1e-30, math.nan)
 
 
-def check_optimizer(optimizer: Any) -> Optimizer:
-    """Accepts a torch.optim.Optimizer that steps without a closure."""
+def check_dtype(dtype: Any) -> torch.dtype | None:
+    """Accepts a floating dtype to accumulate in, or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        kind = ValueError if isinstance(dtype, torch.dtype) else TypeError
+        raise kind(
+            f"dtype must be a floating torch.dtype or None. {errors.received('dtype', dtype)} "
+            "Pass torch.float32 or torch.float64, or None to accumulate in the parameters' own."
+        )
+    return dtype
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Accepts True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False. {errors.received(name, value)}")
+    return value
+
+
+def check_optimizer(optimizer: Any) -> Any:
+    """Accepts an optimizer that steps without a closure, or a list of such, without a parameter in common."""
+    if not isinstance(optimizer, list | tuple):
+        return _check_one(optimizer)
+    several = Optimizers(_check_one(one) for one in optimizer)
+    parameters = [p for group in several.param_groups for p in group["params"]]
+    if not parameters or len({id(p) for p in parameters}) != len(parameters):
+        raise ValueError(
+            f"Optimizers of one update share no parameter. Received: {len(several.optimizers)} optimizers "
+            f"({several}) of {len(parameters)} parameters, {len({id(p) for p in parameters})} of them different. "
+            "Give each its own part of the model's parameters."
+        )
+    return several
+
+
+def _check_one(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer. {errors.received('optimizer', optimizer)} "
-            "Pass the optimizer itself, such as torch.optim.AdamW(model.parameters())."
+            "Pass the optimizer itself, such as torch.optim.AdamW(model.parameters()), or a list of several."
+        )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        # Accelerate's: between its own accumulations step() and zero_grad() do nothing.
+        raise ValueError(
+            f"{type(optimizer).__name__} wraps an optimizer, and steps when its trainer says so. "
+            "Pass the optimizer itself (Accelerate: optimizer.optimizer, and accelerator.scaler as scaler)."
         )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
             f"{type(optimizer).__name__} evaluates the loss again inside its step (a required closure), "
-            "and a window's micro-batches are gone by then. Use an optimizer whose step needs no closure."
+            "and a window's micro-batches are gone by then. Use bb.backward inside the closure: "
+            "optimizer.step(closure), where closure() is zero_grad() and return bb.backward(loss_fn, batch, ...)."
         )
     if not any(group["params"] for group in optimizer.param_groups):
         raise ValueError("The optimizer has no parameters. Pass it model.parameters() before making the Accumulator.")
     return optimizer
 
 
-def check_scheduler(scheduler: Any) -> Any:
-    """Accepts what can be stepped without a metric, or None."""
+def check_scheduler(scheduler: Any, parameters: list[Tensor]) -> Any:
+    """Accepts what can be stepped without an argument and is of these parameters, a list of such, or None."""
+    if isinstance(scheduler, list | tuple):
+        return Schedulers(_check_scheduler(one, parameters) for one in scheduler)
+    return None if scheduler is None else _check_scheduler(scheduler, parameters)
+
+
+def _check_scheduler(scheduler: Any, parameters: list[Tensor]) -> Any:
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             "ReduceLROnPlateau needs a metric that an update does not have. "
             "Leave it out, and call scheduler.step(metric) where you validate."
         )
-    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+    step = getattr(scheduler, "step", None)
+    if not callable(step):
         raise TypeError(f"scheduler must have a step method. {errors.received('scheduler', scheduler)}")
+    kind = type(scheduler).__name__
+    if needed := _needed(step):
+        raise ValueError(
+            f"scheduler.step must need no argument, since it is called once an update. Received: {kind}.step("
+            f"{', '.join(needed)}). Leave it out, and call it yourself where you have the argument, such as after an epoch."
+        )
+    if hasattr(scheduler, "optimizers") and hasattr(scheduler, "step_with_optimizer"):
+        raise ValueError(
+            f"{kind} steps when Accelerate says so, and once for each process. Pass what it wraps: scheduler.scheduler."
+        )
+    of = getattr(scheduler, "optimizer", None)
+    ours = set(map(id, parameters))
+    if isinstance(of, Optimizer) and not any(id(p) in ours for group in of.param_groups for p in group["params"]):
+        raise ValueError(
+            f"scheduler must be of the optimizer that is given. Received: {kind} of another {type(of).__name__}. "
+            "It would have no effect on this one."
+        )
     return scheduler
+
+
+def _needed(step: Any) -> list[str]:
+    """The arguments that it cannot be called without."""
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):  # compiled
+        return []
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variable]
+
+
+def check_scaler(scaler: Any, nonfinite: str) -> Any:
+    """Accepts a GradScaler, or what has its methods, or None."""
+    if scaler is None:
+        return None
+    missing = [name for name in ("scale", "unscale_", "step", "update") if not callable(getattr(scaler, name, None))]
+    if missing:
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler. {errors.received('scaler', scaler)} "
+            f"It has no {' and no '.join(missing)}. Pass the GradScaler itself; timm's NativeScaler, for one, wraps it."
+        )
+    if nonfinite == "apply" and getattr(scaler, "is_enabled", lambda: True)():
+        raise ValueError(
+            'nonfinite="apply" has no effect with a scaler, which never steps with inf or NaN. '
+            f"{errors.received('nonfinite', nonfinite)} Leave one of them out."
+        )
+    return scaler
