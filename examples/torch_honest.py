@@ -25,6 +25,7 @@ acc = bb.Accumulator(torch.optim.AdamW(model.parameters(), lr=1e-3), every=64, n
 for _ in range(20):
     for rows in torch.randperm(len(x)).split(16):
         acc.backward(F.cross_entropy(model(x[rows]), y[rows]), items=len(rows))
+acc.flush()
 print("noise scale:", acc.noise_scale)
 print(bb.advice(acc.noise_scale, batch=1024, micro_batch=16, beta2=0.999))
 
