@@ -62,7 +62,7 @@ def contents(folder):
 
 
 class Snapshots:
-    """The folder as it was at each file operation, and where Keras writes in place with that file cut short."""
+    """The folder as it was at each file operation, and with each file cut short that was written in its place."""
 
     def __init__(self, folder):
         self.folder, self.states = folder, []
@@ -70,9 +70,10 @@ class Snapshots:
     def take(self):
         LISTENING.clear()  # reading is not listened to
         now = contents(self.folder)
-        before = self.states[-1] if self.states else {}
+        before = self.states[-1] if self.states else now
         for name in now:
-            if now[name] != before.get(name) and not name.endswith("latest.weights.h5"):
+            renamed = any(before[other] == now[name] and other not in now for other in before)
+            if now[name] != before.get(name) and not renamed:
                 self.states += [{**now, name: now[name][:n]} for n in (0, len(now[name]) // 2)]
         if now not in self.states:
             self.states.append(now)
