@@ -162,9 +162,25 @@ class NoiseScale:
         return {"decay": self.decay, "windows": self.windows, "moments": list(self._moments)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
-        self.decay, self.windows = float(state["decay"]), int(state["windows"])
-        self._moments = tuple(float(x) for x in state["moments"])
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            ValueError: the state is damaged, or not of a NoiseScale; it names the entry, and nothing was touched.
+        """
+        if not isinstance(state, Mapping) or set(state) != {"decay", "windows", "moments"}:
+            raise _damaged("state", state, "a mapping with decay, windows and moments")
+        decay, windows, moments = state["decay"], state["windows"], state["moments"]
+        if not (_is_finite(decay) and 0 <= decay < 1):
+            raise _damaged("decay", decay, "a number of at least 0 and below 1")
+        if isinstance(windows, bool) or not isinstance(windows, numbers.Integral) or windows < 0:
+            raise _damaged("windows", windows, "a whole number of at least 0")
+        try:
+            moments = tuple(float(x) for x in moments)
+        except (TypeError, ValueError):
+            moments = ()
+        if len(moments) != len(EMPTY) or not all(map(math.isfinite, moments)) or (windows and moments[0] <= 0):
+            raise _damaged("moments", state["moments"], f"{len(EMPTY)} finite numbers")
+        self.decay, self.windows, self._moments = float(decay), int(windows), moments
 
     def __str__(self) -> str:
         if not self.windows:
@@ -191,6 +207,14 @@ class NoiseScale:
         means = (trace * trace, squared_norm * squared_norm, trace * squared_norm)
         one, two, both = ((p - m) * share / (1 - share) for p, m in zip(products, means, strict=True))
         return max(one, 0.0), max(two, 0.0), both
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _damaged(name: str, value: Any, kind: str) -> ValueError:
+    return ValueError(f"A noise scale's {name} must be {kind}. {errors.received(name, value)} The state is damaged.")
 
 
 def noise_curve(updates: Iterable[Any], decay: float = 0.95) -> list[dict[str, float]]:
