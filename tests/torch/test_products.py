@@ -10,6 +10,8 @@ from torch import nn
 
 import bigbatch.torch as bb
 from bigbatch.engines import torch_graph
+from bigbatch.engines.torch_hooks import has_hooks
+from bigbatch.engines.torch_proof import Proof, signed
 from conformance.torch_products import small_ones_too, takes_products
 
 from .products import ROOM, Tied, agree, by, gradients, language
@@ -204,7 +206,11 @@ def test_all_ways_to_multiply_by_a_weight(way):
 @takes_products
 def test_the_ways_that_models_are_written_in_are_taken():
     weight = nn.Parameter(torch.randn(6, 6))
-    taken = [name for name, way in WAYS.items() if torch_graph.read(way(torch.randn(2, 6), weight).sum()).uses]
+
+    def products(way):
+        return torch_graph.read(way(torch.randn(2, 6), weight).sum(), Proof()).has_products
+
+    taken = [name for name, way in WAYS.items() if products(way)]
     for name in ("x @ W", "x @ W.t()", "x @ W.T", "x @ W.mT", "transpose", "permute", "transposed twice"):
         assert name in taken
     for name in ("addmm, scaled", "W @ x", "W @ W", "a part", "into a view", "a sparse input"):
@@ -244,22 +250,24 @@ def test_leaves_that_are_no_parameters_get_their_gradients_too():
 @takes_products
 def test_a_graph_that_is_kept_has_no_hooks_left():
     model = nn.Linear(6, 5)
-    loss = model(torch.randn(4, 6)).square().mean()
-    graph = torch_graph.read(loss)
-    assert len(graph.uses) == 1
-    taken = []
+    proof, taken = Proof(), []
 
     class Sums:
         def product(self, weight, left, right):
             taken.append(weight)
             raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"):
-        torch_graph.differentiate(loss, None, graph, Sums())
-    assert graph.uses[0].node.next_functions  # alive, and could be run by somebody else
-    loss = model(torch.randn(4, 6)).square().mean()
-    loss.backward()
-    assert len(taken) == 1
+    for compared in (True, False):
+        loss = model(torch.randn(4, 6)).square().mean()
+        graph = torch_graph.read(loss, proof)
+        assert [len(graph.tried), len(graph.uses)] == [compared, not compared]
+        with pytest.raises(RuntimeError, match="broken"):
+            torch_graph.differentiate(loss, None, graph, Sums())
+        (use,) = graph.tried or graph.uses
+        assert use.node.next_functions  # alive, and could be run by somebody else
+        assert not has_hooks(use.node)
+        assert not has_hooks(use.accumulation)
+    assert len(taken) == 2
 
 
 def test_the_module_is_as_it_was_also_after_an_error(tokens):
@@ -316,4 +324,4 @@ def test_private_names_are_where_they_were():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert (torch.ones(1, 2) @ p).grad_fn._raw_saved_self.unpack_hook is not None
     looked_up = F.embedding(torch.tensor([1]), p).grad_fn
-    assert torch_graph._signed(looked_up._saved_padding_idx) == -1
+    assert signed(looked_up._saved_padding_idx) == -1

@@ -137,9 +137,9 @@ def test_where_the_first_graph_has_no_products_the_next_are_not_searched(door, m
     searched = []
     read = torch_graph.read
 
-    def noting(loss, products=True, explain=False):
-        searched.append(products)
-        return read(loss, products, explain)
+    def noting(loss, proof=None, explain=False):
+        searched.append(proof is not None)
+        return read(loss, proof, explain)
 
     monkeypatch.setattr(torch_graph, "is_worth", lambda weight, rows=None: rows is None)
     monkeypatch.setattr(torch_graph, "read", noting)

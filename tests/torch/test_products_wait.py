@@ -12,7 +12,7 @@ from bigbatch.engines import torch_products
 from bigbatch.engines.torch_memory import PeakMemory
 from conformance.torch_products import small_ones_too, takes_products
 
-from .products import ROOM, agree, called, gradients
+from .products import ROOM, agree, called, gradients, prove
 
 rows_for, SMALL = torch_products.rows_for, torch_products.SMALL
 
@@ -27,6 +27,7 @@ def whatever_its_size():
 def test_products_wait_until_they_are_many_and_the_first_of_them_is_the_sum():
     model = nn.Linear(8, 8, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=6)
+    prove(acc, model)
     # Two rows each, and room for four: the third micro-batch has to make room, and so has the fifth.
     assert [called(acc, model) for _ in range(5)] == [[], [], ["mm"], [], ["addmm_"]]
     assert called(acc, model) == ["addmm_"]  # the end
@@ -36,6 +37,7 @@ def test_products_wait_until_they_are_many_and_the_first_of_them_is_the_sum():
 def test_products_of_many_rows_do_not_wait():
     model = nn.Linear(8, 8, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
+    prove(acc, model)
     assert [called(acc, model, rows=3) for _ in range(3)] == [["mm"], ["addmm_"], ["addmm_"]]
 
 

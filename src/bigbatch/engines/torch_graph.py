@@ -10,8 +10,10 @@ Nothing of the forward is touched, neither modules nor weights: all is read afte
 """
 
 import logging
+import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,28 +21,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-log = logging.getLogger("bigbatch.torch.products")
-
-
-class Sums(Protocol):
-    """Where weights' gradients add up."""
-
-    def product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
-        """Adds leftᵀ·right; both have one row for each of the weight's uses. They are the caller's: copy to keep."""
-        ...
-
-    def rows(self, weight: Tensor, indices: Tensor, gradients: Tensor, padding: int) -> None:
-        """Adds the gradient of each row that was looked up to that row, but for the row `padding` (-1: none)."""
-        ...
-
-
-class Use(NamedTuple):
-    """A node that would make a weight's gradient, or one of several parts of it."""
-
-    node: Any
-    weight: Tensor
-    place: int  # of the weight among the node's inputs
-    turned: bool  # whether the weight was multiplied by as its transpose, as `Linear` does
+from bigbatch.engines.torch_hooks import register
+from bigbatch.engines.torch_proof import Proof, Sums, Trial, Use, log
 
 
 class Graph(NamedTuple):
@@ -49,6 +31,8 @@ class Graph(NamedTuple):
     leaves: list[Tensor]  # which autograd is to give their gradients
     uses: list[Use]  # of all other weights
     functions: set[str]  # the names of `torch.autograd.Function`s in it
+    tried: list[Use]  # of leaves whose products are to be compared with their gradients
+    proof: Proof | None  # which is to learn of it
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -57,8 +41,13 @@ class Graph(NamedTuple):
 
     @property
     def multiplied(self) -> list[Tensor]:
-        """The weights that inputs are multiplied by, of those that are taken from autograd."""
-        return list(dict.fromkeys(use.weight for use in self.uses if use.place))
+        """The weights that inputs are multiplied by, of those that are taken from autograd, now or once compared."""
+        return list(dict.fromkeys(use.weight for use in (*self.uses, *self.tried) if use.place))
+
+    @property
+    def has_products(self) -> bool:
+        """Whether a weight is taken from autograd, now or once compared."""
+        return bool(self.uses or self.tried)
 
 
 # Which of a node's inputs is a weight, and the name under which it saved the other factor.
@@ -68,6 +57,13 @@ _FACTORS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self"), "Embeddin
 def is_alone() -> bool:
     """Whether this process is no rank of several, whose wrappers wait for every gradient that autograd makes."""
     return not (dist.is_available() and dist.is_initialized())
+
+
+def is_compiled() -> bool:
+    """Whether compiled autograd runs the backward, which takes a graph as a whole."""
+    # No public name says so; a test fails when it moves.
+    module: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(getattr(module, "compiled_autograd_enabled", False))
 
 
 def is_worth(weight: Tensor, rows: int | None = None) -> bool:
@@ -83,22 +79,28 @@ def is_worth(weight: Tensor, rows: int | None = None) -> bool:
     return weight.numel() * max(rows, 128) >= 1 << 33
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of a parameter's gradient, which is not always its own from PyTorch 2.10 on."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
 def may_take(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Those whose gradients are taken from autograd, if a loss's graph has them as products only."""
     return [p for p in parameters if _reason(p) is None]
 
 
-def read(loss: Tensor, products: bool = True, explain: bool = False) -> Graph:
+def read(loss: Tensor, proof: Proof | None = None, explain: bool = False) -> Graph:
     """Goes through the graph once.
 
     Args:
         loss: has a graph.
-        products: whether weights are to be taken from autograd. Those with hooks, of a subclass or with another use
-            are left to it, and with a `torch.autograd.Function` in the graph all are: a reentrant checkpoint's
-            backward, for one, may not be run for some of the leaves only.
+        proof: which weights may be taken from autograd; None where all are left to it. Those with hooks, of a subclass
+            or with another use always are, and with a `torch.autograd.Function` in the graph all are: a reentrant
+            checkpoint's backward, for one, may not be run for some of the leaves only.
         explain: whether the logger `bigbatch.torch.products` says at DEBUG what is left to autograd, and why.
     """
     root: Any = get_gradient_edge(loss).node
+    since = None if proof is None or is_compiled() else proof.begin(root)
     leaves: list[Tensor] = []
     uses: list[Use] = []
     functions: set[str] = set()
@@ -110,7 +112,7 @@ def read(loss: Tensor, products: bool = True, explain: bool = False) -> Graph:
             leaves.append(node.variable)
             continue
         following = node.next_functions
-        use = _use(node, kind, following) if products and kind in _FACTORS else None
+        use = _use(node, kind, following, since) if since is not None and kind in _FACTORS else None
         if use is not None:
             uses.append(use)
             following = [edge for i, edge in enumerate(following) if i != use.place]
@@ -120,28 +122,36 @@ def read(loss: Tensor, products: bool = True, explain: bool = False) -> Graph:
             if ahead is not None and ahead not in seen:
                 seen.add(ahead)
                 nodes.append(ahead)
-    if uses:
+    tried: list[Use] = []
+    if uses and proof is not None:
         # A leaf that autograd comes to on any way gets all of its gradient from it.
         elsewhere = set(leaves)
-        if functions:
-            leaves += dict.fromkeys(use.weight for use in uses if use.weight not in elsewhere)
-            uses = []
-        uses = [use for use in uses if use.weight not in elsewhere]
-    if products and explain and log.isEnabledFor(logging.DEBUG):
-        _explain(leaves, functions)
-    return Graph(leaves, uses, functions)
+        found = [] if functions else [use for use in uses if use.weight not in elsewhere]
+        found, tried = proof.sort(found)
+        elsewhere.update(use.weight for use in found)
+        leaves += dict.fromkeys(use.weight for use in uses if use.weight not in elsewhere)
+        uses = found
+    if proof is not None and explain and log.isEnabledFor(logging.DEBUG):
+        _explain(leaves, functions, {use.weight for use in tried}, since is None)
+    return Graph(leaves, uses, functions, tried, proof)
 
 
 def differentiate(loss: Tensor, gradient: Tensor | None, graph: Graph, sums: Sums) -> None:
-    """`loss.backward(gradient)`, with the gradients of the weights in `graph.uses` added to `sums`."""
-    if not graph.uses:
+    """`loss.backward(gradient)`, with the gradients of the weights in `graph.uses` added to `sums`.
+
+    The host waits for the device where `graph.tried` is not empty: once for each weight and way to reach it.
+    """
+    if not graph.has_products:
         loss.backward(gradient=gradient)
         return
     # A node whose factors are taken has to be run even where nothing before it needs a gradient.
     edges: Any = [GradientEdge(use.node, 0) for use in graph.uses]
-    handles = [use.node.register_prehook(_taking(use, sums)) for use in graph.uses]
+    handles = [register(use.node.register_prehook, _taking(use, sums)) for use in graph.uses]
     try:
-        torch.autograd.backward(loss, gradient, inputs=[*graph.leaves, *edges])
+        # Everything, where nothing is taken: hooks on nodes that lead to no leaf are called too.
+        inputs = [*graph.leaves, *edges] if edges else None
+        with Trial(graph.tried, sums, graph.proof) if graph.tried and graph.proof else nullcontext():
+            torch.autograd.backward(loss, gradient, inputs=inputs)
     finally:
         # A hook refers to its node, which holds it.
         for handle in handles:
@@ -149,60 +159,49 @@ def differentiate(loss: Tensor, gradient: Tensor | None, graph: Graph, sums: Sum
 
 
 def _taking(use: Use, sums: Sums) -> Any:
-    node, weight = use.node, use.weight
-
-    def take_product(grads: tuple[Tensor | None, ...]) -> None:
+    def take(grads: tuple[Tensor | None, ...]) -> None:
         if (grad := grads[0]) is not None:
-            inputs = _saved(node, "mat1" if use.place == 2 else "self")
-            left, right = (grad, inputs) if use.turned else (inputs, grad)
-            sums.product(weight, left, right)
+            use.add(use.parts(grad), sums)
 
-    def take_rows(grads: tuple[Tensor | None, ...]) -> None:
-        if (grad := grads[0]) is not None:
-            sums.rows(weight, _saved(node, "indices"), grad, _signed(node._saved_padding_idx))
-
-    return take_product if use.place else take_rows
+    return take
 
 
-def _use(node: Any, kind: str, following: Any) -> Use | None:
+def _use(node: Any, kind: str, following: Any, since: int) -> Use | None:
     place, factor = _FACTORS[kind]
     ahead = following[place][0]
-    turned = False
-    while ahead is not None and (between := type(ahead).__name__) != "AccumulateGrad":
-        # What may stand between a weight and its product: it is turned, and cast by autocast.
-        if between == "TBackward0":
-            turned = not turned
-        elif between == "PermuteBackward0":
-            turned ^= ahead._saved_dims[0] % 2 == 1
-        elif between == "TransposeBackward0":
-            turned ^= (ahead._saved_dim0 - ahead._saved_dim1) % 2 == 1
-        elif between != "ToCopyBackward0":
+    transposed, between = False, []
+    while ahead is not None and (passed := type(ahead).__name__) != "AccumulateGrad":
+        # What may stand between a weight and its product: it is transposed, and cast by autocast.
+        if passed == "TBackward0":
+            transposed = not transposed
+        elif passed == "PermuteBackward0":
+            transposed ^= ahead._saved_dims[0] % 2 == 1
+        elif passed == "TransposeBackward0":
+            transposed ^= (ahead._saved_dim0 - ahead._saved_dim1) % 2 == 1
+        elif passed != "ToCopyBackward0":
             return None
+        if ahead._sequence_nr() <= since:  # kept from an earlier forward, and nobody knows with which hooks
+            return None
+        between.append(ahead)
         ahead = ahead.next_functions[0][0]
-    if ahead is None or _reason(ahead.variable) is not None:
+    if ahead is None or _reason(weight := ahead.variable) is not None:
         return None
     if kind == "EmbeddingBackward0":
-        special = turned or node._saved_scale_grad_by_freq or node._saved_sparse
+        special = transposed or node._saved_scale_grad_by_freq or node._saved_sparse
     else:
         special = kind == "AddmmBackward0" and node._saved_alpha != 1
     # With hooks around what was saved, asking for it may be dear, and under checkpointing is allowed only once.
     # PyTorch documents `_saved_…` and `_raw_saved_…`; that the latter tells its hook is held by a test.
     if special or getattr(getattr(node, f"_raw_saved_{factor}"), "unpack_hook", True) is not None:
         return None
-    saved = _saved(node, factor)
+    saved = getattr(node, f"_saved_{factor}")
     if type(saved) not in (Tensor, torch.nn.Parameter) or saved.layout != torch.strided:
         return None
+    # A weight that is cast to complex has the real part of its product; one that is moved, a product elsewhere.
+    if saved.is_complex() or saved.device != weight.device:
+        return None
     rows = saved.numel() if factor == "indices" else len(saved)
-    return Use(node, ahead.variable, place, turned) if is_worth(ahead.variable, rows) else None
-
-
-def _saved(node: Any, name: str) -> Tensor:
-    return getattr(node, f"_saved_{name}")
-
-
-def _signed(number: int) -> int:
-    """A number that PyTorch shows without its sign."""
-    return number - (1 << 64) if number >= 1 << 63 else number
+    return Use(node, weight, place, transposed, tuple(between), ahead) if is_worth(weight, rows) else None
 
 
 def _reason(weight: Tensor) -> str | None:
@@ -213,6 +212,8 @@ def _reason(weight: Tensor) -> str | None:
         return "tensor subclasses have their own products"
     if weight.ndim != 2 or not weight.is_floating_point():
         return "it is no matrix of real numbers"
+    if gradient_dtype(weight) != weight.dtype or getattr(weight, "grad_dtype", weight.dtype) is None:
+        return "its gradient is to have another dtype"
     if weight.layout != torch.strided or not weight.is_contiguous():
         return "its layout is not that of a matrix, row by row"
     # No public name says these two; tests fail when they move.
@@ -221,12 +222,16 @@ def _reason(weight: Tensor) -> str | None:
     return None
 
 
-def _explain(leaves: list[Tensor], functions: set[str]) -> None:
+def _explain(leaves: list[Tensor], functions: set[str], tried: set[Tensor], hooked: bool) -> None:
     """Says once of each reason and shape why autograd is to make the gradient."""
     explained: set[tuple[str, torch.Size]] = set()
     for leaf in leaves:
         reason = _reason(leaf)
-        if reason is None:
+        if reason is None and leaf in tried:
+            continue
+        if reason is None and hooked:
+            reason = "hooks were registered since the last backward, or it is compiled"
+        elif reason is None:
             several = ", ".join(sorted(functions))
             few = "" if leaf.device.type == "cpu" else ", or by few rows"
             reason = f"the graph has {several}" if functions else f"it is not only multiplied by, or looked up in{few}"

@@ -60,8 +60,12 @@ class Products:
         return {weight: rows.held() for weight, rows in self._waiting.items()}
 
     def wait_again(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
-        """Gives a weight the rows that it had."""
-        self._place(weight).take(left.to(weight.device), right.to(weight.device))
+        """Gives a weight the rows that it had; where it has no room for them now, they are multiplied out."""
+        left, right = left.to(weight.device), right.to(weight.device)
+        if weight in self._weights and len(left) <= self._room:
+            self._place(weight).take(left, right)
+        else:
+            _multiply(weight, left, right)
 
     def _place(self, weight: Tensor) -> "_Rows":
         rows = self._waiting.get(weight)
@@ -98,12 +102,15 @@ class _Rows:
         self.count += len(left)
 
     def begin(self) -> None:
-        """Makes `.grad` of the sum before anything is multiplied out."""
-        if self.total is not None:
-            self.weight.grad, self.total = self.total.zero_(), None
+        """Makes `.grad` of the sum before anything is multiplied out, where there is none yet."""
+        if self.total is not None and self.weight.grad is None:
+            self.weight.grad = self.total.zero_()
+        self.total = None
 
     def multiply_out(self) -> None:
         if not self.count:
+            # No rows at all are a gradient of zeros, as autograd makes it: not the same as none.
+            self.begin()
             return
         left, right, total = self.left[: self.count], self.right[: self.count], self.total
         if total is None or self.weight.grad is not None:

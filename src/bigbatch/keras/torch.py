@@ -14,12 +14,14 @@ import torch
 
 from bigbatch.engines import torch_graph
 from bigbatch.engines.torch_products import Products
+from bigbatch.engines.torch_proof import Known, Proof
 from bigbatch.keras import batch, loss, noise
 
 
 def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
     """`train_step` for a whole batch."""
-    return lambda data: window(model, lambda: add_up(model, cut(data, micro_batch)))
+    known = Known()
+    return lambda data: window(model, lambda: add_up(model, cut(data, micro_batch), known))
 
 
 def cut(data: Any, micro_batch: int) -> list[Any]:
@@ -39,7 +41,8 @@ def gather(model: Any, window: list[Any]) -> Any:
 
 def stream_step(model: Any) -> Callable[[Any], dict[str, Any]]:
     """`train_step` for a window, as `gather` makes it."""
-    return lambda data: window(model, lambda: add_up(model, data))
+    known = Known()
+    return lambda data: window(model, lambda: add_up(model, data, known))
 
 
 class _Sums:
@@ -58,6 +61,7 @@ class _Sums:
         self.examples = self.first = 0  # in all, and in the first
         # None where all gradients are to be autograd's.
         self.products: Products | None = None
+        self.proof: Proof | None = None
         # Where `.grad` cannot hold them: for each kind, the variables' sums.
         self.gradients: list[dict[torch.Tensor, torch.Tensor]] | None = None
 
@@ -84,13 +88,13 @@ def window(model: Any, added: Callable[[], tuple[_Sums, list[loss.Term]]]) -> di
         model.zero_grad()
 
 
-def add_up(model: Any, micro_batches: list[Any]) -> tuple[_Sums, list[loss.Term]]:
+def add_up(model: Any, micro_batches: list[Any], known: Known | None = None) -> tuple[_Sums, list[loss.Term]]:
     """Forward and backward of all micro-batches. The gradients are in `.grad`, or in the sums."""
     parameters = [v.value for v in model.trainable_variables]
     sums = _Sums(noise.opened(model), len(micro_batches))
     weights = torch_graph.may_take(parameters)
     if weights and len(micro_batches) > 1 and torch_graph.is_alone():  # one adds nothing up
-        sums.products = Products(weights)
+        sums.products, sums.proof = Products(weights), Proof(known, started=True)
     described: list[loss.Term] = []
     model.zero_grad()
     for data in micro_batches:
@@ -108,7 +112,7 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
         items = [count for _, count in kinds]
         if not sums.unit:
             sums.items, sums.losses = [[] for _ in kinds], [[] for _ in terms]
-            if measured or len(kinds) > 1 or any(p.dtype.itemsize < 4 for p in parameters):
+            if measured or len(kinds) > 1 or any(torch_graph.gradient_dtype(p).itemsize < 4 for p in parameters):
                 sums.gradients, sums.products = [{} for _ in kinds], None
             # As in `bigbatch.torch.window`: where the plan comes true, what `.grad` holds at the end are the means.
             planned = sums.planned if sums.gradients is None else 1
@@ -130,9 +134,9 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
                 if sums.products is None:
                     scaled.backward(gradient=weight, retain_graph=k + 1 < len(kinds))
                 else:
-                    graph = torch_graph.read(scaled)
+                    graph = torch_graph.read(scaled, sums.proof)
                     torch_graph.differentiate(scaled, weight, graph, sums.products)
-                    if len(sums.losses[0]) == 1 and not graph.uses:
+                    if len(sums.losses[0]) == 1 and not graph.has_products:
                         sums.products = None  # the next micro-batches' are hardly others
             if sums.gradients is not None:
                 _move(parameters, own[k] if measured else sums.gradients[k])
@@ -148,7 +152,7 @@ def _move(parameters: list[torch.Tensor], totals: dict[torch.Tensor, torch.Tenso
     for p in parameters:
         if p.grad is None:
             continue
-        grad, p.grad = p.grad.to(torch.promote_types(p.dtype, torch.float32)), None
+        grad, p.grad = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32)), None
         totals[p] = totals[p].add_(grad) if p in totals else grad
 
 
@@ -183,7 +187,7 @@ def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, An
         gradients = []
         for p in parameters:
             parts = [t[p] * f.to(t[p].dtype) for t, f in zip(sums.gradients, factors, strict=True) if p in t]
-            gradients.append(sum(parts[1:], parts[0]).to(p.dtype) if parts else None)
+            gradients.append(sum(parts[1:], parts[0]).to(torch_graph.gradient_dtype(p)) if parts else None)
     summed = [[totals.get(p) for p in parameters] for totals in sums.gradients or []]
     noise_logs = noise.closed(sums.noisy, sums.parts, summed, factors, sums.examples, total)
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) or _finite(total, gradients):

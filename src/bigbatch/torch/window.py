@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 from bigbatch.engines import torch_graph
+from bigbatch.engines.torch_graph import gradient_dtype
 from bigbatch.engines.torch_products import Products, add_product, add_rows, product, table
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:
-    """Whether some parameter's own dtype is too narrow to accumulate in, now or once it is thawed."""
-    return dtype is not None and any(widened(p, dtype) != p.dtype for p in parameters)
+    """Whether some parameter's gradient is too narrow to accumulate in, now or once it is thawed."""
+    return dtype is not None and any(widened(p, dtype) != gradient_dtype(p) for p in parameters)
 
 
 def widened(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What a parameter's gradients add up in."""
-    return torch.promote_types(tensor.dtype, dtype)
+    return torch.promote_types(gradient_dtype(tensor), dtype)
 
 
 class Window:
@@ -141,7 +142,7 @@ class Window:
     @torch.no_grad()
     def add(self, p: Tensor, grad: Tensor) -> None:
         """Adds one micro-batch's gradient, which nobody else holds, to a wide sum."""
-        grad, weight, held = grad.to(widened(p, self.dtype or p.dtype)), self.weight, self.sums.get(p)
+        grad, weight, held = grad.to(widened(p, self.dtype or gradient_dtype(p))), self.weight, self.sums.get(p)
         if isinstance(weight, Tensor):
             grad, weight = grad * weight.to(grad.device), 1.0
         if held is not None and not held.is_sparse:
