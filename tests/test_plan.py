@@ -305,3 +305,44 @@ def test_another_error_is_not_tried_again(made):
     with pytest.raises(ValueError, match="shapes") as caught:
         fit(made, limit=64, other=error)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("text", [
+    "CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 2.00 GiB total capacity)",
+    "HIP out of memory. Tried to allocate 20.00 MiB",
+    "XPU out of memory. Tried to allocate 20.00 MiB",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "cuFFT error: CUFFT_ALLOC_FAILED",
+    "MPS backend out of memory (MPS allocated: 17.94 GB, other allocations: 1.00 GB, max allowed: 18.13 GB).",
+    "Invalid buffer size: 58.50 GiB",
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+    "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+    "unable to mmap 96 bytes from file </torch_1>: Cannot allocate memory (12)",
+    "std::bad_alloc",
+    "RESOURCE_EXHAUSTED: Out of memory allocating 137438953472 bytes.",
+    "INTERNAL: CpuCallback error calling callback: MemoryError: Unable to allocate 9.00 GiB",
+    "INTERNAL: Failed to allocate: CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+    "Exception encountered when calling Dense.call(). Unable to allocate 9 GiB for an array with shape (9,) and",
+])  # fmt: skip
+def test_allocators_words_for_an_out_of_memory(text):
+    assert host.is_out_of_memory(RuntimeError(text))
+    assert not host.is_out_of_memory(ValueError(text)), "no allocator raises that"
+
+
+def test_a_memory_error_needs_no_words():
+    assert host.is_out_of_memory(MemoryError())
+
+
+@pytest.mark.parametrize("text", [
+    "", "out of memory", "CUDA error: an illegal memory access was encountered",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", "shape '[3]' is invalid for input of size 4",
+    "out of resource: shared memory, Required: 99, Hardware limit: 64", "INTERNAL: std::exception",
+    "RESOURCE_EXHAUSTED: /tmp/file; No space left on device", "RESOURCE_EXHAUSTED: /tmp/file; Too many open files",
+    "the dataset's quota is used up",
+])  # fmt: skip
+def test_other_errors_are_none(text):
+    assert not host.is_out_of_memory(RuntimeError(text))

@@ -1,8 +1,50 @@
-"""How much memory this process may still take of the machine that it runs on."""
+"""The memory that this process may still take, and whether an error means that there was too little."""
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
+
+# What allocators say of a failed allocation where it has no exception type of its own: it arrives as a RuntimeError.
+# Not CUDNN_STATUS_NOT_SUPPORTED or "unable to find an engine", which have other causes as well.
+_FAILED_ALLOCATION = re.compile(
+    r"""\b(?:CUDA|HIP|XPU|MPS\ backend)\ out\ of\ memory
+    | \b(?:CUDA|HIP)\ error:\ out\ of\ memory
+    | CUDA_ERROR_OUT_OF_MEMORY | hipErrorOutOfMemory | kIOGPUCommandBufferCallbackErrorOutOfMemory
+    | (?:CU|HIP|ROC)[A-Z]+(?:_STATUS\w*)?_(?:ALLOC_FAILED|ALLOCATION_FAILED) | rocblas_status_memory_error
+    | Invalid\ buffer\ size:\ [\d.]+                           # MPS: more than one buffer can hold
+    | DefaultCPUAllocator:\ (?:can't\ allocate|not\ enough)\ memory
+    | std::bad_alloc | \bbad\ allocation\b | \bCannot\ allocate\ memory\b
+    | \bRESOURCE_EXHAUSTED\b | \bMemoryError\b
+    | \bUnable\ to\ allocate\ .+\ for\ an\ array\ with\ shape    # NumPy's, where a wrapper changed the type
+    """,
+    re.VERBOSE,
+)
+# POSIX limits that TensorFlow and XLA report under the same code as memory.
+_OTHER_LIMITS = re.compile(
+    r"No space left on device|Too many open files|Too many links|[Qq]uota exceeded|message larger"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a failed allocation: a `MemoryError`, or a `RuntimeError` with an allocator's own text.
+
+    The frameworks' packages add the exception types that are their own.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and reports_failed_allocation(error)
+
+
+def reports_failed_allocation(error: BaseException) -> bool:
+    """Whether an error's text is what an allocator says, whatever its type is."""
+    text = str(error)
+    return _FAILED_ALLOCATION.search(text) is not None and not reports_other_limit(error)
+
+
+def reports_other_limit(error: BaseException) -> bool:
+    """Whether an error is about another resource that ran out, such as a disk or file descriptors."""
+    return _OTHER_LIMITS.search(str(error)) is not None
 
 
 class Memory(NamedTuple):

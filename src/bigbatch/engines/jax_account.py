@@ -56,4 +56,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     JAX raises the program's own error where it is called, and a `ValueError` of the same text where several of its
     results are waited for.
     """
-    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" in str(error)
+    waited_for = isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error)
+    return waited_for or host.is_out_of_memory(error)

@@ -18,10 +18,8 @@ from bigbatch.plan import NEVER
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: a device's, or the CPU's, which has no exception type of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(
-        error
-    )
+    """Whether an allocation failed: a device's, or one that has no exception type of its own, such as the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or host.is_out_of_memory(error)
 
 
 def device_memory(device: torch.device) -> host.Memory:

@@ -30,6 +30,7 @@ def plan(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
+    has_items: bool = False,
     memory: str | float | None = None,
     time: bool = False,
     in_axes: Sequence[Any] = (None, 0),
@@ -51,6 +52,7 @@ def plan(
         loss_fn: as `value_and_grad` takes it.
         argnums: as `value_and_grad` takes it.
         has_aux: as `value_and_grad` takes it.
+        has_items: as `value_and_grad` takes it.
         memory: what everything held together may reach: a size ("8GiB", or bytes as an integer); a fraction
             (0 < float ≤ 1) of what is free; by default what is free less a tenth. On a CPU free is what the machine,
             the process's cgroups and its ulimits leave.
@@ -71,7 +73,9 @@ def plan(
 
     Twice the parameters are kept free for the optimizer's step.
     """
-    door = _Door(loss_fn, argnums, has_aux, False, {"in_axes": in_axes, "aux": aux, "dtype": dtype}, _names(axis_name))
+    options = {"has_items": has_items, "in_axes": in_axes, "aux": aux, "dtype": dtype}
+    door = _Door(loss_fn, argnums, has_aux, False, options, _names(axis_name))
+    door.at(1)  # refuses what is wrong with the options
 
     @functools.wraps(loss_fn)
     def planned(*args: Any, **kwargs: Any) -> Plan:
@@ -114,7 +118,7 @@ def fitting(
             try:
                 # An error comes when the result is waited for, and later it would be the user's.
                 return jax.block_until_ready(door.at(sizes[key])(*args, **kwargs))
-            except (jax.errors.JaxRuntimeError, ValueError) as error:
+            except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 if sizes[key] == 1:
@@ -165,7 +169,9 @@ def _plan(door: _Door, args: tuple[Any, ...], kwargs: dict[str, Any], memory: An
         return treedef.unflatten(next(following) if _is_array(leaf) else leaf for leaf in leaves)
 
     def count(*given: Any) -> int:
-        return Batch(door.loss_fn, nested(given)[0], door.options["in_axes"], sys.maxsize).length
+        batch = Batch(door.loss_fn, *nested(given), door.options["in_axes"], sys.maxsize)
+        batch.check_parameters((door.argnums,) if isinstance(door.argnums, int) else door.argnums)
+        return batch.length
 
     length = _constant(count, arrays) // unit
 

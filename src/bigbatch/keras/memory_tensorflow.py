@@ -12,15 +12,11 @@ import tensorflow as tf
 from bigbatch import host
 from bigbatch.engines import tensorflow_graph
 from bigbatch.engines.tensorflow_graph import bytes_of, peak
+from bigbatch.engines.tensorflow_graph import is_out_of_memory as is_out_of_memory
 from bigbatch.keras import batch, loss
 from bigbatch.keras.tensorflow import split_step
 from bigbatch.keras.tensorflow_update import update
 from bigbatch.keras.tensorflow_window import add_up, build, micro_step
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed."""
-    return isinstance(error, tf.errors.ResourceExhaustedError)
 
 
 def auto_step(model: Any, fitting: Any) -> Callable[[Any], dict[str, Any]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_graph import RESERVE, bytes_of, device_memory, peak
-from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
+from bigbatch.engines.tensorflow_graph import RESERVE, bytes_of, device_memory, is_out_of_memory, peak
+from bigbatch.plan import Choice, Plan, budget, choose, timed
+from bigbatch.plan import fitting as plan_again
 from bigbatch.tensorflow.split import COUNT, Window, _cut, _length, _part, _spec
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
@@ -127,32 +128,18 @@ def fitting(window: Callable[[int], Any], loss_fn: Any, batch: Any, variables: l
     choice = _choice(loss_fn, batch, variables, dtype)
     if not tf.executing_eagerly():
         return window(choice.micro_batch)
-    while True:
+
+    def save() -> Callable[[], None]:
         kept = [(v, tf.identity(v)) for v in choice.assigned]
-        try:
-            return window(choice.micro_batch)
-        except tf.errors.ResourceExhaustedError as error:
-            if choice.micro_batch == 1:
-                error.add_note(not_even_one(choice.plan))
-                raise
-        # Here, outside the except, the failed frames are gone and with them the tensors that they held.
-        for variable, before in kept:
-            variable.assign(before)
-        failed = choice.micro_batch
-        choice.micro_batch = halved(choice.plan.batch, failed)
-        logger.warning(
-            'micro_batch="auto": out of memory at %s; the window is done again with %s.',
-            f"{failed:,}",
-            f"{choice.micro_batch:,}",
-        )
+        return lambda: [v.assign(before) for v, before in kept] and None
+
+    return plan_again(window, choice, choice.plan.batch, is_out_of_memory, logger, save)
 
 
 @dataclass
-class _Choice:
-    """What is remembered for one loss function and one shape of batch."""
+class _Choice(Choice):
+    """For one loss function and one shape of batch, with the variables that the loss function assigns."""
 
-    plan: Plan
-    micro_batch: int
     assigned: list[Any]
 
 
