@@ -131,7 +131,7 @@ class TF1Run:
 
     def make_optimizer(self) -> v1.train.Optimizer:
         spec, rates = self.spec, self.spec.rates
-        rate = rates[0]
+        rate: Any = np.float64(rates[0])  # v1's optimizers would make a float32 of a Python float
         if len(rates) > 1:
             # Boundaries are included on their left.
             rate = v1.train.piecewise_constant(self.step, [np.int64(k) for k in range(len(rates) - 1)], list(rates))
@@ -202,6 +202,7 @@ class Stream(TF1Run):
     """The session knows when a window is full; the host counts along, so that it need not ask."""
 
     fed = 0
+    others: ClassVar[dict[Any, Any]] = {}
 
     def train_op(self) -> tf.Operation:
         spec = self.spec
@@ -237,6 +238,39 @@ class Stream(TF1Run):
     def load(self, saved: Any) -> None:
         super().load(saved)
         self.fed = self.pending
+
+    def acts(self) -> dict[str, Callable[[], None]]:
+        if self.graph not in self.others:
+            self.others[self.graph] = self.built_acts()
+        initializer, ops = self.others[self.graph]
+        self.session.run(initializer)
+        micro_batch = jobs.window(self.spec.job, (3,), seed=99)[0]
+        return {name: lambda op=op: self.run(op, micro_batch) for name, op in ops.items()}
+
+    def built_acts(self) -> tuple[Any, dict[str, Any]]:
+        """What others may run, in this run's own graph, and what initializes their variables."""
+        with self.graph.as_default():
+            second = bb.Accumulator(v1.train.GradientDescentOptimizer(0.1), every=1)
+            pairs = [(v / 4, v) for v in self.vars.values()]  # zeros, as of `wide`, stay zeros
+            ops = {
+                "minimize": self.optimizer.minimize(self.loss, self.step),
+                "apply_gradients": self.optimizer.apply_gradients(pairs),
+                "assign": [v.assign(v / 2) for v in self.vars.values()],
+                "Accumulator": second.minimize(self.loss, items=self.items),
+            }
+            return v1.variables_initializer(second.variables()), ops
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> bb.Update | None:
+        report = None
+        for number, micro_batch in enumerate(micro_batches):
+            if number == place:
+                act()
+            try:
+                report = self.feed(micro_batch)
+            except tf.errors.InvalidArgumentError:
+                self.fed = 0
+                raise
+        return report
 
 
 class PlainWide(Plain):
