@@ -109,8 +109,14 @@ def test_hooks_on_parameters_do_not_fire():
     model = nn.Linear(6, 4)
     fired = []
     model.weight.register_post_accumulate_grad_hook(lambda p: fired.append(p))
+    handle = model.weight.register_hook(lambda g: fired.append(g) or g.clamp(-1e-3, 1e-3))
     assert bb.audit(classified(model), model, examples(), micro_batch=4).exact
     assert not fired
+    model(examples()[0]).sum().backward()  # they are there again
+    assert len(fired) == 2
+    handle.remove()
+    model(examples()[0]).sum().backward()
+    assert len(fired) == 3
 
 
 def test_it_runs_under_no_grad():

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch import errors
 from bigbatch.engines.torch_predictions import Rehearsals, State, device_memory, is_out_of_memory, release, reserve
 from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
-from bigbatch.torch.split import _cut, leaves, parameters_of
+from bigbatch.torch.batch import cut, is_text, leaves
+from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss, split_result
+from bigbatch.torch.split import parameters_of
 
 Result = TypeVar("Result")
 
@@ -63,6 +65,8 @@ def plan(
 
     Twice the parameters are kept free for the state that an optimizer makes at its first step.
     """
+    check_flag("time", time)
+    check_dtype(dtype)
     length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
     return _plan(_rehearsals(loss_fn, batch, length, dtype), memory, time, first=True)
 
@@ -103,7 +107,15 @@ def fitting(
 
 
 def _rehearsals(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: torch.dtype | None) -> Rehearsals:
-    return Rehearsals(loss_fn, lambda size: _cut(batch, 0, size), parameters_of, length, dtype)
+    def checked(micro_batch: Any) -> tuple[Tensor, Any]:
+        """The loss, and all that is there during the backward beside it."""
+        result = loss_fn(micro_batch)
+        loss, items = split_result(result)
+        if items is not None:
+            check_items(items)
+        return check_loss(loss), result
+
+    return Rehearsals(checked, lambda size: cut(batch, 0, size), parameters_of, length, dtype)
 
 
 def _plan(rehearsals: Rehearsals, memory: Any, timing: bool, first: bool) -> Plan:
@@ -153,7 +165,10 @@ _remembered: weakref.WeakKeyDictionary[Any, dict[Any, _Choice]] = weakref.WeakKe
 def _choice(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: Any) -> _Choice:
     code, bound = _code(loss_fn)
     key = (
-        tuple((where, leaf.shape, leaf.dtype, leaf.device) for where, leaf in leaves(batch, "batch")),
+        tuple(
+            (where, len(leaf)) if is_text(leaf) else (where, leaf.shape, leaf.dtype, leaf.device)
+            for where, leaf in leaves(batch, "batch")
+        ),
         dtype,
         tuple(_identity(value) for value in bound),
     )
