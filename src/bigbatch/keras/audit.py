@@ -194,7 +194,7 @@ class Bench:
     def taken_apart(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
         """What a window differentiates: (loss, items) for each kind of items; None for a sum."""
         x, y, y_pred, sample_weight = self.forward(leaves)
-        terms = loss.terms(self.model, x, y, y_pred, sample_weight)
+        terms = loss.terms(self.model, x, y, y_pred, sample_weight, examined=False)
         means = loss.quotients(terms)[1]
         return [(value, n if mean else None) for (value, n), mean in zip(loss.kinds(terms), means, strict=True)]
 

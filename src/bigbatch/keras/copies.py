@@ -24,7 +24,8 @@ def attach(model: Any, again: Callable[..., Any], options: dict[str, Any]) -> No
     """
 
     def reduce() -> tuple[Any, ...]:
-        make, arguments = type(model).__reduce__(model)
+        kind: Any = type(model)
+        make, arguments = kind.__reduce__(model)
         return _made_again, (make, arguments, again, options)
 
     def get_compile_config() -> Any:

@@ -17,6 +17,7 @@ from keras.src.backend import get_keras_mask
 from keras.src.losses.loss import apply_mask
 
 from bigbatch import errors
+from bigbatch.keras import coupled
 
 EXAMPLES = "examples"
 SUM = "sum"
@@ -68,6 +69,7 @@ def terms(
     sample_weight: Any,
     replicas: int = 1,
     check: Callable[..., None] = check_values,
+    examined: bool = True,
 ) -> list[Term]:
     """Takes the model's loss apart, compiled losses first.
 
@@ -79,10 +81,13 @@ def terms(
         sample_weight: its weights, or None.
         replicas: Keras divides means by the number of replicas that share the batch; this undoes it.
         check: what is told a loss's values, the inputs, the loss, its targets and predictions, and refuses.
+        examined: whether to warn of losses that are not means over the examples (`bigbatch.keras.coupled`).
     """
     if type(model).compute_loss is not keras.Model.compute_loss:
         # The user's own total, which must be a mean over the examples.
         value = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+        if examined:
+            coupled.examine_model(model, x, y, sample_weight)
         return [_over_examples(_scalar(value) * replicas, x)]
     found: list[Term] = []
     if model._compile_loss is not None:
@@ -90,12 +95,16 @@ def terms(
         flats = noting._flat_losses
         if not tree.is_nested(y) and not tree.is_nested(y_pred):
             flats = flats[:1]  # of several losses for one output, Keras minimises the first
-        noting._flat_losses = [
-            flat._replace(loss=_Noting(flat.loss, flat.loss_weights, found, x, replicas, check)) for flat in flats
-        ]
+        losses = [_Noting(flat.loss, flat.loss_weights, found, x, replicas, check) for flat in flats]
+        noting._flat_losses = [flat._replace(loss=loss) for flat, loss in zip(flats, losses, strict=True)]
         noting._metrics = [None] * len(flats)  # they are told the batch's mean, once
         noting(y, y_pred, sample_weight)
-    found += [_over_examples(model._aggregate_additional_loss(loss) * replicas, x) for loss in model.losses]
+        if examined:
+            coupled.examine_losses(model, [loss.called for loss in losses])
+    added = model.losses
+    found += [_over_examples(model._aggregate_additional_loss(loss) * replicas, x) for loss in added]
+    if examined and len(added) > sum(v.regularizer is not None for v in model.trainable_weights):
+        coupled.examine_model(model, x, y, sample_weight)
     if not found:
         raise ValueError("No loss to compute. Provide a `loss` argument in `compile()`.")
     return found
@@ -157,17 +166,21 @@ class _Noting:
         self.loss, self.weight, self.found, self.x = loss, weight, found, x
         self.replicas, self.check = replicas, check
         self.values: Any = None
+        self.called: Any = None
         self.name = loss.name
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         noted = _twin(self.loss)
         noted.call = self._call
         value = noted(y_true, y_pred, sample_weight)
+        if self.called is None:  # a loss with a __call__ of its own
+            self.called = self.loss.name, self.loss, y_true, y_pred, value
         self.found.append(self._term(_scalar(value), get_keras_mask(y_pred), sample_weight))
         return value
 
     def _call(self, y_true: Any, y_pred: Any) -> Any:
         self.values = self.loss.call(y_true, y_pred)
+        self.called = self.loss.name, self.loss.call, y_true, y_pred, self.values
         if len(self.values.shape) > 0:
             self.check(self.values, self.x, self.loss, y_true, y_pred)
         return self.values

@@ -89,7 +89,7 @@ class Predictions:
         """A micro-batch's loss, and what else is there during its backward."""
         x, y, sample_weight = batch.unpack(data)
         y_pred = self.model(x, training=True) if self.model._call_has_training_arg else self.model(x)
-        found = loss.terms(self.model, x, y, y_pred, sample_weight)
+        found = loss.terms(self.model, x, y, y_pred, sample_weight, examined=False)
         with torch.no_grad():
             loss.update_metrics(self.model, x, y, y_pred, sample_weight)
         values = [self.model.optimizer.scale_loss(value) for value, _ in loss.kinds(found)]
