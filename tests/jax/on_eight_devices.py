@@ -55,7 +55,8 @@ def measure(function, *args, expected):
 
 
 def door(function=loss_fn, **options):
-    return bb.value_and_grad(function, in_axes=AXES, **{"micro_batch": 16, **options})
+    has_items = function is not terms_fn
+    return bb.value_and_grad(function, in_axes=AXES, has_items=has_items, **{"micro_batch": 16, **options})
 
 
 def mesh(kinds, shape=(8,)):

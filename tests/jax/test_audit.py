@@ -89,7 +89,8 @@ ZOO = {
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo(name):
     loss_fn, batch, exact, causes = ZOO[name]
-    found = bb.audit(loss_fn, PARAMS, batch, micro_batch=4)
+    has_items = name in ("tokens with items", "two denominators")
+    found = bb.audit(loss_fn, PARAMS, batch, micro_batch=4, has_items=has_items)
     assert found.exact == exact, found
     assert [cause.kind for cause in found.causes] == causes, found
     assert found.dtype == "float64"
@@ -151,13 +152,15 @@ def test_has_aux_and_names():
         ({"micro_batch": 14}, ValueError, "An audit needs more than one micro-batch"),
         ({"batch": (X, Y[:3])}, ValueError, "The leaves of a batch must have the same length"),
         ({"loss_fn": lambda p, b: p["a"]}, ValueError, "The loss must be a scalar of a floating type"),
-        ({"loss_fn": lambda p, b: (plain(p, b), -1)}, ValueError, "items must be positive"),
+        ({"loss_fn": lambda p, b: (plain(p, b), -1), "has_items": True}, ValueError, "items must be positive"),
+        ({"loss_fn": lambda p, b: (plain(p, b), 4)}, TypeError, "loss_fn must return the mean loss"),
+        ({"in_axes": 0}, TypeError, "in_axes must be a tuple"),
     ],
 )
 def test_bad_input(change, kind, words):
     given = {"loss_fn": plain, "batch": (X, Y), "micro_batch": 4, **change}
     with pytest.raises(kind, match=words):
-        bb.audit(given["loss_fn"], PARAMS, given["batch"], micro_batch=given["micro_batch"])
+        bb.audit(given.pop("loss_fn"), PARAMS, given.pop("batch"), **given)
 
 
 def test_the_example(capsys):

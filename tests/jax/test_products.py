@@ -192,7 +192,7 @@ def test_micro_batches_weigh_by_their_items_and_padding_alone_is_nothing(factors
 
     mask = mask.at[3].set(0).at[11].set(0)
     assert any(mask[i::8].sum() == 0 for i in range(8))
-    found = door(masked, micro_batch=2, in_axes=(None, 0, 0))
+    found = door(masked, has_items=True, micro_batch=2, in_axes=(None, 0, 0))
     assert both(found, PARAMS, x, mask) == (factors_kept, 1 if factors_kept else 8)
     close(jax.jit(found)(PARAMS, x, mask), jax.value_and_grad(expected)(PARAMS))
 
@@ -290,7 +290,7 @@ def test_few_rows_of_a_table_are_added_where_the_sum_stands():
         scores = tanh(table[words] @ table.T).sum(-1)
         return (scores * mask).sum() / mask.sum(), mask.sum()
 
-    found = door(loss_fn, in_axes=(None, 0, 0))
+    found = door(loss_fn, has_items=True, in_axes=(None, 0, 0))
     (loop,) = scans(jax.make_jaxpr(found)(table, words, mask).jaxpr)
     made = {v: equation.primitive.name for equation in loop.params["jaxpr"].jaxpr.eqns for v in equation.outvars}
     into = [

@@ -100,7 +100,7 @@ def test_a_mean_weighs_by_items():
         return (mean, mask.sum()), mean
 
     mask = jnp.asarray([1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 1])
-    door = bb.value_and_grad(f, has_aux=True, micro_batch=4, in_axes=AXES, aux="mean")
+    door = bb.value_and_grad(f, has_aux=True, has_items=True, micro_batch=4, in_axes=AXES, aux="mean")
     (loss, mean), _ = door(2.0, Y, mask)
     assert float(loss) == pytest.approx(float(2 * (Y * mask).sum() / 8), rel=1e-14)
     assert float(mean) == pytest.approx(float(loss), rel=1e-14)
@@ -175,7 +175,8 @@ class TestTerms:
         def dots(f):
             return len(re.findall(r" (?:dot|tanh)\(", jax.jit(f).lower(PARAMS, X[:8], self.mask).compile().as_text()))
 
-        one = bb.value_and_grad(lambda *args: self.terms(*args)["language"], micro_batch=4, in_axes=AXES)
+        pair = lambda *args: self.terms(*args)["language"]  # noqa: E731
+        one = bb.value_and_grad(pair, has_items=True, micro_batch=4, in_axes=AXES)
         both = bb.value_and_grad(lambda *args: {"language": self.terms(*args)["language"]}, micro_batch=4, in_axes=AXES)
         assert dots(both) == dots(one) > 0
 
@@ -225,7 +226,7 @@ class TestTransformations:
         assert str(jax.make_jaxpr(self.door)(*args)).count("scan[") == 1
 
     def test_a_second_window_compiles_nothing(self):
-        door = jax.jit(bb.value_and_grad(masked_loss, micro_batch=4, in_axes=AXES))
+        door = jax.jit(bb.value_and_grad(masked_loss, has_items=True, micro_batch=4, in_axes=AXES))
         lengths = [11, 12, 5, 1]
         x = np.pad(X, ((0, 1), (0, 0)))
         windows = [(x, (np.arange(12) < n).astype(float)) for n in lengths]
@@ -271,7 +272,7 @@ def test_a_loss_in_half_precision_is_reported_in_float32():
 
 
 def test_no_items_at_all_is_not_a_number():
-    loss, grads = bb.value_and_grad(masked_loss, micro_batch=4, in_axes=AXES)(PARAMS, X, jnp.zeros(11))
+    loss, grads = bb.value_and_grad(masked_loss, has_items=True, micro_batch=4, in_axes=AXES)(PARAMS, X, jnp.zeros(11))
     assert np.isnan(loss)
     assert np.isnan(grads["b"]).all()
 
@@ -314,10 +315,9 @@ class TestMistakes:
         mistake(r"must return \(loss, aux\)", TypeError, has_aux=True, aux="mean")
 
     def test_items(self):
-        mistake("items must be positive. Received: items=0", f=lambda *a: (loss_fn(*a), 0))
-        mistake("items must be a number", TypeError, f=lambda *a: (loss_fn(*a), "8"))
-        mistake("items must be a number", TypeError, f=lambda *a: (loss_fn(*a), jnp.ones(2)))
-        mistake("items must be a number", TypeError, f=lambda *a: (loss_fn(*a), jnp.ones((), bool)))
+        mistake("items must be positive. Received: items=0", f=lambda *a: (loss_fn(*a), 0), has_items=True)
+        for items in ("8", jnp.ones(2), jnp.ones((), bool)):
+            mistake("items must be a number", TypeError, f=lambda *a, n=items: (loss_fn(*a), n), has_items=True)
 
     def test_a_concatenated_output_without_examples(self):
         mistake("one entry an example", f=lambda *a: (loss_fn(*a), a[1][0]), has_aux=True, aux="concatenate")

@@ -15,8 +15,8 @@ from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Rows, Run
-from bigbatch.jax.batch import Batch
-from bigbatch.jax.terms import as_terms
+from bigbatch.jax.batch import Batch, check_in_axes
+from bigbatch.jax.terms import as_terms, split_aux
 
 
 def audit(
@@ -26,6 +26,7 @@ def audit(
     argnums: int = 0,
     in_axes: Sequence[Any] = (None, 0),
     has_aux: bool = False,
+    has_items: bool = False,
 ) -> Audit:
     """Says whether `bb.value_and_grad(loss_fn, micro_batch=…)(*args)` is the batch's own gradient, and if not, why.
 
@@ -40,12 +41,14 @@ def audit(
     compilation for each of about ten sizes. Not to be called under `jit`.
 
     Args:
-        loss_fn: as for `bb.value_and_grad`: returns the mean loss, `(loss, items)`, or several terms by name.
+        loss_fn: as for `bb.value_and_grad`: returns the mean loss, `(loss, items)` with `has_items`, or several terms
+            by name.
         args: its positional arguments.
         micro_batch: examples in a micro-batch; fewer than the batch holds.
         argnums: the argument to differentiate.
         in_axes: as for `bb.value_and_grad`.
         has_aux: whether `loss_fn` returns `(loss, aux)`; the second part is not looked at.
+        has_items: whether `loss_fn` returns `(loss, items)`; with `has_aux` too, `((loss, items), aux)`.
 
     Returns:
         An `Audit`: `verdict`, `exact`, `causes`, `parameters`, `table()` and `figure(path)`.
@@ -54,14 +57,15 @@ def audit(
         TypeError, ValueError: an argument, a loss or its items are not as described.
     """
     micro_batch = errors.check_micro_batch(micro_batch, auto=False)
-    length = Batch(loss_fn, args, in_axes, micro_batch).length
+    check_in_axes(in_axes)
+    length = Batch(loss_fn, args, {}, in_axes, micro_batch).length
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)
     with jax.enable_x64(True):
-        bench = Bench(loss_fn, args, in_axes, argnums, has_aux, micro_batch, "float64")
+        bench = Bench(loss_fn, args, in_axes, argnums, has_aux, has_items, micro_batch, "float64")
         if bench.runs():
             return examine(bench)
-    return examine(Bench(loss_fn, args, in_axes, argnums, has_aux, micro_batch, None))
+    return examine(Bench(loss_fn, args, in_axes, argnums, has_aux, has_items, micro_batch, None))
 
 
 class Bench:
@@ -74,6 +78,7 @@ class Bench:
         in_axes: Sequence[Any],
         argnums: int,
         has_aux: bool,
+        has_items: bool,
         micro_batch: int,
         dtype: str | None,
     ):
@@ -82,8 +87,8 @@ class Bench:
                 return x
             return jnp.asarray(x, dtype)
 
-        batch = Batch(loss_fn, jax.tree.map(cast, args), in_axes, micro_batch)
-        batch.check_whole("argnums", (argnums,))
+        batch = Batch(loss_fn, jax.tree.map(cast, args), {}, in_axes, micro_batch)
+        batch.check_parameters((argnums,))
         # On the host, where no size that is taken needs a program of its own.
         self.leaves = [
             leaf if leaf.axis is None or _is_key(leaf.value) else leaf._replace(value=np.asarray(leaf.value))
@@ -97,13 +102,7 @@ class Bench:
 
         def losses(args: Any, examples: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             result = loss_fn(*args)
-            if has_aux:
-                if not isinstance(result, tuple) or len(result) != 2:
-                    raise TypeError(
-                        f"With has_aux, loss_fn must return (loss, aux). {errors.received('result', result)}"
-                    )
-                result = result[0]
-            terms = as_terms(result, examples)
+            terms = as_terms(split_aux(result)[0] if has_aux else result, examples, has_items)
             return (terms.losses, terms.items) if terms.several else ({"": terms.losses}, {"": terms.items})
 
         def gradients(args: Any, examples: int, scale: Any) -> Any:
@@ -137,7 +136,8 @@ class Bench:
                 return fold(one.value.reshape(-1), 1_000_000 * seed + part).reshape(one.value.shape)
             return one.value
 
-        return self.tree.unflatten(map(leaf, self.leaves))
+        args, _ = self.tree.unflatten(map(leaf, self.leaves))
+        return args
 
     def gradient(
         self,

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
+from bigbatch.jax.window import check_parameter
 
 
 class Leaf(NamedTuple):
@@ -20,7 +21,7 @@ class Leaf(NamedTuple):
     value: Any
     axis: int | None  # that holds the examples; None where every micro-batch gets it whole
     where: str  # as it is written, `batch['x']`
-    argnum: int  # the positional argument that it belongs to
+    argnum: int | None  # the positional argument that it belongs to; None for a keyword argument's
 
 
 class Batch:
@@ -31,20 +32,27 @@ class Batch:
     What does not fill a micro-batch, at the end, is a shorter one of its own.
     """
 
-    def __init__(self, loss_fn: Callable[..., Any], args: tuple[Any, ...], in_axes: Sequence[Any], micro_batch: int):
-        self.args = args
-        self.tree = jax.tree.structure(args)
-        self.leaves = _leaves(loss_fn, args, in_axes)
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_axes: Sequence[Any],
+        micro_batch: int,
+    ):
+        self.args, self.kwargs = args, kwargs
+        self.tree = jax.tree.structure((args, kwargs))
+        self.leaves = [*_leaves(loss_fn, args, in_axes), *_whole(kwargs)]
         lengths = [(leaf.where, leaf.value.shape[leaf.axis]) for leaf in self.leaves if leaf.axis is not None]
         self.length = errors.check_lengths(lengths)
         self.size = min(micro_batch, self.length)  # of a full micro-batch
         self.full, self.rest = divmod(self.length, self.size)
         self.count = self.full + (self.rest > 0)
-        self._dealt = self._deal() if self.count > 1 else []
+        self._dealt = self._deal() if self.count > 1 else []  # here, for the loop's trace must not hold it
 
     @property
     def axes(self) -> list[int | None]:
-        """For each leaf of the arguments the axis that holds its examples."""
+        """For each leaf of (args, kwargs) the axis that holds its examples."""
         return [leaf.axis for leaf in self.leaves]
 
     def check_whole(self, option: str, argnums: Sequence[int]) -> None:
@@ -60,6 +68,13 @@ class Batch:
                     f"An argument of {option} goes whole to every micro-batch. "
                     f"Received: {option}={k}, which in_axes cuts. Say None for it in in_axes."
                 )
+
+    def check_parameters(self, argnums: Sequence[int]) -> None:
+        """Refuses arguments that cannot be differentiated."""
+        self.check_whole("argnums", argnums)
+        for leaf in self.leaves:
+            if leaf.argnum in argnums:
+                check_parameter(leaf.value, leaf.where, floating=True)
 
     def examples(self) -> jax.Array:
         """The lengths of the micro-batches."""
@@ -77,10 +92,10 @@ class Batch:
 
         return [leaf.value if leaf.axis is None else deal(leaf.value, leaf.axis) for leaf in self.leaves]
 
-    def take(self, i: Any) -> tuple[Any, ...]:
+    def take(self, i: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of full micro-batch i, where i may be traced; as they are, where it is the only one."""
         if self.count == 1:
-            return self.args
+            return self.args, self.kwargs
 
         def part(leaf: Leaf, dealt: Any) -> Any:
             if leaf.axis is None:
@@ -89,7 +104,7 @@ class Batch:
 
         return self.tree.unflatten(map(part, self.leaves, self._dealt))
 
-    def tail(self) -> tuple[Any, ...]:
+    def tail(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the shorter micro-batch at the end."""
 
         def part(leaf: Leaf) -> Any:
@@ -120,6 +135,21 @@ def _reshaped(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...] | None
     return x.reshape(shape, out_sharding=NamedSharding(jax.typeof(x).sharding.mesh, P(*spec)))
 
 
+def check_in_axes(in_axes: Any) -> None:
+    """Accepts a tuple or a list."""
+    if not isinstance(in_axes, tuple | list):
+        raise TypeError(
+            "in_axes must be a tuple with one entry for each positional argument: the axis that holds its examples, "
+            f"or None. {errors.received('in_axes', in_axes)} The default, (None, 0), is parameters and a batch."
+        )
+
+
+def _whole(kwargs: dict[str, Any]) -> list[Leaf]:
+    """The leaves of keyword arguments, which every micro-batch gets whole."""
+    paths = jax.tree_util.tree_leaves_with_path(kwargs)
+    return [_leaf(value, None, f"{path[0].key}{jax.tree_util.keystr(path[1:])}", None) for path, value in paths]
+
+
 def _leaves(loss_fn: Any, args: tuple[Any, ...], in_axes: Sequence[Any]) -> list[Leaf]:
     if len(in_axes) != len(args):
         raise ValueError(
@@ -146,7 +176,7 @@ def _broadcast(axes: Any, arg: Any, name: str) -> list[int | None]:
     return jax.tree.leaves(spread, is_leaf=is_none)
 
 
-def _leaf(value: Any, axis: Any, where: str, argnum: int) -> Leaf:
+def _leaf(value: Any, axis: Any, where: str, argnum: int | None) -> Leaf:
     if axis is None:
         if _is_raw_key(value):
             raise TypeError(
@@ -154,8 +184,14 @@ def _leaf(value: Any, axis: Any, where: str, argnum: int) -> Leaf:
                 f"{errors.received(where, value)} Pass jax.random.key(seed), or jax.random.wrap_key_data of it."
             )
         return Leaf(value, None, where, argnum)
-    if not isinstance(axis, int):
+    if isinstance(axis, bool) or not isinstance(axis, int):
         raise TypeError(f"An entry of in_axes must be an integer or None. {errors.received(where, axis)}")
+    if isinstance(value, str | bytes) or (isinstance(value, np.ndarray) and value.dtype.kind in "OSUT"):
+        raise TypeError(
+            "Text cannot be cut: JAX traces loss_fn once for all micro-batches, and traces arrays of numbers only. "
+            f"{errors.received(where, value)} Encode it before the call, as an array of token ids or of indices; "
+            "or leave it out of the batch."
+        )
     if not isinstance(value, jax.Array | np.ndarray) or value.ndim == 0:
         raise errors.leaf_without_length(where, value)
     if not -value.ndim <= axis < value.ndim:
@@ -164,9 +200,10 @@ def _leaf(value: Any, axis: Any, where: str, argnum: int) -> Leaf:
 
 
 def _is_raw_key(value: Any) -> bool:
-    if not isinstance(value, jax.Array) or value.dtype != jnp.uint32:
+    if not isinstance(value, jax.Array | np.ndarray) or value.dtype != jnp.uint32:
         return False
-    return value.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
+    shape = jax.eval_shape(jax.random.PRNGKey, 0).shape
+    return value.shape[-len(shape) :] == shape  # one key, or several
 
 
 def _names(loss_fn: Any, count: int) -> list[str]:

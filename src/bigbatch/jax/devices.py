@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from bigbatch import errors
 
 
 def are_bound(names: Sequence[str]) -> bool:
@@ -86,6 +90,7 @@ def by_device(
         )
     count = math.prod(shape[name] for name in names)
     leaves, treedef = jax.tree.flatten(args)
+    leaves = [_placed(leaf, axis, names) for leaf, axis in zip(leaves, axes, strict=True)]
     for what, size in [("micro_batch", micro_batch), *(("the batch", x.shape[a]) for x, a in _cut(leaves, axes))]:
         if size % count:
             raise ValueError(
@@ -108,6 +113,58 @@ def by_device(
         out_specs=out_specs,
         axis_names=set(names),
     )(*(leaf for leaf, a in zip(leaves, is_array, strict=True) if a))
+
+
+def check_same(params: Any, names: Sequence[str]) -> None:
+    """Refuses parameters that JAX knows to differ along the axes: their gradients would be added up as one array's."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.Array) and _varying(leaf) & set(names):
+            raise ValueError(
+                "Parameters must be the same along axis_name. "
+                f"{errors.received(f'parameters{jax.tree_util.keystr(path)}', leaf)} "
+                f"It differs along {sorted(_varying(leaf) & set(names))}. Pass it whole, with P() in in_specs; or call "
+                "this outside of shard_map under jax.set_mesh(mesh), where parameters are gathered, and gradients laid "
+                "out as they are."
+            )
+
+
+def placed_as(params: Any, grads: Any, names: Sequence[str]) -> Any:
+    """The gradients, each laid out as its parameter, where that lies on these axes."""
+
+    def place(param: Any, grad: jax.Array) -> jax.Array:
+        if not names or not isinstance(param, jax.Array):
+            return grad
+        spec = _spec(param)
+        if any(set(_axes(entry)) & set(names) for entry in spec):
+            return jax.sharding.reshard(grad, P(*spec))
+        sharding = None if isinstance(param, Tracer) else param.sharding
+        if isinstance(sharding, NamedSharding) and any(set(_axes(entry)) & set(names) for entry in sharding.spec):
+            return jax.device_put(grad, sharding)  # on a mesh of automatic axes, where the type does not tell
+        return grad
+
+    return jax.tree.map(place, params, grads)
+
+
+def _placed(x: Any, axis: int | None, names: tuple[str, ...]) -> Any:
+    """An argument as `shard_map` wants it on explicit axes: cut along its examples, and not along another axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if not isinstance(x, jax.Array | np.ndarray) or all(kinds[name] != AxisType.Explicit for name in names):
+        return x
+    spec = [tuple(name for name in _axes(entry) if name not in names) for entry in _spec(x)]
+    if axis is not None:
+        spec[axis] = (*names, *spec[axis])
+    return x if spec == [_axes(entry) for entry in _spec(x)] else jax.sharding.reshard(x, P(*spec))
+
+
+def _spec(x: Any) -> list[Any]:
+    """How an array's type says that it lies on explicit axes, for each of its dimensions."""
+    spec = list(jax.typeof(x).sharding.spec)
+    return spec + [None] * (np.ndim(x) - len(spec))
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _cut(leaves: Sequence[Any], axes: Sequence[int | None]) -> list[tuple[Any, int]]:

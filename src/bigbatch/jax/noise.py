@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from bigbatch.jax.state import NONE
 from bigbatch.jax.window import widened
 from bigbatch.noise import EMPTY, NoiseScale, UntilNoise, averaged, estimate
 
@@ -14,7 +15,7 @@ DECAY = NoiseScale().decay
 
 
 class WindowNoise(NamedTuple):
-    """What one window says of the noise in its gradient; NaN where it was not measured. Scalar arrays."""
+    """What one window says of the noise in its gradient; -inf where it was not measured. Scalar arrays."""
 
     micro_batches: jax.Array  # that held items, int32
     items: jax.Array
@@ -102,14 +103,12 @@ def is_enough(every: UntilNoise, noise: NoiseState, count: jax.Array, items: jax
 def _window(noise: NoiseState, items: jax.Array, norm: jax.Array) -> WindowNoise:
     trace, squared_norm = estimate(noise.counted, items, noise.squares, _float(norm) ** 2)
     some = noise.counted > 1
-    return WindowNoise(
-        noise.counted, _float(items), jnp.where(some, trace, jnp.nan), jnp.where(some, squared_norm, jnp.nan)
-    )
+    return WindowNoise(noise.counted, _float(items), jnp.where(some, trace, NONE), jnp.where(some, squared_norm, NONE))
 
 
 def nothing() -> WindowNoise:
     """Of a window that was not measured."""
-    return WindowNoise(jnp.zeros((), jnp.int32), _float(0.0), _float(jnp.nan), _float(jnp.nan))
+    return WindowNoise(jnp.zeros((), jnp.int32), _float(0.0), _float(NONE), _float(NONE))
 
 
 def _square(tree: Any) -> jax.Array:

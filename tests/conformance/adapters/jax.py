@@ -78,8 +78,8 @@ def whole(job: str, params: Any, m: Any, key: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def split(job: str, micro_batch: int, params: Any, batch: Any, key: jax.Array) -> Any:
-    door = bb.value_and_grad(functools.partial(loss_fn, job), micro_batch=micro_batch, in_axes=(None, 0, None))
-    return door(params, batch, key)
+    loss = functools.partial(loss_fn, job)
+    return bb.value_and_grad(loss, has_items=True, micro_batch=micro_batch, in_axes=(None, 0, None))(params, batch, key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
