@@ -235,11 +235,11 @@ class Accumulator(v1.train.Optimizer):
         self, before: Scalars, items: tf.Tensor, loss: tf.Tensor | None, plan: tf.Tensor, known: list[Any]
     ) -> tuple[Scalars, tf.Operation]:
         """Adds one micro-batch to the open window. Returns its scalars, and an op that comes after all of it."""
-        first = tf.logical_not(before.micro_batches >= 1)  # also where a checkpoint brought NaN, which is refused
-        unit, weight = tf.zeros_like(items), tf.ones_like(items)
-        if self.reduction == "mean":
-            unit = v1.where(first, items * plan, before.unit)
-            weight = items / unit
+        # Also where a damaged checkpoint brought a negative number or NaN, which `start` refuses.
+        first = tf.logical_not(tf.logical_and(before.micro_batches > 0, before.items > 0))
+        mean = self.reduction == "mean"
+        unit = v1.where(first, items * plan if mean else tf.zeros_like(items), before.unit)
+        weight = items / unit if mean else tf.ones_like(items)
         part = 0 if loss is None else weight * tf.cast(loss, tf.float64)
         sums = [s for s, _ in self._sums]
 
@@ -291,11 +291,12 @@ class Accumulator(v1.train.Optimizer):
     def _close(self, window: Scalars, same_run: bool = False) -> tf.Operation:
         """One update from the window's sums; whatever becomes of it, the window is no more."""
         with tf.control_dependencies([self._window.empty()]):
-            checked = require_usable(window, self.reduction)
+            usable = require_usable(window, self.reduction)
+        with tf.control_dependencies([usable]):
             compare = functools.partial(require_unchanged, window.mark, self._fingerprint)
             # Nobody comes between a window's only micro-batch and its close in the same run.
             unchanged = only_if(window.micro_batches > 1, compare) if same_run else compare()
-        with tf.control_dependencies([checked, unchanged]):
+        with tf.control_dependencies([unchanged]):
             factor, loss = self._factor(window), self._mean_loss(window)
             gradients = self._gradients(factor)
         widest = max((s.dtype for s, _ in self._sums), key=lambda dtype: dtype.size)

@@ -53,7 +53,7 @@ class DenseSum:
     def start(self, weight: tf.Tensor) -> tf.Operation:
         """Begins a window with the gradient times `weight`."""
         if isinstance(self._terms[0], Rows):
-            return self._added(self._terms, weight, [self._set(tf.zeros_like(self.total))])
+            return self._added(self._terms, weight, [self._set(tf.zeros(self.total.shape, self.dtype))])
         # A product even where the weight is 1: assigning a fed array itself would keep the caller's own memory.
         begun = self._set(self._wide(self._terms[0]) * self._wide(weight))
         return self._added(self._terms[1:], weight, [begun])
@@ -64,11 +64,13 @@ class DenseSum:
 
     def read(self, factor: tf.Tensor | None = None) -> tf.Tensor:
         """The sum, times `factor`."""
-        total = self.total.read_value()
+        # A Saver restores a resource variable in whatever shape the checkpoint has.
+        total = tf.ensure_shape(self.total.read_value(), self.total.shape)
         return total if factor is None else total * tf.cast(factor, self.dtype)
 
     def _set(self, value: tf.Tensor) -> tf.Operation:
-        return self.total.assign(value, read_value=False)
+        # Not `assign`, which would refuse for good where a checkpoint left another shape.
+        return tf.raw_ops.AssignVariableOp(resource=self.total.handle, value=value)
 
     def _added(self, terms: list[Any], weight: tf.Tensor, after: list[tf.Operation]) -> tf.Operation:
         """Adds them one after the other, as floating-point sums depend on the order."""
@@ -185,7 +187,7 @@ class SparseSum:
 
     def read(self, factor: tf.Tensor | None = None) -> tf.IndexedSlices:
         """The sum, times `factor`; each row once."""
-        values, indices = self.values.read_value(), self.indices.read_value()
+        values, indices = tf.ensure_shape(self.values.read_value(), [None, *self.shape[1:]]), self.indices.read_value()
         if factor is not None:
             values *= tf.cast(factor, self.dtype)
         return tf.IndexedSlices(values, indices, tf.constant(self.shape.as_list(), indices.dtype))
