@@ -126,8 +126,9 @@ def _check_scheduler(scheduler: Any, parameters: list[Tensor]) -> Any:
     kind = type(scheduler).__name__
     if needed := _needed(step):
         raise ValueError(
-            f"scheduler.step must need no argument, since it is called once an update. Received: {kind}.step("
-            f"{', '.join(needed)}). Leave it out, and call it yourself where you have the argument, such as after an epoch."
+            "scheduler.step must need no argument, since it is called once an update. "
+            f"Received: {kind}.step({', '.join(needed)}). Leave it out, and call it yourself where you have the "
+            "argument, such as after an epoch."
         )
     if hasattr(scheduler, "optimizers") and hasattr(scheduler, "step_with_optimizer"):
         raise ValueError(

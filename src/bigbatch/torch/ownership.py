@@ -84,8 +84,9 @@ class Ownership:
     def lose(self, instead: bool) -> None:
         """To another window, which comes in its place; or else that one is refused, and this one dropped."""
         error = RuntimeError(
-            f"A second window on the same parameters, of an Accumulator or of bb.backward, in an open one of {self.who}. "
-            "Let the first one close, with flush() or reset(), before the other begins: .grad is one place. " + _DROPPED
+            "A second window on the same parameters, of an Accumulator or of bb.backward, inside an open one of "
+            f"{self.who}. Let the first one close, by flush() or reset(), before the other begins: .grad is one place. "
+            + _DROPPED
         )
         if not instead:
             self.forget(error)
@@ -130,8 +131,7 @@ class Ownership:
         self._writes = sum(map(_version, self._gradients))
 
     def check(self) -> None:
-        """Compares with what `record` saw: every write, and of one gradient whether it is still there
-        (a window that closes looks at all).
+        """Compares with what `record` saw: every write, and of one gradient whether it is still there.
 
         Raises:
             RuntimeError: somebody else has written to a gradient, taken it away or put one there.
@@ -168,10 +168,10 @@ class Ownership:
             moved = [p for p in moved if not _is_renormalized(p)]
             if moved:
                 raise RuntimeError(
-                    f"A parameter was moved inside an open window. Seen: {_named(moved[0])} was written to, as a step() "
-                    "that is not the window's, load_state_dict() or any in-place write does, so that its gradients "
-                    "were taken at different points. Write to parameters between windows; what the model's own "
-                    "forward writes, write once an update. The window was dropped, and made no update."
+                    f"A parameter was moved inside an open window. Seen: {_named(moved[0])} was written to, as a "
+                    "step() that is not the window's, load_state_dict() or any in-place write does, so that its "
+                    "gradients were taken at different points. Write to parameters between windows; what the model's "
+                    "own forward writes, write once an update. The window was dropped, and made no update."
                 )
 
 
@@ -185,8 +185,8 @@ def _named(p: Tensor) -> str:
 def changed(seen: str, line: str) -> RuntimeError:
     """For gradients of an open window that others have moved: what was seen, and the line to remove."""
     return RuntimeError(
-        f"The gradients of an open window were changed by others. Seen: {seen}. Remove {line}: a window adds up, clips, "
-        f"applies and clears its gradients itself. {_DROPPED}"
+        f"The gradients of an open window were changed by others. Seen: {seen}. Remove {line}: a window adds up, "
+        f"clips, applies and clears its gradients itself. {_DROPPED}"
     )
 
 
@@ -194,7 +194,7 @@ def _written(held: list[tuple[Tensor, Tensor]]) -> RuntimeError:
     if any(p.grad is grad and not grad.is_sparse and not grad.count_nonzero() for p, grad in held):
         return changed("zeros in .grad by an in-place write, as zero_grad(set_to_none=False) makes it", "zero_grad()")
     line = "that line"
-    return changed("an in-place write to .grad, as backward(), clip_grad_norm_() and unscale_() make it", line)
+    return changed("an in-place write to .grad, as backward(), clip_grad_norm_() and clip_grad_value_() make it", line)
 
 
 def _replaced(p: Tensor) -> RuntimeError:
@@ -219,10 +219,10 @@ def _refusing(owner: "weakref.ref[Ownership]") -> Callable[..., None]:
         ours = set(map(id, owned.parameters))
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             error = RuntimeError(
-                f"{type(optimizer).__name__}.step() was called inside an open window, whose gradients are not complete. "
-                "Remove it: the Accumulator steps when the window is full, and flush() before that; after bb.backward "
-                "step once. Where a hook on the parameters steps (an optimizer in the backward), remove the hook. "
-                + _DROPPED
+                f"{type(optimizer).__name__}.step() was called inside an open window, whose gradients are not "
+                "complete. Remove it: the Accumulator steps when the window is full, and flush() before that; after "
+                "bb.backward step once. Where a hook on the parameters steps (an optimizer in the backward), remove the "
+                "hook. " + _DROPPED
             )
             owned.forget(error)
             raise error

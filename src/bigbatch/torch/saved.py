@@ -53,9 +53,7 @@ def restore(window: Window, saved: Mapping[str, Any], parameters: list[Tensor], 
         ranks.shards.restore(saved["shards"])
 
 
-def check_state(
-    state: Any, parameters: list[Tensor], ranks: Ranks | None, dtype: torch.dtype | None
-) -> None:
+def check_state(state: Any, parameters: list[Tensor], ranks: Ranks | None, dtype: torch.dtype | None) -> None:
     """Accepts an Accumulator's state of these parameters, and of as many ranks where a window is open in it.
 
     Args:
@@ -107,7 +105,9 @@ def _check_window(saved: Any, parameters: list[Tensor], ranks: Ranks | None, dty
     _tensor(f"{where}['loss']", saved["loss"], (), (torch.float32, torch.float64))
     for i, grad in _by_place(f"{where}['gradients']", saved["gradients"], parameters):
         p = parameters[i]
-        _tensor(f"{where}['gradients'][{i}]", grad, local(p).shape, (widened(p, dtype) if dtype else gradient_dtype(p),))
+        _tensor(
+            f"{where}['gradients'][{i}]", grad, local(p).shape, (widened(p, dtype) if dtype else gradient_dtype(p),)
+        )
     for i, pair in _by_place(f"{where}['waiting']", saved["waiting"], parameters):
         _check_factors(f"{where}['waiting'][{i}]", pair, parameters[i], dtype)
     _check_shards(f"{where}['shards']", saved["shards"], ranks)
