@@ -1,6 +1,7 @@
 """What this room takes from Keras that Keras does not promise: each is there, and does what is relied on."""
 
 import inspect
+import sys
 
 import keras
 import numpy as np
@@ -9,9 +10,9 @@ from keras import ops
 from keras.src.backend import get_keras_mask
 from keras.src.backend.common import global_state
 from keras.src.losses.loss import apply_mask
+from keras.src.models import cloning
 from keras.src.random import seed_generator
-from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+from keras.src.trainers.data_adapters import get_data_adapter
 
 from bigbatch.keras import loss, stream
 from conformance.keras_driver import array
@@ -187,24 +188,65 @@ def test_what_fit_builds_around_train_step_is_found_on_the_instance():
     assert model.steps_per_execution == 1
 
 
-def test_fit_takes_a_data_adapter_where_it_takes_data():
+def test_fit_shows_its_iterator_to_a_method_and_counts_its_steps_afterwards():
+    model, seen = trained(), []
+    plain = getattr(model, stream.BUILD)
+
+    def build(iterator=None, data_batch=None):
+        plain(iterator=iterator, data_batch=data_batch)
+        if iterator is not None:
+            seen.append(iterator)
+            assert iterator.data_adapter.num_batches == 3
+            assert iterator.steps_per_epoch is None
+            iterator.data_adapter = stream.InWindows(iterator.data_adapter, stream.Windows(2, "apply"), None)
+
+    setattr(model, stream.BUILD, build)
     x, y = data(10)
-    adapter = get_data_adapter(x, y, None, batch_size=4, steps_per_epoch=None, shuffle=False, class_weight=None)
-    assert isinstance(adapter, DataAdapter)
-    assert get_data_adapter(adapter) is adapter
+
+    class Steps(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            seen.append(self.params["steps"])
+            raise StopAsyncIteration  # before the first one
+
+    with pytest.raises(StopAsyncIteration):
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=[Steps()])
+    assert seen[1:] == [2]
+
+
+def test_arrays_have_a_data_adapter():
+    adapter = get_data_adapter(
+        *data(10), None, batch_size=4, steps_per_epoch=None, shuffle=False, class_weight=None
+    )  # fmt: skip
     assert adapter.num_batches == 3
-    wrapped = stream.InWindows(adapter, stream.Windows(1, "apply"), None)
-    assert get_data_adapter(wrapped) is wrapped
-    assert [n for n in vars(DataAdapter) if not n.startswith("_") and n not in vars(stream.InWindows)] == []
 
 
-def test_a_validation_split_is_the_end_of_the_arrays():
-    x, y = data(8)
-    (x_train, y_train, none), (x_held, _, _) = array_slicing.train_validation_split((x, y, None), validation_split=0.25)
-    np.testing.assert_array_equal(array(x_train), x[:6])
-    np.testing.assert_array_equal(array(x_held), x[6:])
-    assert len(y_train) == 6
-    assert none is None
+def test_a_model_is_cloned_by_one_module_that_asks_for_its_compile_config():
+    model, seen = mlp(), []
+
+    def get_compile_config():
+        frame = sys._getframe(1)
+        while frame is not None:
+            seen.append(frame.f_globals)
+            frame = frame.f_back
+        return type(model).get_compile_config(model)
+
+    model.get_compile_config = get_compile_config
+    keras.models.clone_model(model)
+    assert any(names is vars(cloning) for names in seen)
+
+
+def test_what_a_layer_adds_is_added_by_the_method_of_its_own_dictionary():
+    layer, added = keras.layers.ActivityRegularization(l2=1.0), []
+    layer.__dict__["add_loss"] = added.append
+    layer(ops.ones((2, 2)))
+    assert len(added) == 1
+    assert layer.losses == []
+
+
+def test_a_variable_knows_its_regularizer():
+    layer = keras.layers.Dense(2, kernel_regularizer="l2")
+    layer.build((None, 3))
+    assert [v.regularizer is not None for v in layer.trainable_weights] == [True, False]
 
 
 if BACKEND == "jax":

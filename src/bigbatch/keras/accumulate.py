@@ -14,7 +14,7 @@ from bigbatch.noise import one_in
 _NOT_GIVEN: Any = object()
 _OVERRIDDEN = (
     "train_step", "make_train_function", "fit", "train_on_batch", "save", "save_weights", "load_weights",
-    "__reduce__", "get_compile_config",
+    "__reduce__", "get_compile_config", stream.BUILD,
 )  # fmt: skip
 
 

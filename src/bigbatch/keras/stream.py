@@ -10,15 +10,11 @@ import itertools
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 import numpy as np
-
-# Not public: `fit` takes a data adapter where it takes data, which is how the number of steps becomes that of updates.
-# tests/keras/test_private.py fails when they move.
-from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from bigbatch.every import Every, Items, planned
 from bigbatch.keras import batch
@@ -26,6 +22,10 @@ from bigbatch.keras.carried import Checkpoints, updates_of
 from bigbatch.keras.split import backend
 
 logger = logging.getLogger("bigbatch.keras")
+
+# Not public: the method that Keras's own fit shows its iterator to, before it counts the steps. An overridden fit, as
+# keras-hub's, has made its own data by then. tests/keras/test_private.py fails when it moves.
+BUILD = "_maybe_symbolic_build" if keras.backend.backend() == "tensorflow" else "_symbolic_build"
 
 
 def open_door(model: Any, every: Every, partial: str) -> None:
@@ -40,17 +40,36 @@ def open_door(model: Any, every: Every, partial: str) -> None:
             type(model).make_train_function(model, force=True)
             model.train_function = _pulling(model, windows, model.train_function)
 
+    plain_build, own_fit = getattr(model, BUILD), False  # whether the next iterator is that of a fit that has begun
+
+    def build(iterator: Any = None, data_batch: Any = None) -> None:
+        nonlocal own_fit
+        plain_build(iterator=iterator, data_batch=data_batch)
+        if own_fit and iterator is not None:
+            own_fit = False
+            _count_windows(iterator, windows)
+
     def fit(*args: Any, **kwargs: Any) -> Any:
+        nonlocal own_fit
         if not model.compiled:
             return plain_fit(*args, **kwargs)  # says so
-        given = signature.bind(*args, **kwargs).arguments
+        given = signature.bind(*args, **kwargs)
         windows.index = updates_of(model)
-        checkpoints = Checkpoints(model, windows, given.get("callbacks"))
-        with warnings.catch_warnings(), checkpoints.in_use():
+        with warnings.catch_warnings(), _checkpoints(model, windows, given):
             if not isinstance(every, int):
                 # Keras counts on as many steps as there could be windows, and warns when there are fewer.
                 warnings.filterwarnings("ignore", message="Your input ran out of data")
-            return plain_fit(**_with_callback(checkpoints, _with_windows(windows, given)))
+            own_fit = True
+            try:
+                history = plain_fit(*given.args, **given.kwargs)
+            finally:
+                missed, own_fit = own_fit, False
+        if missed:
+            raise RuntimeError(
+                f"{type(model).__name__}.fit has not called keras.Model.fit, so that nothing was accumulated. "
+                "Let it end in super().fit(...)."
+            )
+        return history
 
     def train_on_batch(*args: Any, **kwargs: Any) -> Any:
         windows.alone = True
@@ -61,6 +80,7 @@ def open_door(model: Any, every: Every, partial: str) -> None:
 
     fit.__signature__, train_on_batch.__signature__ = signature, inspect.signature(plain_train_on_batch)
     model.make_train_function, model.fit, model.train_on_batch = make_train_function, fit, train_on_batch
+    setattr(model, BUILD, build)
     for name in ("save", "save_weights", "load_weights"):
         setattr(model, name, _telling(windows, getattr(model, name)))
 
@@ -225,39 +245,30 @@ def _pulling(model: Any, windows: Windows, train_function: Any) -> Any:
     return pulling
 
 
-def _with_callback(checkpoints: Checkpoints, given: dict[str, Any]) -> dict[str, Any]:
-    """`fit`'s arguments with a callback of ours after the user's, unless they come as a list of Keras's own."""
-    callbacks = given.get("callbacks")
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        return given
-    callbacks = [] if callbacks is None else keras.tree.flatten(callbacks)
-    begin = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: checkpoints.count())
-    return {**given, "callbacks": [*callbacks, begin]}
+def _checkpoints(model: Any, windows: Windows, given: inspect.BoundArguments) -> AbstractContextManager[None]:
+    """Those that `fit` is given callbacks for; with one of ours after the user's, unless they are a list of Keras's."""
+    arguments, taken = given.arguments, given.signature.parameters
+    if "callbacks" not in taken:  # an overridden fit, which hands them on
+        rest = next((name for name, p in taken.items() if p.kind is p.VAR_KEYWORD), None)
+        arguments = arguments.setdefault(rest, {}) if rest else {}
+    callbacks = arguments.get("callbacks")
+    checkpoints = Checkpoints(model, windows, callbacks)
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = [] if callbacks is None else keras.tree.flatten(callbacks)
+        begin = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: checkpoints.count())
+        arguments["callbacks"] = [*callbacks, begin]
+    return checkpoints.in_use()
 
 
-def _with_windows(windows: Windows, given: dict[str, Any]) -> dict[str, Any]:
-    """`fit`'s arguments with its data in windows. Steps become updates."""
-    given = dict(given)
-    data: Any = [given.pop(name, None) for name in ("x", "y", "sample_weight")]
-    if given.get("validation_split") and given.get("validation_data") is None:
-        data, given["validation_data"] = array_slicing.train_validation_split(
-            tuple(data), validation_split=given.pop("validation_split")
-        )
-    steps = given.get("steps_per_epoch")
-    adapter = get_data_adapter(
-        *data,
-        batch_size=given.get("batch_size"),
-        steps_per_epoch=steps,
-        shuffle=given.get("shuffle", True),
-        class_weight=given.pop("class_weight", None),
-    )
-    wrapped = InWindows(adapter, windows, steps)
-    if steps is not None:
-        given["steps_per_epoch"] = wrapped.updates(steps)
-    return {**given, "x": wrapped}
+def _count_windows(iterator: Any, windows: Windows) -> None:
+    """Has the iterator of a `fit` count its steps in updates."""
+    adapter = InWindows(iterator.data_adapter, windows, iterator.steps_per_epoch)
+    if iterator.steps_per_epoch is not None:
+        iterator.steps_per_epoch = adapter.updates(iterator.steps_per_epoch)
+    iterator.data_adapter = adapter
 
 
-class InWindows(DataAdapter):
+class InWindows:
     """Another adapter's micro-batches, counted in windows."""
 
     def __init__(self, adapter: Any, windows: Windows, steps: int | None):
@@ -290,14 +301,6 @@ class InWindows(DataAdapter):
         """Tells the wrapped adapter."""
         self.adapter.on_epoch_end()
 
-    def get_numpy_iterator(self) -> Any:
-        """The wrapped adapter's micro-batches."""
-        return self.adapter.get_numpy_iterator()
-
-    def get_tf_dataset(self) -> Any:
-        """The wrapped adapter's micro-batches."""
-        return self.adapter.get_tf_dataset()
-
     def get_jax_iterator(self) -> Any:
         """The wrapped adapter's micro-batches."""
         return self.adapter.get_jax_iterator()
@@ -305,21 +308,6 @@ class InWindows(DataAdapter):
     def get_torch_dataloader(self) -> Any:
         """The wrapped adapter's micro-batches."""
         return _Sourcing(self.adapter.get_torch_dataloader(), self.windows)
-
-    @property
-    def batch_size(self) -> int | None:
-        """A micro-batch's."""
-        return self.adapter.batch_size
-
-    @property
-    def has_partial_batch(self) -> bool | None:
-        """Of micro-batches."""
-        return self.adapter.has_partial_batch
-
-    @property
-    def partial_batch_size(self) -> int | None:
-        """A micro-batch's."""
-        return self.adapter.partial_batch_size
 
 
 class _Sourcing:
