@@ -2,7 +2,9 @@
 from it, straight into the sums or as rows that wait."""
 
 import io
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -167,6 +169,41 @@ class TorchRun:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
 
+    def acts(self) -> dict[str, Callable[[], None]]:
+        """Named after the words that a refusal has to say."""
+        parameters, optimizer = list(self.model.parameters()), self.optimizer
+        probe = self.tensors(jobs.window("net", (3,), seed=13)[0])
+
+        def backward() -> None:
+            self.model.loss(probe).backward()
+
+        def accumulator() -> None:
+            bb.Accumulator(optimizer, every=2).backward(self.model.loss(probe), items=3)
+
+        def split() -> None:
+            bb.backward(lambda m: (self.model.loss(m), m["weight"].sum()), probe, micro_batch=2)
+
+        def write_to_gradient() -> None:
+            for p in parameters[:1]:
+                if p.grad is not None:
+                    p.grad.add_(1)
+
+        def write_to_parameter() -> None:
+            with torch.no_grad():
+                parameters[0].mul_(0.5)
+
+        return {
+            "zero_grad": optimizer.zero_grad,
+            "zero_grad(set_to_none=False)": lambda: optimizer.zero_grad(set_to_none=False),
+            "step": lambda: optimizer.step(),
+            "backward": backward,
+            "clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e-3) and None,
+            "in-place write": write_to_gradient,
+            "load_state_dict": write_to_parameter,
+            "Accumulator": accumulator,
+            "bb.backward": split,
+        }
+
     def watch(self, work: Callable[[], Any]) -> tuple[int, int]:
         with Waits() as waits:
             work()
@@ -200,6 +237,16 @@ class Stream(TorchRun):
     def window(self, micro_batches: Sequence[MicroBatch]) -> bb.Update | None:
         return [self.feed(m) for m in micro_batches][-1]
 
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> bb.Update | None:
+        update = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Gradients lay in .grad")
+            for k, m in enumerate(micro_batches):
+                if k == place:
+                    act()
+                update = self.feed(m)
+        return update
+
     def flush(self) -> bb.Update | None:
         return self.acc.flush()
 
@@ -217,8 +264,32 @@ class Stream(TorchRun):
 class Split(TorchRun):
     fused = False
 
+    before_loss: Callable[[], None] | None = None  # what somebody else does inside `loss_fn`
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> SimpleNamespace:
+        calls = itertools.count()
+
+        def acting() -> None:
+            if next(calls) == place:
+                act()
+
+        if place == 0:  # before the window: a loop begins with zero_grad()
+            act()
+            self.optimizer.zero_grad()
+        else:
+            self.before_loss = acting
+        try:
+            self.door(micro_batches)
+            self.optimizer.step()
+        finally:
+            self.before_loss = None
+            self.optimizer.zero_grad()
+        return SimpleNamespace(skipped=None)
+
     def door(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         def loss_fn(m: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.before_loss is not None:
+                self.before_loss()
             return self.model.loss(m), m["weight"].sum()
 
         batch, micro_batch = self.tensors(jobs.join(micro_batches)), len(micro_batches[0]["x"])
