@@ -1,4 +1,4 @@
-"""JAX's two doors, driven as a user of optax would."""
+"""JAX's two APIs, driven as a user of optax would."""
 
 import contextlib
 import functools
@@ -242,6 +242,37 @@ class Split(JaxRun):
         items = jobs.items(jobs.join(micro_batches))
         return SimpleNamespace(micro_batches=len(micro_batches), items=items, loss=float(loss), skipped=skipped)
 
+    def acts(self) -> dict[str, Callable[[], None]]:
+        """Nothing outside reaches a pure function's arguments: all of these go unnoticed, and change nothing."""
+
+        def assignment() -> None:
+            self.state["params"] = jax.tree.map(lambda p: 1.5 * p, self.state["params"])
+
+        def gradient() -> None:
+            self.gradient(jobs.window("net", (3, 3, 3, 1), seed=99))
+
+        return {"assignment": assignment, "gradient": gradient}
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> None:
+        if place == 0:
+            act()
+        params = self.state["params"]
+        batch, size = self.join(micro_batches)
+        calls = 0
+
+        def loss(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == min(place, 2) + 1 and place:  # traced three times: for its shapes, the loop, and what remains
+                with jax.ensure_compile_time_eval():  # what the act computes is no part of the traced function
+                    act()
+            return loss_fn(self.spec.job, *args)
+
+        found = bb.value_and_grad(loss, has_items=True, micro_batch=size, in_axes=(None, 0, None))
+        _, grads = found(params, batch, self.next_key())
+        updates, self.state["opt"] = update(self.tx, grads, self.state["opt"], params)
+        self.state["params"] = apply_updates(params, updates)
+
 
 class SplitWithProducts(Split):
     call = staticmethod(split_with_products)
@@ -278,6 +309,37 @@ class Stream(JaxRun):
         self.apply(updates, bb.has_updated(self.state["opt"]))
         report = self.report()
         return report if report.micro_batches else None
+
+    def acts(self) -> dict[str, Callable[[], None]]:
+        """Others may move the parameters. Of the state they can only make another, for nothing in it is overwritten."""
+
+        def assignment() -> None:
+            self.state["params"] = {name: p * (1 + 1e-12) for name, p in self.state["params"].items()}
+
+        def params() -> None:
+            self.state["params"] = jax.tree.map(lambda p: p.at[0].set(-p[0]), self.state["params"])
+
+        def step() -> None:
+            bare = optimizer(replace(self.spec, params=(), seed=0))
+            updates, _ = bare.update(self.state["params"], bare.init(self.state["params"]), self.state["params"])
+            self.state["params"] = optax.apply_updates(self.state["params"], updates)
+
+        def fork() -> None:
+            grads = jax.tree.map(jnp.ones_like, self.state["params"])
+            opt = jax.tree.map(jnp.copy, self.state["opt"])
+            _, opt = update(self.tx, grads, opt, self.state["params"], items=3.0, value=1.0)
+            bb.reset(opt)
+            flush(self.tx, opt, self.state["params"])
+
+        return {"assignment": assignment, "params": params, "update": step, "fork": fork}
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> Any:
+        report = None
+        for i, m in enumerate(micro_batches):
+            if i == place:
+                act()
+            report = self.feed(m)
+        return report
 
     def reset(self) -> None:
         self.state["opt"] = bb.reset(self.state["opt"])
