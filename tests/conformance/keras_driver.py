@@ -96,6 +96,7 @@ class Model(keras.Model):
     """The four jobs."""
 
     calls = 0
+    inside: Callable[[], None] | None = None  # runs in every call, as code of a user's own would
 
     def __init__(self, job: str, shapes: dict[str, Sequence[int]], shrink: float | None = None, **options: Any):
         super().__init__(**options)
@@ -108,6 +109,8 @@ class Model(keras.Model):
 
     def call(self, x: Any, training: bool = False) -> Any:
         type(self).calls += 1  # Python runs this once a trace, or on PyTorch once a micro-batch
+        if Model.inside is not None:
+            Model.inside()
         ops = keras.ops
         if self.job == "net":
             return ops.matmul(ops.tanh(ops.matmul(x, self.a) + self.b), self.c)
@@ -131,6 +134,8 @@ class WideModel(Model):
         if not is_wide(self.job):
             return super().call(x, training)
         Model.calls += 1
+        if Model.inside is not None:
+            Model.inside()
         ops = keras.ops
         if self.job == "dropout":
             x = self.dropout(x, training=training)
@@ -156,6 +161,7 @@ class Waits(Mode):
 
 class KerasRun:
     model_class = Model
+    kept: tuple[Params, list[np.ndarray]] | None = None  # what cannot be read inside a window
 
     def __init__(self, spec: Spec):
         self.spec = spec
@@ -230,6 +236,8 @@ class KerasRun:
         return keras.tree.map_structure(keras.ops.convert_to_tensor, self.arrays(m))
 
     def params(self) -> Params:
+        if self.kept is not None:
+            return self.kept[0]
         return self.narrow({name: array(getattr(self.model, name)) for name in self.spec.params})
 
     def narrow(self, values: Params) -> Params:
@@ -237,6 +245,8 @@ class KerasRun:
         return narrowed(values, self.spec.params) if self.wide else values
 
     def held(self) -> list[np.ndarray]:
+        if self.kept is not None:
+            return self.kept[1]
         return [array(v) for v in self.model.optimizer.variables]
 
     def updates(self) -> int:
@@ -261,6 +271,67 @@ class KerasRun:
             self.model = keras.models.load_model(path)
         self.open()
 
+    def acts(self) -> dict[str, Callable[[], None]]:
+        """What a model's own code can do in an open window, and a callback between two steps."""
+        model, rng = self.model, np.random.default_rng(13)
+        weights = [rng.normal(size=p.shape) for p in self.spec.params.values()]
+        if self.wide:
+            weights = [widened(name, p) for name, p in zip(self.spec.params, weights, strict=True)]
+        m = jobs.window(self.spec.job, (3,), seed=14)[0]
+
+        def gradients() -> list[Any]:
+            return [
+                keras.ops.convert_to_tensor(w, v.dtype) for w, v in zip(weights, model.trainable_variables, strict=True)
+            ]
+
+        def compiles() -> None:
+            model.compile(keras.optimizers.SGD(0.1), Loss(self.spec.job))
+            model.optimizer.build(model.trainable_variables)
+            go_on(model)
+
+        def train() -> None:
+            x, y, weight = self.arrays(m)
+            model.train_on_batch(x, y, weight)
+
+        def evaluate() -> None:
+            x, y, weight = self.arrays(m)
+            model.evaluate(x, y, sample_weight=weight, verbose=0)
+
+        acts = {
+            "apply": lambda: model.optimizer.apply(gradients(), model.trainable_variables),
+            "assign": lambda: model.trainable_variables[0].assign(weights[0]),
+            "set_weights": lambda: model.set_weights(weights),
+            "train_on_batch": train,
+            "evaluate": evaluate,
+            "compile": compiles,
+            "build": lambda: model.optimizer.build(model.trainable_variables),
+            "stop_training": lambda: setattr(model, "stop_training", True),
+        }
+        return {**acts, **(torch_acts(model) if BACKEND == "torch" else {})}
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> Any:
+        """A window whose model does it. Uncompiled, so that Python runs for each micro-batch; on JAX it traces one."""
+        if place == 0:
+            act()
+            return self.window(micro_batches)
+        self.model._symbolic_build(data_batch=self.tensors(micro_batches[0]))  # which calls the model as well
+        left = [1 if BACKEND == "jax" else place + 1]
+
+        def inside() -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                act()
+
+        if BACKEND == "jax":  # where `fit` has taken the values out of the variables
+            self.kept = self.params(), self.held()
+        self.model.run_eagerly, self.model.train_function, Model.inside = True, None, inside
+        try:
+            return self.window(micro_batches)
+        finally:
+            self.kept = Model.inside = None
+            if BACKEND != "tensorflow":  # where compiling takes most of the time
+                self.model.run_eagerly, self.model.train_function = False, None
+
     def watch(self, work: Callable[[], Any]) -> tuple[int, int]:
         if BACKEND == "torch":
             with Waits() as waits:
@@ -269,6 +340,28 @@ class KerasRun:
         before = Model.calls
         work()
         return Model.calls - before, 0
+
+
+def torch_acts(model: keras.Model) -> dict[str, Callable[[], None]]:
+    """What PyTorch's own functions do to gradients, and to parameters."""
+    import torch
+
+    def parameters() -> list[Any]:
+        return [v.value for v in model.trainable_variables]
+
+    def backward() -> None:
+        sum(p.square().sum() for p in parameters()).backward()
+
+    def write() -> None:
+        with torch.no_grad():
+            parameters()[0].mul_(2)
+
+    return {
+        "zero_grad": model.zero_grad,
+        "backward": backward,
+        "clip_grad_norm_": lambda: [None, torch.nn.utils.clip_grad_norm_(parameters(), 1e-3)][0],
+        "in-place write": write,
+    }
 
 
 class Plain(KerasRun):

@@ -19,6 +19,7 @@ from keras import distribution
 from bigbatch.engines import jax_products
 from bigbatch.engines.jax_convolutions import with_fast_convolutions
 from bigbatch.keras import batch, loss, noise
+from bigbatch.keras.alone import alone
 
 Step = Callable[[Any, Any], tuple[dict[str, Any], Any]]
 
@@ -130,6 +131,14 @@ def add_up(
         runs: the micro-batches, as `_window` takes them.
         described: is filled with the loss's terms.
     """
+    several = len(runs) > 1 or len(runs[0][0]) > 1
+    with alone(model, several):
+        return _added_up(model, state, like, runs, described)
+
+
+def _added_up(
+    model: Any, state: Any, like: Any, runs: list[list[Any]], described: list[loss.Term]
+) -> tuple[Sums, Any, Any]:
     trainable, non_trainable, optimizer_variables, metrics = state
     micro_step = _micro_step(model, like, trainable, optimizer_variables, described)
     first = [leaf[0] for leaf in runs[0]]

@@ -20,6 +20,7 @@ from bigbatch.engines.tensorflow_products import Kept, Product, product_of, room
 from bigbatch.engines.tensorflow_rows import Apart, apart, zeros
 from bigbatch.engines.tensorflow_turned import turn
 from bigbatch.keras import batch, loss, noise
+from bigbatch.keras.alone import alone
 
 Take = Callable[[list[Any], Any], "Sums"]
 
@@ -94,14 +95,15 @@ def add_up(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], lis
     """Forward and backward of all micro-batches: the sums, what the items are weighed in, and the loss's terms."""
     build(model, batch.nest(like, runs[0].pull(0)))
     described: list[loss.Term] = []
-    alone = len(runs) == 1 and isinstance(runs[0].count, int) and runs[0].count == 1
-    in_loops = not (alone or model.run_eagerly or model.jit_compile)
+    single = len(runs) == 1 and isinstance(runs[0].count, int) and runs[0].count == 1
+    in_loops = not (single or model.run_eagerly or model.jit_compile)
     several = sum(run.count for run in runs) > 1
-    by_xla = not (alone or model.run_eagerly) and model.jit_compile
+    by_xla = not (single or model.run_eagerly) and model.jit_compile
     take = micro_step(model, like, described, products=in_loops, several=in_loops and several, by_xla=by_xla)
     none = tf.zeros([0], model._loss_tracker.dtype)
     shapes = [v.shape for v in model.trainable_variables]
-    sums, unit = _in_loops(take, runs, none, shapes) if in_loops else _after_the_first(take, runs, none, alone)
+    with alone(model, several=not single):
+        sums, unit = _in_loops(take, runs, none, shapes) if in_loops else _after_the_first(take, runs, none, single)
     return sums, unit, described
 
 
@@ -111,7 +113,7 @@ def build(model: Any, data: Any) -> None:
         model._symbolic_build(data_batch=data)
 
 
-def _after_the_first(take: Take, runs: list[Run], none: tf.Tensor, alone: bool) -> tuple[Sums, list[Any]]:
+def _after_the_first(take: Take, runs: list[Run], none: tf.Tensor, single: bool) -> tuple[Sums, list[Any]]:
     sums = take(runs[0].pull(0), none)
     unit = [tf.where(items > 0, items, tf.ones_like(items)) for items in sums.items]
 
@@ -120,7 +122,7 @@ def _after_the_first(take: Take, runs: list[Run], none: tf.Tensor, alone: bool) 
         return tree.map_structure(lambda a, b: None if a is None else a + b, sums, more)
 
     start = 1
-    for run in [] if alone else runs:
+    for run in [] if single else runs:
         # Only what is there is carried: a loop knows no None.
         held = batch.leaves(sums)
 

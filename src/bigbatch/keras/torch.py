@@ -16,6 +16,7 @@ from bigbatch.engines import torch_graph
 from bigbatch.engines.torch_products import Products
 from bigbatch.engines.torch_proof import Known, Proof
 from bigbatch.keras import batch, loss, noise
+from bigbatch.keras.alone import Gradients, alone
 
 
 def split_step(model: Any, micro_batch: int) -> Callable[[Any], dict[str, Any]]:
@@ -97,12 +98,16 @@ def add_up(model: Any, micro_batches: list[Any], known: Known | None = None) -> 
         sums.products, sums.proof = Products(weights), Proof(known, started=True)
     described: list[loss.Term] = []
     model.zero_grad()
-    for data in micro_batches:
-        described = _take(model, data, parameters, sums)
+    with alone(model, several=len(micro_batches) > 1):
+        gradients = Gradients(parameters)
+        for data in micro_batches:
+            described = _take(model, data, gradients, sums)
+        gradients.check()
     return sums, described
 
 
-def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) -> list[loss.Term]:
+def _take(model: Any, data: Any, gradients: Gradients, sums: _Sums) -> list[loss.Term]:
+    parameters = gradients.parameters
     x, y, sample_weight = batch.unpack(data)
     y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
     terms = loss.terms(model, x, y, y_pred, sample_weight)
@@ -125,6 +130,7 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
         for found, term in zip(sums.losses, terms, strict=True):
             found.append((term.value.detach(), term.items))
         sums.examples += loss.length(x)
+    gradients.check()
     if parameters:
         own: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in kinds]
         for k, ((value, _), weight) in enumerate(zip(kinds, weights, strict=True)):
@@ -142,6 +148,7 @@ def _take(model: Any, data: Any, parameters: list[torch.Tensor], sums: _Sums) ->
                 _move(parameters, own[k] if measured else sums.gradients[k])
         if measured:
             sums.measure(parameters, own, loss.length(x))
+    gradients.note()
     with torch.no_grad():
         loss.update_metrics(model, x, y, y_pred, sample_weight)
     return terms
