@@ -155,10 +155,19 @@ def loss_without_gradient(loss: Any) -> Exception:
 
 
 def loss_not_finite(value: float, micro_batches: str) -> Exception:
-    """For a NaN found once the whole batch has been seen."""
+    """For a NaN, or an infinite loss, found once the whole batch has been seen."""
     return ValueError(
-        f"The loss is not a number. Received: loss={value} over {micro_batches}. "
+        f"The loss is {'not a number' if math.isnan(value) else 'infinite'}. Received: loss={value} over {micro_batches}. "
         "The gradients are as they were before the call; look for a division by zero, or a learning rate too high."
+    )
+
+
+def items_not_counts(total: float, micro_batches: str) -> Exception:
+    """For items on a device, found to be no counts once the whole batch has been seen."""
+    wrong = "The batch holds no items" if total == 0 else "A micro-batch's items are negative, NaN or infinite"
+    return ValueError(
+        f"{wrong}. Received: items={total} over {micro_batches}. "
+        "The gradients are as they were before the call; return the number of examples or tokens the loss is the mean of."
     )
 
 
@@ -171,9 +180,22 @@ def ranks_disagree(name: str, values: Sequence[str]) -> Exception:
     )
 
 
-def rank_failed() -> Exception:
-    """For a rank that waits for gradients that another could not compute."""
-    return RuntimeError("Another rank raised an error and has no gradients to bring; its own output says which.")
+def rank_failed(rank: int, said: str) -> Exception:
+    """For a rank that meets others of which one has failed."""
+    return RuntimeError(
+        f"Rank {rank} could not take part. It raised {said.rstrip('.')}. "
+        "No rank has touched a parameter, and an open window is dropped on every rank."
+    )
+
+
+def ranks_apart(calls: Sequence[str]) -> Exception:
+    """For ranks that meet at different calls; every one of them gets this text."""
+    odd = next(rank for rank, call in enumerate(calls) if call != calls[0])
+    return RuntimeError(
+        f"The ranks are at different calls. Received: {calls[0]} (rank 0), {calls[odd]} (rank {odd}). "
+        "No rank has touched a parameter, and an open window is dropped on every rank. "
+        "Every rank must make the same calls in the same order."
+    )
 
 
 def rank_lost(error: Exception) -> Exception:

@@ -349,7 +349,8 @@ class Wire(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            sent = args[1] if func.overloadpacket.__name__ == "allgather_" else args[0]
+            tensors = sent if isinstance(sent, list) else [sent]
             self.sent.append((func.overloadpacket.__name__, sum(t.numel() * t.element_size() for t in tensors)))
         return func(*args, **(kwargs or {}))
 

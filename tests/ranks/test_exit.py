@@ -14,7 +14,7 @@ from ranks import in_rank
 def test_python_waits_for_what_is_held_outside_of_it():
     held = []
     # A view holds its base from C++, as gloo does.
-    collectives.or_lost(lambda x: held.append(x.view(-1)), torch.zeros(3))
+    collectives.checked_collective(lambda x: held.append(x.view(-1)), torch.zeros(3))
     assert len(collectives._SENT) == 1
     threading.Timer(0.5, held.clear).start()
     started = time.perf_counter()
@@ -29,7 +29,7 @@ def test_a_rank_that_was_lost_is_not_waited_for():
 
     sent = torch.zeros(3)  # as a traceback has it
     with pytest.raises(RuntimeError, match="rank"):
-        collectives.or_lost(lost, sent)
+        collectives.checked_collective(lost, sent)
     assert len(collectives._SENT) == 0
 
 

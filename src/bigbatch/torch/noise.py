@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bigbatch import errors
+from bigbatch.engines.torch_hooks import register
 from bigbatch.noise import Noise, NoiseScale, UntilNoise, one_in
 from bigbatch.torch.window import Sums, Window, exact, numbers
 
@@ -32,6 +34,11 @@ class Meter:
     """
 
     def __init__(self, every: Any, noise: bool | int):
+        if isinstance(every, UntilNoise) and noise is not False:
+            raise ValueError(
+                f"noise has no effect with every={every}, which measures every window. "
+                f"{errors.received('noise', noise)} Leave it out."
+            )
         self.one_in = 1 if isinstance(every, UntilNoise) else one_in(noise)
         self.scale = NoiseScale()
         self.norms: list[Tensor] = []
@@ -46,7 +53,7 @@ class Meter:
         self.squares = self.counted = 0.0
         if self.one_in and index % self.one_in == 0:
             see = _see(weakref.ref(self))
-            self._handles += [p.register_hook(see) for p in parameters if p.requires_grad]
+            self._handles += [register(p.register_hook, see) for p in parameters if p.requires_grad]
 
     def disarm(self) -> None:
         """Gives the parameters back without hooks."""
@@ -83,7 +90,7 @@ class Meter:
             return None
         counted, squares, norm_ = numbers([self.counted, self.squares, norm])
         if ranks is not None:
-            counted, squares = ranks.add_up([counted, squares])
+            counted, squares = ranks.meetings.all_reduce([counted, squares])
         return Noise.of(int(counted), sums.items, squares / _scale(scaler) ** 2, (norm_ * sums.factor) ** 2)
 
     def is_enough(self, plan: UntilNoise, window: Window, parameters: Iterable[Tensor], scaler: Any) -> bool:

@@ -269,8 +269,9 @@ def _is_renormalized(p: Tensor) -> bool:
     collector knows, and it is asked where a parameter was written to.
     """
     if p not in _RENORMALIZED:
-        users = [p]
-        for _ in range(3):  # the module's `_parameters`, its attributes, and itself
+        users, found = [p], []
+        for _ in range(3):  # the module's `_parameters`, its attributes where they are a dict of their own, and itself
             users = [user for used in users for user in gc.get_referrers(used) if isinstance(user, dict | nn.Module)]
-        _RENORMALIZED[p] = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None for m in users)
+            found += users
+        _RENORMALIZED[p] = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None for m in found)
     return _RENORMALIZED[p]

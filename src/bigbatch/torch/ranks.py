@@ -3,30 +3,28 @@
     g = Σᵣ Σᵢ nᵣᵢ·gᵣᵢ / Σᵣ Σᵢ nᵣᵢ
 
 Every rank adds up what it sees. When the window closes the ranks meet: once for a few numbers (what each of them holds,
-and which parameters have a gradient anywhere), then for the gradients, as the model keeps them: see `replicas` for
-DistributedDataParallel and `shards` for fully_shard. After that all ranks hold the same mean, and do the same with it.
+see `collectives`), then for the gradients, as the model keeps them: see `replicas` for DistributedDataParallel and
+`shards` for fully_shard. After that all ranks hold the same mean, and do the same with it.
 
 A rank at the end of its data says so in `flush`, and takes part in the others' windows until all have said so.
 """
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch import errors
 from bigbatch.every import Items
-from bigbatch.torch.collectives import or_lost
+from bigbatch.noise import UntilNoise
+from bigbatch.torch.collectives import BACKWARD, FLUSH, JOIN, SPLIT, digest_of
 from bigbatch.torch.replicas import Replicas, at_least_float32
-from bigbatch.torch.shards import Shards, power_of_two, shards_in
+from bigbatch.torch.shards import Shards, power_of_two
 from bigbatch.torch.window import Sums, Window
-
-Sync = Literal["window", "micro_batch"]
 
 
 class Met(NamedTuple):
@@ -47,50 +45,84 @@ class Met(NamedTuple):
 class Ranks:
     """The ranks that train one model, seen from one of them. Every method that adds up is collective.
 
-    A `plan` is the number of micro-batches that a rank's window closes at, or `Items` over all ranks.
+    A `plan` is the number of micro-batches that a rank's window closes at, or `Items` over all ranks. `terms` are what
+    all ranks must have alike, by name.
 
     Args:
         model: how the model is spread over them.
     """
 
     def __init__(self, model: Replicas | Shards):
-        self.model = model
-        self.parameters = model.parameters
-        self.group = model.group
-        self.size = dist.get_world_size(self.group)
-        # Numbers meet on the host where the group can do that; a GPU then need not be waited for while counting items.
-        on_host = "cpu:" in dist.get_backend_config(self.group)
-        self.device = torch.device("cpu") if on_host else self.parameters[0].device
+        self.model, self.parameters = model, model.parameters
+        self.meetings, self.size = model.meetings, model.meetings.size
 
     @property
     def shards(self) -> Shards | None:
         """The model, where its parameters are spread over the ranks."""
         return self.model if isinstance(self.model, Shards) else None
 
-    def agree(self, settings: dict[str, Any]) -> None:
-        """Refuses, on every rank, what the ranks were not given alike.
+    def defer_for(self, owner: Any) -> None:
+        """Defers the model's own reductions for as long as `owner` lives."""
+        weakref.finalize(owner, self.model.defer(lasting=True)).atexit = False
+
+    @contextmanager
+    def agreeing(self, call: str) -> Iterator[dict[Any, Any]]:
+        """Yields terms to be filled in. At the end the ranks meet, even if one has raised an error inside.
 
         Raises:
-            ValueError: two ranks have different settings; it names the first of them.
+            ValueError: on every rank, where two have different terms; it names the first.
+            RuntimeError: another rank has raised an error inside.
         """
-        every_rank: list[Any] = [None] * self.size
-        or_lost(dist.all_gather_object, every_rank, settings, group=self.group)
-        names = [name for rank in every_rank for name in rank]
-        for name in dict.fromkeys(names):
-            values = [rank.get(name, "none") for rank in every_rank]
-            if len(set(values)) > 1:
-                raise errors.ranks_disagree(name, values)
+        terms: dict[Any, Any] = {}
+        with self.meetings.reporting(call):
+            yield terms
+        self.agree(call, terms)
+
+    def agree(self, call: str, terms: dict[Any, Any], numbers: Iterable[float] = ()) -> list[list[float]]:
+        """Numbers of each rank, and that the terms are alike."""
+        lines = self.meetings.gather(call, list(numbers), digest_of(terms))
+        self.meetings.agree(terms, lines)
+        return [line[1:] for line in lines]
+
+    def check(self, every: Any, noise: Any, scaler: Any) -> None:
+        """Refuses options of an Accumulator that ranks do not have."""
+        if isinstance(every, UntilNoise):
+            raise ValueError(
+                "Ranks do not close a window by its noise together. "
+                f"Received: every={every}, {self.size} ranks. Pass a number of micro-batches or bb.items(n)."
+            )
+        if noise is not False and self.shards is not None:
+            raise ValueError(
+                f"The noise scale needs a micro-batch's whole gradient. Received: noise={noise}, and shards. "
+                "Measure it with DistributedDataParallel or in one process."
+            )
+        if scaler is not None and self.shards is not None:
+            raise ValueError(f"scaler does not know shards. {errors.received('scaler', scaler)} Use bfloat16.")
+
+    def agree_to_open(self, index: int, plan: Any) -> None:
+        """Under fully_shard a window ends in the same backward on all ranks, whatever each one's `every` answers."""
+        if self.shards is not None:
+            self.agree(BACKWARD, {f"every, for update {index}": plan})
+
+    def loaded(self, state: Any) -> dict[str, Any]:
+        """The terms of a state: where another rank's says something else, the two are not of one training."""
+        terms = {"the update's index of the state": state["index"]}
+        if self.shards is not None:
+            window = state["window"]
+            terms["the micro-batches in the state's window"] = window and window["micro_batches"]
+        return terms
 
     def before(self, window: Window, items: float | Tensor, plan: Any) -> None:
         """Before a micro-batch's backward: sharded gradients have to know now whether it is the window's last."""
-        shards = self.shards
-        if shards is None:
+        if isinstance(self.model, Replicas):
+            self.model.before()
             return
+        shards = self.model
         if window.unit is None:
             if shards.unit is None:
                 # The ranks' gradients are added up before they can be weighted, so the weights have one unit. A power
                 # of two, so that another one, after a restart, gives the same bits.
-                (total,) = self.add_up([float(items) * window.planned])
+                (total,) = self.add_up(BACKWARD, float(items) * window.planned)
                 shards.unit = power_of_two(total)
             window.unit = shards.unit
         if isinstance(plan, Items):
@@ -108,53 +140,95 @@ class Ranks:
 
     def count(self, items: float | Tensor, ending: bool = False) -> tuple[float, bool]:
         """The items in the open windows of all ranks, and whether every rank is at the end of its data."""
-        total, ended = self.add_up([float(items), ending])
+        total, ended = self.add_up(FLUSH if ending else BACKWARD, float(items), ending)
         return total, ended == self.size
 
-    def meet(self, window: Window, parameters: list[Tensor], ending: bool = False) -> Met:
-        """One small reduction: what the ranks' windows hold. Here the host waits for the device.
+    def check_window(self, owned: Any) -> None:
+        """That nobody else has moved the open window's gradients since its last micro-batch.
 
         Raises:
-            RuntimeError: a rank is gone, or raised an error while it was `working`.
-            ValueError: the ranks add up in different dtypes.
+            RuntimeError: somebody has.
         """
+        if owned is not None:
+            owned.check()
+        if self.shards is not None:
+            self.shards.check_untouched()
+
+    def refuse(self, error: Exception, window: Window, loss: Any, plan: Any) -> bool:
+        """Reports a micro-batch that this rank cannot take; whether the window may stay open.
+
+        It may where the micro-batch was refused on every rank, for what it is.
+
+        Under fully_shard the others are on their way into the backward, and need this rank there. So it goes through it
+        for nothing, and the error is reported when the window closes.
+        """
+        shards = self.shards
+        if shards is None:
+            return self.meetings.report(BACKWARD, error) and not isinstance(error, RuntimeError)
+        if not (isinstance(loss, Tensor) and loss.requires_grad):
+            self.meetings.lost = error  # the others wait in that backward, and cannot be told
+            return False
+        self.before(window, 0.0, plan)
+        torch.autograd.backward(loss, torch.zeros_like(loss))
+        window.micro_batches += 1
+        shards.failed = error
+        if self.full(window, plan):
+            self.meetings.report(BACKWARD, error)
+            return False
+        return True
+
+    def meet(
+        self, call: str, window: Window, parameters: list[Tensor], terms: dict[Any, Any], ending: bool = False
+    ) -> Met:
+        """What the ranks' windows hold. Here the host waits for the device.
+
+        Raises:
+            RuntimeError: a rank is gone, has failed, or is at another call.
+            ValueError: the ranks have different terms.
+        """
+        if self.shards is not None:
+            with self.meetings.reporting(call):
+                self.shards.check()
         loss, items, unit = window.read()
         window.products.settle()
         held = [window.sums.get(p, p.grad) for p in parameters]
         dense = [grad is not None and not grad.is_sparse for grad in held]
         sparse = [grad is not None and grad.is_sparse for grad in held]
-        width = at_least_float32(window.dtype)
-        micro_batches = window.micro_batches - window.repeats
-        numbers = [loss * unit, items, micro_batches, ending, False, width.itemsize, *dense, *sparse]
-        loss, items, micro_batches, ended, failed, widths, *counts = self.add_up(numbers)
-        if failed:
-            raise errors.rank_failed()
-        if widths != width.itemsize * self.size:
-            self.agree({"dtype": str(width)})
+        numbers = loss * unit, items, window.micro_batches - window.repeats, ending, digest_of((dense, sparse))
+        lines = self.agree(call, terms, numbers)
+        loss, items, micro_batches, ended, *_ = (sum(numbers) for numbers in zip(*lines, strict=True))
+        if len({line[4] for line in lines}) == 1:
+            counts = [float(has * self.size) for has in (*dense, *sparse)]
+        else:
+            counts = self.meetings.all_reduce([*dense, *sparse])
         mean, factor = (loss / items, unit / items) if items else (math.nan, 0.0)
         sums = Sums(items, mean, factor, int(micro_batches))
         return Met(sums, ended == self.size, counts[: len(held)], counts[len(held) :])
 
-    def wait(self, window: Window, parameters: list[Tensor], plan: Any) -> tuple[Met, bool]:
+    def wait(self, window: Window, parameters: list[Tensor], plan: Any, terms: dict[Any, Any]) -> tuple[Met, bool]:
         """At the end of this rank's data: what the next window holds, and whether it is everybody's last."""
         full = ended = False
         while isinstance(plan, Items) and not (full or ended):
             items, ended = self.count(window.items, ending=True)
             full = items >= plan.count
-        met = self.meet(window, parameters, ending=True)
+        met = self.meet(FLUSH, window, parameters, terms, ending=True)
         return met, met.ended and not full
 
     def reduce(self, window: Window, parameters: list[Tensor], met: Met) -> Sums:
         """Replaces the rank's sums by those of all ranks; the factor is what they still need."""
-        return met.sums._replace(factor=self.model.reduce(window, parameters, met))
+        try:
+            return met.sums._replace(factor=self.model.reduce(window, parameters, met))
+        except Exception as error:
+            self.meetings.lost = self.meetings.lost or error  # the others are in the middle of it
+            raise
 
     def cuts(self, window: Window, length: int, micro_batch: int) -> list[tuple[int, int]] | None:
-        """Where the split door has to cut this rank's part of the batch; None where that is the rank's own business."""
+        """Where the split API has to cut this rank's part of the batch; None where that is the rank's own business."""
         shards = self.shards
         if shards is None:
             return None
-        rank = dist.get_rank(self.group)
-        cuts = shards.cut(self.add_up([length if r == rank else 0 for r in range(self.size)]), rank, micro_batch)
+        lengths = [line[1] for line in self.meetings.gather(SPLIT, [length])]
+        cuts = shards.cut(lengths, self.meetings.rank, micro_batch)
         window.unit = shards.unit
         return cuts
 
@@ -170,8 +244,9 @@ class Ranks:
         iterator, end = iter(loader), object()
         last: Any = end
         while True:
-            following = next(iterator, end)
-            (going,) = self.add_up([following is not end])
+            with self.meetings.reporting(JOIN):
+                following = next(iterator, end)
+            (going,) = self.add_up(JOIN, following is not end)
             if not going:
                 return
             if last is end and going < self.size:
@@ -185,22 +260,22 @@ class Ranks:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Holds the model's own reductions inside, and tells the others of an error here, who would wait for ever."""
-        self.model.hold()
+        """Defers the model's own reductions inside, and reports an error to the others, who would wait for ever."""
+        release = self.model.defer()
         try:
             yield
-        except Exception:
+        except Exception as error:
             if self.shards is None:
-                self.add_up([0, 0, 0, False, True, 0, *[0] * (2 * len(self.parameters))])
+                self.meetings.report(SPLIT, error)
             else:
                 self.shards.forget()  # the others are inside a forward or a backward, and cannot be told
             raise
         finally:
-            self.model.hold(reduce=True)
+            release()
 
     def mean(self, window: Window, before: dict[Tensor, Tensor | None]) -> Sums:
-        """For the split door: replaces the rank's sums by the mean, and sets aside what other `.grad`s hold."""
-        with self.working():
+        """For the split API: replaces the rank's sums by the mean, and sets aside what other `.grad`s hold."""
+        with self.meetings.reporting(SPLIT):
             strange = [p for p in before if p not in set(self.parameters)]
             if strange:
                 raise ValueError(
@@ -215,44 +290,10 @@ class Ranks:
             window.loss = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
         if self.shards is not None:
             self.shards.after()
-        return self.reduce(window, self.parameters, self.meet(window, self.parameters))
+        terms = {"dtype": at_least_float32(window.dtype)}
+        return self.reduce(window, self.parameters, self.meet(SPLIT, window, self.parameters, terms))
 
-    def add_up(self, numbers: list[Any]) -> list[float]:
+    def add_up(self, call: str, *numbers: float) -> list[float]:
         """Each number, of all ranks together."""
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        or_lost(dist.all_reduce, sums, group=self.group)
-        return sums.tolist()
-
-
-def ranks_of(model: Any, sync: Sync = "window") -> Ranks | None:
-    """The ranks that a model is trained on, or None where there is one process.
-
-    Raises:
-        TypeError, ValueError: several processes train it, and it is not wrapped in a way that is known here.
-    """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module. {errors.received('model', model)} "
-            "Pass the DistributedDataParallel or fully_shard model that the forward goes through."
-        )
-    errors.check_choice("sync", sync, ("window", "micro_batch"))
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return None
-    replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    if bool(replicas) == bool(shards_in(model)):
-        raise ValueError(
-            "model must be wrapped in DistributedDataParallel or by fully_shard where there are several ranks. "
-            f"Received: model of type {type(model).__name__}, {dist.get_world_size()} ranks. "
-            "Without either the ranks would not even start from the same parameters."
-        )
-    ranks = Ranks(Replicas(replicas) if replicas else Shards(model, sync))
-    return ranks if ranks.size > 1 else None
-
-
-def described(parameters: Iterable[Tensor]) -> dict[str, str]:
-    """What `Ranks.agree` compares of the parameters."""
-    shapes = {
-        f"parameter {i}": f"{tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
-        for i, p in enumerate(parameters)
-    }
-    return {"the number of parameters": str(len(shapes)), **shapes}
+        lines = [line[1 : 1 + len(numbers)] for line in self.meetings.gather(call, numbers)]
+        return [sum(several) for several in zip(*lines, strict=True)]

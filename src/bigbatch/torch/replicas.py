@@ -1,6 +1,6 @@
 """DistributedDataParallel in a window: whole gradients on every rank, added up in buckets when the window closes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bigbatch.torch.collectives import or_lost
+from bigbatch.engines.torch_graph import gradient_dtype
+from bigbatch.torch.collectives import Meetings
 from bigbatch.torch.window import Window, widened
 
 if TYPE_CHECKING:
@@ -19,27 +20,65 @@ BUCKET = 25 * 2**20
 
 
 class Replicas:
-    """The replicas of this rank. Their own reductions are put off by `hold`.
+    """The replicas of this rank, whose own reductions are deferred from `defer` until `release`.
 
-    A reduction of theirs would come with a backward that they are told of in its forward, and divide by the number of
+    A reduction of theirs would come with a backward that they learn of in its forward, and divide by the number of
     ranks; a window may close at any time, and its mean is over items.
     """
 
     def __init__(self, models: list[DistributedDataParallel]):
-        if any(model.static_graph for model in models):
-            raise ValueError(
-                "DistributedDataParallel(static_graph=True) reduces in its first backward, whatever it is told. "
-                "Leave it out; here it has nothing to speed up."
-            )
+        for model in models:
+            if model.static_graph:
+                raise ValueError(
+                    "DistributedDataParallel(static_graph=True) reduces in its first backward, whatever its flags say. "
+                    "Leave it out; here it has nothing to speed up."
+                )
+            ignored = [name for name, _ in model.module.named_parameters() if name in model.parameters_to_ignore]
+            if ignored:
+                raise ValueError(
+                    "DistributedDataParallel was made to leave parameters out of its reduction, and a window's mean is "
+                    f"over all ranks. Received: {ignored[0]}, ignored or delayed. Let it own every parameter."
+                )
         self.models = models
         self.parameters: list[Tensor] = [p for model in models for p in model.parameters()]
-        self.group = models[0].process_group
+        self.meetings = Meetings(models[0].process_group, self.parameters[0].device)
 
-    def hold(self, reduce: bool = False) -> None:
-        """Puts off the models' own reductions, and their broadcasts of buffers, until called with `reduce=True`."""
+    def defer(self, lasting: bool = False) -> Callable[[], None]:
+        """Defers the models' own reductions, and their broadcasts of buffers; the returned function ends that.
+
+        It restores the flags that it found, or where that is `lasting` sets them: `no_sync()` may be around the start.
+
+        Before every forward, since `no_sync()`, Accelerate and Lightning set the same flags at any time. What a forward
+        finds there decides.
+        """
+        flags = [(m, m.require_backward_grad_sync, m.require_forward_param_sync) for m in self.models]
+        hooks = [model.register_forward_pre_hook(_defer) for model in self.models]
+
+        def release() -> None:
+            for hook in hooks:
+                hook.remove()
+            for model, backward, forward in flags:
+                model.require_backward_grad_sync = backward or lasting
+                model.require_forward_param_sync = forward or lasting
+
         for model in self.models:
-            model.require_backward_grad_sync = reduce  # what no_sync() sets for the length of a context
-            model.require_forward_param_sync = reduce
+            _defer(model)
+        return release
+
+    def before(self) -> None:
+        """Before a backward: it reduces nothing, even if the forward was one that defers nothing."""
+        for model in self.models:
+            if model._join_config.enable:  # private, as what comes below: no public name says that join() is open
+                raise RuntimeError(
+                    "DistributedDataParallel.join() sends messages of its own between a window's. "
+                    "Leave it out: flush() waits for the ranks that have more data."
+                )
+            # Nor makes one a reducer forget what a forward has told it. tests/ranks/test_flags.py fails if they move.
+            model.reducer._reset_state()
+
+    def values(self) -> dict[str, str]:
+        """What tells apart parameters of other values, for each: replicas start from the same."""
+        return {f"the values of parameter {i}": str(_bits(p)) for i, p in enumerate(self.parameters)}
 
     @torch.no_grad()
     def reduce(self, window: Window, parameters: list[Tensor], met: "Met") -> float:
@@ -55,10 +94,10 @@ class Replicas:
                 none = torch.empty(1, 0, dtype=torch.long, device=p.device), p.new_empty(0, *p.shape[1:])
                 rows = torch.sparse_coo_tensor(*none, p.shape, check_invariants=False)
             rows = (rows.to(widened(p, dtype)) * met.sums.factor).coalesce()
-            or_lost(dist.all_reduce, rows, group=self.group)
+            self.meetings.collective(dist.all_reduce, rows, group=self.meetings.group)
             _put(window, p, rows.detach())
         for bucket, means, work in buckets:
-            or_lost(work.wait)
+            self.meetings.collective(work.wait)
             for p, mean in zip(bucket, means, strict=True):
                 _put(window, p, mean)
         self._share_buffers()
@@ -78,7 +117,8 @@ class Replicas:
                 part.copy_(grad)
         if factor != 1.0:
             flat.mul_(factor)
-        return bucket, parts, or_lost(dist.all_reduce, flat.detach(), group=self.group, async_op=True)
+        group = self.meetings.group
+        return bucket, parts, self.meetings.collective(dist.all_reduce, flat.detach(), group=group, async_op=True)
 
     def _share_buffers(self) -> None:
         """Rank 0's buffers for all, such as BatchNorm's averages; the model itself would do it in every forward."""
@@ -87,9 +127,21 @@ class Replicas:
             for dtype in dict.fromkeys(b.dtype for b in buffers):
                 several = [b for b in buffers if b.dtype == dtype]
                 flat = torch.cat([b.reshape(-1) for b in several])
-                or_lost(dist.broadcast, flat, group=self.group, group_src=0)
+                self.meetings.collective(dist.broadcast, flat, group=self.meetings.group, group_src=0)
                 for b, part in zip(several, flat.split([b.numel() for b in several]), strict=True):
                     b.copy_(part.view_as(b))
+
+
+def _defer(model: Any, *_: Any) -> None:
+    model.require_backward_grad_sync = model.require_forward_param_sync = False  # as no_sync() does, for a forward
+
+
+@torch.no_grad()
+def _bits(p: Tensor) -> int:
+    """A sum that does not depend on its order: the bits as integers, which wrap around."""
+    whole = torch.view_as_real(p) if p.is_complex() else p
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.element_size()]
+    return int(whole.detach().contiguous().view(integers).sum(dtype=torch.int64))
 
 
 def _buckets(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[list[Tensor]]:
@@ -119,6 +171,6 @@ def _take(window: Window, p: Tensor) -> Tensor | None:
 
 def _put(window: Window, p: Tensor, mean: Tensor) -> None:
     if window.dtype is None:
-        p.grad = mean.to(p.dtype)
+        p.grad = mean.to(gradient_dtype(p))
     else:
         window.sums[p] = mean

@@ -23,7 +23,9 @@ def held(window: Window, parameters: list[Tensor], ranks: Ranks | None) -> dict[
     The gradients are no copies; products that are not multiplied out yet come as their factors.
     """
     waiting = window.products.waiting()
-    gradients = ((i, window.sums.get(p, p.grad)) for i, p in enumerate(parameters))
+    gradients = {i: window.sums.get(p, p.grad) for i, p in enumerate(parameters)}
+    gradients = {i: local(grad) for i, grad in gradients.items() if grad is not None}
+    factors = {i: waiting[p] for i, p in enumerate(parameters) if p in waiting}
     return {
         "ranks": ranks.size if ranks else 1,
         "micro_batches": window.micro_batches,
@@ -32,8 +34,9 @@ def held(window: Window, parameters: list[Tensor], ranks: Ranks | None) -> dict[
         "unit": window.unit,
         "loss": window.loss,
         "shards": ranks.shards.held() if ranks and ranks.shards else {},
-        "gradients": {i: local(grad) for i, grad in gradients if grad is not None},
-        "waiting": {i: waiting[p] for i, p in enumerate(parameters) if p in waiting},
+        "places": [sorted(gradients), sorted(factors)],  # so that one that is lost is missed
+        "gradients": gradients,
+        "waiting": factors,
     }
 
 
@@ -68,7 +71,7 @@ def check_state(state: Any, parameters: list[Tensor], ranks: Ranks | None, dtype
     keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
     if not isinstance(state, Mapping) or {"index", "shapes", "window"} - set(state):
         raise ValueError(f"The state is not an Accumulator's. Received: keys {keys}.")
-    _keys("state", state, ("index", "shapes", "window"), optional=("noise",))  # older states have no noise
+    _keys("state", state, ("index", "shapes", "window"), optional=("pending", "noise"))  # older ones have neither
     _whole("state['index']", state["index"])
     shapes = [tuple(p.shape) for p in parameters]
     try:
@@ -85,12 +88,15 @@ def check_state(state: Any, parameters: list[Tensor], ranks: Ranks | None, dtype
         _check_noise(state["noise"])
     if state["window"] is not None:
         _check_window(state["window"], parameters, ranks, dtype)
+    pending = 0 if state["window"] is None else state["window"]["micro_batches"]
+    if _whole("state['pending']", state.get("pending", pending)) != pending:
+        raise _wrong("state['pending']", state["pending"], f"the {pending} micro-batches of the window")
 
 
 def _check_window(saved: Any, parameters: list[Tensor], ranks: Ranks | None, dtype: torch.dtype | None) -> None:
     where = "state['window']"
     numbers = "ranks", "micro_batches", "repeats", "items", "unit", "loss"
-    _keys(where, saved, (*numbers, "shards", "gradients", "waiting"))
+    _keys(where, saved, (*numbers, "shards", "places", "gradients", "waiting"))
     size = ranks.size if ranks else 1
     if _whole(f"{where}['ranks']", saved["ranks"], 1) != size:
         raise ValueError(
@@ -110,6 +116,9 @@ def _check_window(saved: Any, parameters: list[Tensor], ranks: Ranks | None, dty
         )
     for i, pair in _by_place(f"{where}['waiting']", saved["waiting"], parameters):
         _check_factors(f"{where}['waiting'][{i}]", pair, parameters[i], dtype)
+    places = [sorted(saved["gradients"]), sorted(saved["waiting"])]
+    if repr(saved["places"]) != repr(places):  # a tensor in it would not compare
+        raise _wrong(f"{where}['places']", saved["places"], f"the places of its gradients and factors, {places}")
     _check_shards(f"{where}['shards']", saved["shards"], ranks)
 
 

@@ -14,12 +14,15 @@ A window that closes early (`flush`) has had its last backward already. FSDP has
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigbatch.torch.collectives import Meetings
+from bigbatch.torch.ownership import changed
 from bigbatch.torch.window import Window
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class Shards:
 
     Attributes:
         unit: the items that weights are relative to, the same on every rank, from the first micro-batch on.
+        failed: why a micro-batch of the open window counts for nothing on this rank, or None.
     """
 
     def __init__(self, model: torch.nn.Module, sync: Literal["window", "micro_batch"]):
@@ -44,12 +48,14 @@ class Shards:
         self.sync = sync
         self.parameters: list[Tensor] = list(model.parameters())
         self.unit: float | None = None
+        self.failed: Exception | None = None
         self._last = self._inside = False
-        self._check(model)
-        self.group = dist.group.WORLD
+        self._marks: list[tuple[int, int]] | None = None
+        self._check_model(model)
+        self.meetings = Meetings(dist.group.WORLD, self.parameters[0].device)
 
-    def _check(self, model: torch.nn.Module) -> None:
-        strange = [f"{name}, which is not sharded" for name, p in model.named_parameters() if not _is_spread(p)]
+    def _check_model(self, model: torch.nn.Module) -> None:
+        strange = [f"{name}, which is not sharded" for name, p in model.named_parameters() if not is_spread(p)]
         if not set(self.modules) <= set(self.modules[0].modules()):
             strange.append("two models")
         if strange:
@@ -74,10 +80,48 @@ class Shards:
                         f"fully_shard would add up gradients in {narrow}. Received: parameters of {p.dtype}, {policy}. "
                         "Pass mp_policy=MixedPrecisionPolicy(..., reduce_dtype=torch.float32) to fully_shard."
                     )
+        self.check()
 
-    def hold(self, reduce: bool = False) -> None:
-        """Puts off FSDP's own reductions until called with `reduce=True`."""
-        self._synchronize(reduce or self.sync == "micro_batch", reduce)
+    def check(self) -> None:
+        """Accepts a window whose micro-batches all count, and reductions that divide by the number of ranks.
+
+        That is what FSDP's do, unless it is told otherwise.
+        """
+        if self.failed is not None:
+            raise self.failed
+        self.check_untouched()
+        for group in self._groups():
+            if group.gradient_divide_factor not in (None, dist.get_world_size()) or group._all_reduce_hook is not None:
+                raise ValueError(
+                    "A window's mean is over items, and fully_shard was told to reduce otherwise. Received: "
+                    f"gradient_divide_factor={group.gradient_divide_factor}, "
+                    f"all-reduce hook={group._all_reduce_hook}. Leave set_gradient_divide_factor and "
+                    "set_all_reduce_hook out."
+                )
+
+    def check_untouched(self) -> None:
+        """That the gradients are as the window's last backward left them."""
+        if self._marks is not None and self._marks != self._seen():
+            raise changed(
+                "gradients that fully_shard holds were written to, as a backward() of somebody else does",
+                "that backward(), or put torch.autograd.grad in its place",
+            )
+
+    def _seen(self) -> list[tuple[int, int]]:
+        """Which tensors hold gradients, and how often they were written to."""
+        with torch.no_grad():  # where `local` is the tensor itself and not a view made for autograd
+            held = [local(p.grad) for p in self.parameters if p.grad is not None]
+        held += [tensor for tensors in self.held().values() for tensor in tensors.values()]
+        return [(id(tensor), tensor._version) for tensor in held]
+
+    def hold_gradients(self) -> bool:
+        """Whether FSDP holds gradients that it has not reduced yet."""
+        return any(self.held().values())
+
+    def defer(self, lasting: bool = False) -> Callable[[], None]:
+        """Defers FSDP's own reductions; the returned function ends that. `before` decides anew for each backward."""
+        self._synchronize(self.sync == "micro_batch", False)
+        return lambda: self._synchronize(True, True)
 
     def before(self, window: Window, last: bool) -> None:
         """Before a backward, which reduces if it is the window's last."""
@@ -91,6 +135,7 @@ class Shards:
     def after(self) -> bool:
         """After a backward: whether it was the window's last."""
         self._inside = False
+        self._marks = self._seen()
         return self._last
 
     def reduce(self, window: Window, parameters: list[Tensor], met: "Met") -> float:
@@ -100,13 +145,14 @@ class Shards:
             if window.dtype is not None:
                 window.widen(parameters, window.dtype)
         self._last = False
-        return met.sums.factor * dist.get_world_size(self.group)  # FSDP has divided by the ranks
+        return met.sums.factor * self.meetings.size  # FSDP has divided by the ranks
 
     def forget(self) -> None:
         """Drops what unsharded gradients have added up, and what an error has left half done."""
         if self._inside:
             self.modules[0].reset_iter_state()
         self._last = self._inside = False
+        self.failed = self._marks = None
         for group in self._groups():
             group._partial_reduce_output = None
             for p in group.fsdp_params:
@@ -181,24 +227,24 @@ class Shards:
         return [(index[p.sharded_param], p) for group in self._groups() for p in group.fsdp_params]
 
 
-def _is_spread(tensor: Any) -> bool:
+def is_spread(tensor: Any) -> bool:
     """Whether it is a DTensor, whose module takes as long to import."""
     return hasattr(tensor, "device_mesh")
 
 
 def whole(tensor: Any) -> Tensor:
     """The same numbers on every rank."""
-    return tensor.full_tensor() if _is_spread(tensor) else tensor
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def local(tensor: Any) -> Tensor:
     """This rank's part."""
-    return tensor.to_local() if _is_spread(tensor) else tensor
+    return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def spread_like(p: Tensor, part: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of what `local` returned, kept as a parameter is."""
-    if not _is_spread(p):
+    if not is_spread(p):
         return part.to(p.device, dtype, copy=True)
     spread: Any = torch.zeros_like(p, dtype=dtype)
     spread.to_local().copy_(part)

@@ -1,7 +1,10 @@
 """The stream door: your loader yields micro-batches, and bigbatch stands where PyTorch applies a gradient."""
 
 import math
+import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -12,17 +15,36 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bigbatch import errors
 from bigbatch.engines import torch_graph
+from bigbatch.engines.torch_graph import gradient_dtype
 from bigbatch.engines.torch_products import Products
+from bigbatch.engines.torch_proof import Proof
 from bigbatch.every import Every, Items, as_every, planned
 from bigbatch.noise import Noise, NoiseScale, UntilNoise
-from bigbatch.torch.checks import check_items, check_loss, check_optimizer, check_scheduler
+from bigbatch.torch.checks import (
+    check_dtype,
+    check_flag,
+    check_items,
+    check_loss,
+    check_optimizer,
+    check_scaler,
+    check_scheduler,
+)
+from bigbatch.torch.collectives import BACKWARD, FLUSH, LOAD, MAKING
 from bigbatch.torch.noise import Meter
-from bigbatch.torch.ranks import Met, Ranks, Sync, described, ranks_of
+from bigbatch.torch.ownership import Ownership
+from bigbatch.torch.ranks import Met, Ranks
 from bigbatch.torch.saved import check_state, held, restore
 from bigbatch.torch.shards import whole
+from bigbatch.torch.terms import made_with, window_terms
 from bigbatch.torch.window import Sums, Window, is_wide, scale_
+from bigbatch.torch.wrapped import Sync, ranks_of
 
 T = TypeVar("T")
+
+_DISCARDED = (
+    "Gradients lay in .grad when a window opened, and were discarded, as by zero_grad() at the top of a loop. Whatever "
+    "left them (an earlier backward, a learning-rate finder, bb.backward) should call zero_grad() when it is done."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,50 +125,41 @@ class Accumulator:
         partial: Literal["apply", "carry", "drop"] = "apply",
         nonfinite: Literal["skip", "raise", "apply"] = "skip",
         model: torch.nn.Module | None = None,
-        sync: Sync = "window",
+        sync: Sync | None = None,
         fused: bool = True,
         noise: bool | int = False,
     ):
-        self.optimizer = check_optimizer(optimizer)
-        self.every = every if isinstance(every, UntilNoise) else as_every(every)
-        self.clip_norm = errors.check_clip_norm(clip_norm)
-        self.scheduler = check_scheduler(scheduler)
-        self.scaler = scaler
-        self.dtype = dtype
-        self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
-        self.nonfinite = errors.check_choice("nonfinite", nonfinite, ("skip", "raise", "apply"))
-        if scaler is not None and is_wide(self._parameters(), dtype):
-            raise ValueError(
-                "scaler unscales gradients that are as wide as the accumulation. "
-                f"Received: parameters of {self._narrowest()} and dtype={dtype}. "
-                "Keep the parameters in float32 under autocast, or leave the scaler out."
-            )
-        self._index = 0
-        self._window: Window | None = None
-        self._repeats = self._products = False
-        self._plan: int | Items | UntilNoise = 0
-        self._ranks: Ranks | None = None if model is None else ranks_of(model, sync)
-        self.fused = fused
+        self._ranks = ranks_of(model, sync, MAKING)
+        with nullcontext({}) if self._ranks is None else self._ranks.agreeing(MAKING) as terms:
+            self.optimizer: Any = check_optimizer(optimizer)
+            self.every = every if isinstance(every, UntilNoise) else as_every(every)
+            self.clip_norm = errors.check_clip_norm(clip_norm)
+            self.scheduler = check_scheduler(scheduler, self._parameters())
+            self.scaler = check_scaler(scaler, nonfinite)
+            self.dtype = check_dtype(dtype)
+            self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
+            self.nonfinite = errors.check_choice("nonfinite", nonfinite, ("skip", "raise", "apply"))
+            self.fused = check_flag("fused", fused)
+            if scaler is not None and is_wide(self._parameters(), dtype):
+                raise ValueError(
+                    "scaler unscales gradients that are as wide as the accumulation. "
+                    f"Received: parameters of {self._narrowest()} and dtype={dtype}. "
+                    "Keep the parameters in float32 under autocast, or leave the scaler out."
+                )
+            self._index = 0
+            self._window: Window | None = None
+            self._owned: Ownership | None = None
+            self._unscaled: Any = None  # what the scaler notes of optimizers until its next update()
+            self._warned = False
+            self._repeats = self._products = False
+            self._proof = Proof(started=True)
+            self._plan: int | Items | UntilNoise = 0
+            self._meter = Meter(every, noise)
+            if self._ranks is not None:
+                self._ranks.check(every, noise, scaler)
+                terms.update(made_with(self, self._ranks, sync, noise))
         if self._ranks is not None:
-            if isinstance(every, UntilNoise):
-                raise ValueError(
-                    "Ranks do not close a window by its noise together. "
-                    f"Received: every={every}, {self._ranks.size} ranks. Pass a number of micro-batches or bb.items(n)."
-                )
-            if noise is not False and self._ranks.shards is not None:
-                raise ValueError(
-                    f"The noise scale needs a micro-batch's whole gradient. Received: noise={noise}, and shards. "
-                    "Measure it with DistributedDataParallel or in one process."
-                )
-            if scaler is not None and self._ranks.shards is not None:
-                raise ValueError(f"scaler does not know shards. {errors.received('scaler', scaler)} Use bfloat16.")
-            self._ranks.agree({
-                "every": getattr(every, "__name__", repr(every)), "dtype": str(dtype), "clip_norm": str(clip_norm),
-                "partial": partial, "nonfinite": nonfinite, "sync": sync, "noise": repr(noise),
-                **described(self._parameters()),
-            })  # fmt: skip
-            self._ranks.model.hold()
-        self._meter = Meter(every, noise)
+            self._ranks.defer_for(self)
         self._meter.arm(self._index, self._parameters())
 
     @property
@@ -197,31 +210,50 @@ class Accumulator:
         The host never waits for the device inside a window, but for the looks of `until_noise`. It waits when the
         window closes.
         """
-        loss, items = check_loss(loss), check_items(items)
-        if isinstance(items, Tensor) and isinstance(self.every, Items):
-            raise TypeError(
-                f"every={self.every} counts on the host. {errors.received('items', items)} "
-                "Pass a number, or a number of micro-batches as every."
-            )
+        try:
+            loss, items = check_loss(loss), check_items(items)
+            if isinstance(items, Tensor) and isinstance(self.every, Items):
+                raise TypeError(
+                    f"every={self.every} counts on the host. {errors.received('items', items)} "
+                    "Pass a number, or a number of micro-batches as every."
+                )
+            if self._ranks is not None:
+                self._ranks.check_window(self._owned)
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._refuse(error, loss)
+            raise
         if self._repeats:
             items = loss.new_zeros(())
         window = self._window or self._open()
+        with nullcontext() if self._ranks is None else self._ranks.meetings.reporting(BACKWARD):
+            owned = self._owned or self._own()
         self._meter.norms.clear()  # of backwards in between that were not a micro-batch's
         try:
             if self._ranks is not None:
                 self._ranks.before(window, items, self._plan)
-            graph = torch_graph.read(loss, explain=window.micro_batches == 0) if self._products else None
+            graph = torch_graph.read(loss, self._proof, window.micro_batches == 0) if self._products else None
             if window.micro_batches == 0 and graph is not None:
-                self._products = bool(graph.uses)  # the next micro-batches' are hardly others
-            window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler, graph)
+                self._products = graph.has_products  # the next micro-batches' are hardly others
+            with owned:
+                window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler, graph)
             self._window = window
             window.repeats += self._repeats
             self._meter.take(window, items)
             full = self._is_full(window) if self._ranks is None else self._ranks.full(window, self._plan)
+            owned.record()
             return self._close(window) if full else None
         except BaseException:
-            self.reset()
+            self._drop()
             raise
+
+    def _refuse(self, error: Exception, loss: Any) -> None:
+        """Tells the other ranks that this one cannot take its micro-batch. Unless none has gone on, all drop theirs."""
+        if self._ranks is not None:
+            window = self._window or self._open()
+            if not self._ranks.refuse(error, window, loss, self._plan):
+                self._drop()
+            elif window.micro_batches:
+                self._window = window
 
     def join(self, loader: Iterable[T]) -> Iterator[T]:
         """The loader's micro-batches, for ranks of a fully_shard model that have unequally many of them.
@@ -264,34 +296,45 @@ class Accumulator:
         window = self._window
         if window is None:
             return None
-        return self._close(window) if self.partial == "apply" else self._leave(window.close())
+        try:
+            return self._close(window) if self.partial == "apply" else self._leave(window.close())
+        except BaseException:
+            self._drop()
+            raise
 
     def _flush_together(self, ranks: Ranks) -> Update | None:
         update, last = None, False
         try:
             while not last:
-                window = self._window or self._open()
-                met, last = ranks.wait(window, self._parameters(), self._plan)
+                window, _ = self._window or self._open(), self._owned or self._own()
+                self._verify(FLUSH)
+                met, last = ranks.wait(window, self._parameters(), self._plan, window_terms(self, self._plan))
                 if met.sums.micro_batches == 0:
                     break
                 if last and self.partial != "apply":
                     return self._leave(met.sums)
                 update = self._close(window, met)
         except BaseException:
-            self.reset()
+            self._drop()
             raise
+        if self._window is None:
+            self._release()
         return update
 
     def _leave(self, sums: Sums) -> Update:
         """A window that is not full, carried or dropped."""
         held = f"{sums.micro_batches} micro-batches of a partial window"
         if self.partial == "carry":
+            self._verify(FLUSH)
+            if self._window is None:  # a rank that held none of them
+                self._release()
             return self._report(sums, math.nan, f"carried: {held} wait for more")
         self.reset()
         return self._report(sums, math.nan, f"dropped: {held}")
 
     def reset(self) -> None:
         """Forgets the open window: its gradients go, and the next `backward` starts a new one."""
+        self._release()
         self._window = None
         self.optimizer.zero_grad(set_to_none=True)
         if self._ranks is not None and self._ranks.shards is not None:
@@ -306,8 +349,15 @@ class Accumulator:
         """
         parameters = self._parameters()
         window = self._window
+        if self._owned is not None:
+            try:
+                self._owned.verify(parameters)
+            except BaseException:
+                self._drop()
+                raise
         return {
             "index": self._index,
+            "pending": self.pending,
             "shapes": [tuple(p.shape) for p in parameters],
             "window": None if window is None else held(window, parameters, self._ranks),
             "noise": self._meter.state_dict(),
@@ -317,27 +367,95 @@ class Accumulator:
         """Goes on where `state_dict` was taken, inside a window too, bit for bit.
 
         Raises:
-            ValueError: the state is of other parameters, or no state at all; nothing was touched.
+            ValueError: the state is of other parameters, damaged, or no state at all; it names the entry. Nothing was
+                touched, and the open window is as it was.
         """
         parameters = self._parameters()
-        check_state(state, parameters, self._ranks)
+        with nullcontext({}) if self._ranks is None else self._ranks.agreeing(LOAD) as terms:
+            check_state(state, parameters, self._ranks, self._wide())
+            if state["window"] is not None and callable(self.every):
+                planned(self.every, state["index"])
+            if self._ranks is not None:
+                terms.update(self._ranks.loaded(state))
         self._index = state["index"]
         self.reset()
         self._meter.load_state_dict(state.get("noise"))  # older states have none
         if state["window"] is not None:
-            window = self._open()
+            window, owned = self._open(), self._own(loading=True)
             restore(window, state["window"], parameters, self._ranks)
             self._window = window
+            owned.record()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _own(self, loading: bool = False) -> Ownership:
+        """From here on the gradients are the window's. Those that lie there go, as by zero_grad() before a window."""
+        parameters, drop = self._parameters(), weakref.WeakMethod(self._drop)
+        shards = None if self._ranks is None else self._ranks.shards
+        owned = Ownership("an Accumulator", drop, parameters, instead=loading, in_grad=shards is None)
+        if any(p.grad is not None for p in parameters) or (shards is not None and shards.hold_gradients()):
+            if not self._warned:
+                self._warned = True
+                try:
+                    warnings.warn(_DISCARDED, stacklevel=3)
+                except BaseException:  # where warnings are errors
+                    owned.close()
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            if shards is not None:
+                shards.forget()
+        self._owned = owned
+        # A new one after each update(), and no public name tells of that; a test fails when it moves. `unscale_` writes
+        # to gradients without counting up their `_version`, and itself refuses to be called twice.
+        self._unscaled = getattr(self.scaler, "_per_optimizer_states", None)
+        return owned
+
+    def _verify(self, call: str = BACKWARD) -> None:
+        """That nobody else has moved what the open window owns. Other ranks learn of it, where `call` is theirs too."""
+        if self._owned is None:
+            return
+        with nullcontext() if self._ranks is None else self._ranks.meetings.reporting(call):
+            self._owned.verify(self._parameters())
+            if self._unscaled is not getattr(self.scaler, "_per_optimizer_states", None):
+                raise RuntimeError(
+                    "scaler.update() was called inside an open window, whose losses have been multiplied by the scale "
+                    "from before. Remove it, and unscale_(): the Accumulator calls both once a window. Two "
+                    "Accumulators need a GradScaler each. The window was dropped; the parameters and the optimizer are "
+                    "as they were."
+                )
+
+    def _release(self) -> None:
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = None
+
+    def _drop(self, foreign: Exception | None = None) -> None:
+        """After an error: forgets the window, and what a scaler may have noted of it, at the scale that it has.
+
+        Where the error is raised outside a call of ours, at a `foreign` one, the other ranks learn of it here.
+        """
+        if foreign is not None and self._ranks is not None and self._ranks.shards is None:
+            self._ranks.meetings.report(BACKWARD, foreign)
+        self.reset()
+        if self.scaler is not None:
+            state = self.scaler.state_dict()
+            with suppress(AssertionError, IndexError):  # nothing was noted
+                self.scaler.update()
+                self.scaler.load_state_dict(state)
+
+    def _wide(self) -> torch.dtype | None:
+        """What wide sums hold at least; None where gradients add up in `.grad`."""
+        return self.dtype if is_wide(self._parameters(), self.dtype) else None
 
     def _narrowest(self) -> torch.dtype:
         return min((p.dtype for p in self._parameters()), key=lambda dtype: dtype.itemsize)
 
     def _open(self) -> Window:
         self._plan = self.every if isinstance(self.every, UntilNoise) else planned(self.every, self._index)
-        dtype = self.dtype if is_wide(self._parameters(), self.dtype) else None
+        if self._ranks is not None and callable(self.every):
+            self._ranks.agree_to_open(self._index, self._plan)
+        dtype = self._wide()
         if isinstance(self._plan, Items):
             window = Window(unit=self._plan.count, dtype=dtype)
         else:
@@ -361,9 +479,13 @@ class Accumulator:
 
     def _close(self, window: Window, met: Met | None = None) -> Update:
         """One update from the window's sums; then, whatever happened, no gradients and no window."""
+        if met is None:
+            self._verify()
+        self._release()
         sums = None
         if self._ranks is not None:
-            met = met or self._ranks.meet(window, self._parameters())
+            terms = window_terms(self, self._plan)
+            met = met or self._ranks.meet(BACKWARD, window, self._parameters(), terms)
             sums = self._ranks.reduce(window, self._parameters(), met)
         gradients = window.gradients(self._parameters())
         # Without a gradient a scaler has recorded nothing, and would refuse to go on.
@@ -387,7 +509,7 @@ class Accumulator:
             scale_(gradients, factor)
             while window.sums:
                 p, mean = window.sums.popitem()
-                p.grad = mean.to(p.dtype)
+                p.grad = mean.to(gradient_dtype(p))
             if scaler is None:
                 self.optimizer.step()
             else:
@@ -405,14 +527,18 @@ class Accumulator:
         return Update(self._index, sums.micro_batches, sums.items, sums.loss, norm, skipped)
 
     def _reason_to_skip(self, update: Update, gradients: list[Tensor]) -> str | None:
-        if update.items <= 0:
+        if not math.isfinite(update.items):
+            reason = f"a micro-batch's items were negative, NaN or infinite: all together are {update.items}"
+            if self.nonfinite == "raise":
+                raise FloatingPointError(f"{reason}. The parameters and the optimizer are as they were.")
+            return reason
+        if update.items == 0:
             return "the window holds no items"
         if not gradients:
             return "no parameter of the optimizer got a gradient"
         if math.isfinite(update.loss) and math.isfinite(update.grad_norm):
             return None
-        # A scaler has seen the inf too and would not step, so there is nothing to apply.
-        if self.nonfinite == "apply" and self.scaler is None:
+        if self.nonfinite == "apply":
             return None
         reason = f"the window is not finite: loss {update.loss}, gradient norm {update.grad_norm}"
         if self.nonfinite == "raise":

@@ -1,0 +1,85 @@
+"""What all ranks must have alike: compared when an Accumulator is made, and what may change since, at every close."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bigbatch.torch.replicas import Replicas
+
+if TYPE_CHECKING:
+    from bigbatch.torch.ranks import Ranks
+    from bigbatch.torch.stream import Accumulator
+
+
+def made_with(acc: "Accumulator", ranks: "Ranks", sync: Any, noise: Any) -> dict[str, Any]:
+    """Each option of an Accumulator, the optimizer's, and the parameters, by name."""
+    parameters = [p for group in acc.optimizer.param_groups for p in group["params"]]
+    every = acc.every
+    if callable(every):  # its repr may hold an address
+        every = getattr(every, "__name__", type(every).__name__)
+    terms = {
+        "every": every,
+        "clip_norm": acc.clip_norm,
+        "dtype": acc.dtype,
+        "partial": acc.partial,
+        "nonfinite": acc.nonfinite,
+        "sync": sync,
+        "noise": noise,
+        "fused": acc.fused,
+        "optimizer": type(acc.optimizer).__name__,
+        **_described(parameters),
+        **_options(acc.optimizer),
+    }
+    parts: dict[str, Any] = {"scheduler": acc.scheduler, "scaler": acc.scaler}
+    for name, part in parts.items():
+        terms[name] = "none" if part is None else type(part).__name__
+        if part is not None and hasattr(part, "state_dict"):
+            terms |= dict(_numbers_in(part.state_dict(), name))
+    return terms | (ranks.model.values() if isinstance(ranks.model, Replicas) else {})
+
+
+def window_terms(acc: "Accumulator", plan: Any) -> dict[str, Any]:
+    """What a step depends on besides the gradients, as it is when a window closes."""
+    groups = acc.optimizer.param_groups
+    terms = {
+        "the update's index": acc.index,
+        f"every, for update {acc.index}": plan,
+        "requires_grad": "".join("01"[p.requires_grad] for group in groups for p in group["params"]),
+        **_options(acc.optimizer),
+    }
+    return terms if acc.scaler is None else {**terms, "the scaler's scale": acc.scaler.get_scale()}
+
+
+def _described(parameters: Iterable[Tensor]) -> dict[str, str]:
+    shapes = {
+        f"parameter {i}": f"{tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
+        for i, p in enumerate(parameters)
+    }
+    return {"the number of parameters": str(len(shapes)), **shapes}
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The learning rate, decay and so on of each group, and how many parameters it has."""
+    options: dict[str, Any] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        options[f"the number of parameters in param_groups[{i}]"] = len(group["params"])
+        for key, value in group.items():
+            if key not in ("params", "param_names"):
+                options.update(_numbers_in(value, f"param_groups[{i}][{key!r}]"))
+    return options
+
+
+def _numbers_in(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The plain numbers, flags and words in a nesting, each with its place; a tensor of one number too."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else None
+    if isinstance(value, bool | int | float | str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from _numbers_in(child, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, child in enumerate(value):
+            yield from _numbers_in(child, f"{name}[{i}]")

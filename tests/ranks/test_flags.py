@@ -1,0 +1,58 @@
+"""Whoever sets the flags of a model's own reduction, and wherever: a window's gradients are reduced once."""
+
+import pytest
+import torch
+
+from conformance.ranks_pool import pool
+from ranks import in_flags, in_rank
+from ranks.test_ddp import alike, close, deal, windows_of
+
+HOW = ["on everywhere", "at random", *(f"{how} {place}" for how, place in [
+    ("entered before", "making"), ("entered before", "forward"), ("entered before", "backward"),
+    ("entered before", "flush"), ("left after", "making"), ("left after", "forward"), ("left after", "flush"),
+])]  # fmt: skip
+KINDS = ["ddp", "fsdp window", "fsdp micro_batch"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stream_reduces_once(kind, how):
+    dealt = deal((7, 7), seed=20)
+    expected, _ = in_rank.one_process(windows_of(dealt, 2), in_rank.sgd)
+    close(alike(pool(2).run(in_flags.stream, dealt, kind, how)), expected)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_split_api_reduces_once(kind, how):
+    dealt = deal((3, 3), seed=21)
+    expected, _ = in_rank.one_process(windows_of(dealt, 3), in_rank.sgd)
+    close(alike(pool(2).run(in_flags.split, dealt, kind, how)), expected)
+
+
+@pytest.mark.parametrize("act", ["forward_before", "split_inside", "copied", "compiled"])
+def test_once_too(act):
+    dealt = deal((2, 2), seed=22)
+    expected, _ = in_rank.one_process(windows_of(dealt, 2), in_rank.sgd)
+    close(alike(pool(2).run(getattr(in_flags, act), dealt)), expected)
+
+
+@pytest.mark.parametrize("end", ["split", "accumulator"])
+def test_afterwards_the_model_reduces_by_itself(end):
+    dealt = deal((1, 1), seed=23)
+    model = in_rank.language_model()
+    sum(in_rank.loss_of(model, mine[0]) / 2 for mine in dealt).backward()
+    for inside, gradients in pool(2).run(in_flags.afterwards, dealt, end):
+        assert inside is False  # a no_sync() that is open stays so
+        close(gradients, [p.grad for p in model.parameters()])
+
+
+def test_the_private_names_are_there():
+    pool(2).run(in_flags.private_names)
+
+
+def test_join_of_the_model_is_refused():
+    for outcome in pool(2).outcomes(in_flags.inside_join):
+        assert type(outcome) is RuntimeError
+        assert "Leave it out: flush() waits" in str(outcome)
+    assert torch.equal(*pool(2).run(torch.ones, 1))  # and the ranks are in step
