@@ -89,7 +89,7 @@ def check_clip_norm(clip_norm: Any) -> float | None:
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Accepts one of a few words."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array or a tensor makes of `in` what it likes
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{name} must be one of {listed}. {received(name, value)}")
     return value
