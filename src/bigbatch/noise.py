@@ -175,8 +175,8 @@ class NoiseScale:
         if isinstance(windows, bool) or not isinstance(windows, numbers.Integral) or windows < 0:
             raise _damaged("windows", windows, "a whole number of at least 0")
         try:
-            moments = tuple(float(x) for x in moments)
-        except (TypeError, ValueError):
+            moments = tuple(math.nan if isinstance(x, bool | str) else float(x) for x in moments)
+        except (TypeError, ValueError, RuntimeError):  # the last where a tensor is no number
             moments = ()
         if len(moments) != len(EMPTY) or not all(map(math.isfinite, moments)) or (windows and moments[0] <= 0):
             raise _damaged("moments", state["moments"], f"{len(EMPTY)} finite numbers")

@@ -69,8 +69,9 @@ def check_state(state: Any, parameters: list[Tensor], ranks: Ranks | None, dtype
         ValueError: it names the entry that is wrong.
     """
     keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-    if not isinstance(state, Mapping) or {"index", "shapes", "window"} - set(state):
-        raise ValueError(f"The state is not an Accumulator's. Received: keys {keys}.")
+    lacks = sorted({"index", "shapes", "window"} - set(state if isinstance(state, Mapping) else ()))
+    if lacks:
+        raise ValueError(f"The state is not an Accumulator's. Received: keys {keys}, without {', '.join(lacks)}.")
     _keys("state", state, ("index", "shapes", "window"), optional=("pending", "noise"))  # older ones have neither
     _whole("state['index']", state["index"])
     shapes = [tuple(p.shape) for p in parameters]

@@ -225,8 +225,7 @@ class Accumulator:
         if self._repeats:
             items = loss.new_zeros(())
         window = self._window or self._open()
-        with nullcontext() if self._ranks is None else self._ranks.meetings.reporting(BACKWARD):
-            owned = self._owned or self._own()
+        owned = self._owned or self._own()
         self._meter.norms.clear()  # of backwards in between that were not a micro-batch's
         try:
             if self._ranks is not None:
