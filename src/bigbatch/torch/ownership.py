@@ -221,8 +221,8 @@ def _refusing(owner: "weakref.ref[Ownership]") -> Callable[..., None]:
             error = RuntimeError(
                 f"{type(optimizer).__name__}.step() was called inside an open window, whose gradients are not "
                 "complete. Remove it: the Accumulator steps when the window is full, and flush() before that; after "
-                "bb.backward step once. Where a hook on the parameters steps (an optimizer in the backward), remove the "
-                "hook. " + _DROPPED
+                "bb.backward step once. Where a hook on the parameters steps (an optimizer in the backward), remove "
+                "it. " + _DROPPED
             )
             owned.forget(error)
             raise error
@@ -269,9 +269,8 @@ def _is_renormalized(p: Tensor) -> bool:
     collector knows, and it is asked where a parameter was written to.
     """
     if p not in _RENORMALIZED:
-        users, found = [p], []
-        for _ in range(3):  # the module's `_parameters`, its attributes where they are a dict of their own, and itself
+        users = [p]
+        for _ in range(3):  # the module's `_parameters`, its attributes, and itself
             users = [user for used in users for user in gc.get_referrers(used) if isinstance(user, dict | nn.Module)]
-            found += users
-        _RENORMALIZED[p] = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None for m in found)
+        _RENORMALIZED[p] = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None for m in users)
     return _RENORMALIZED[p]

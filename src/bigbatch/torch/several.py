@@ -35,6 +35,11 @@ class Optimizers:
             optimizer.step()
 
 
+def name_of(optimizer: Any) -> str:
+    """The class of an optimizer, or of each of several."""
+    return repr(optimizer) if isinstance(optimizer, Optimizers) else type(optimizer).__name__
+
+
 class Schedulers:
     """One step of each, in the order given."""
 

@@ -34,6 +34,7 @@ from bigbatch.torch.noise import Meter
 from bigbatch.torch.ownership import Ownership
 from bigbatch.torch.ranks import Met, Ranks
 from bigbatch.torch.saved import check_state, held, restore
+from bigbatch.torch.several import name_of
 from bigbatch.torch.shards import whole
 from bigbatch.torch.terms import made_with, window_terms
 from bigbatch.torch.window import Sums, Window, is_wide, scale_
@@ -81,15 +82,17 @@ class Accumulator:
         acc.flush()
 
     The update is the big batch's: the mean over all items, clipped, scheduled and decayed once. Between windows
-    `.grad` is None; inside one it is the window's, part of whose sums may lie elsewhere, and nobody else should write
-    to it.
+    `.grad` is None; inside one it is the window's, part of whose sums may lie elsewhere. Gradients that lie there when
+    a window opens are discarded, with one warning. A step, backward, zero_grad or clipping of somebody else's inside an
+    open window, and any other write to its gradients or parameters, raises RuntimeError and drops the window.
 
     Args:
-        optimizer: any `torch.optim.Optimizer` whose `step` needs no closure.
+        optimizer: any `torch.optim.Optimizer` whose `step` needs no closure, or a list of several that share no
+            parameter (Muon for matrices, AdamW for the rest): they make one update, clipped together.
         every: when a window closes. A number of micro-batches; a callable that takes the update's index and returns
             one (batch-size warm-up); `bb.items(4096)`; or `bb.until_noise(at_most=256)`.
         clip_norm: clips the mean gradient to this 2-norm, as `clip_grad_norm_` would the big batch's.
-        scheduler: stepped once an update.
+        scheduler: stepped once an update; or a list of several. Its `step` must need no argument.
         scaler: a `torch.amp.GradScaler`, which unscales once a window and skips a window that overflowed.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, for the optimizer. None adds up in the parameters' own dtype.
@@ -186,7 +189,7 @@ class Accumulator:
         )
         every = getattr(self.every, "__name__", self.every)
         state = f"{self._index} updates made, {self.pending} micro-batches pending"
-        return f"Accumulator({type(self.optimizer).__name__}, every={every}{options}: {state})"
+        return f"Accumulator({name_of(self.optimizer)}, every={every}{options}: {state})"
 
     def backward(self, loss: Tensor, *, items: float | Tensor) -> Update | None:
         """Takes one micro-batch in: differentiates its loss, and makes the update if that fills the window.
@@ -203,6 +206,7 @@ class Accumulator:
         Raises:
             TypeError, ValueError: the loss or `items` is not as described; the window stays as it was.
             FloatingPointError: with `nonfinite="raise"`, the window came out inf or NaN; it was dropped.
+            RuntimeError: somebody else has moved the window's gradients or parameters; it was dropped.
 
         Any error of autograd's or the optimizer's drops the open window, as `reset` does, and goes on to the caller.
         An error in your own forward, before the call, leaves the window as it was.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.torch.replicas import Replicas
+from bigbatch.torch.several import name_of
 
 if TYPE_CHECKING:
     from bigbatch.torch.ranks import Ranks
@@ -28,7 +29,7 @@ def made_with(acc: "Accumulator", ranks: "Ranks", sync: Any, noise: Any) -> dict
         "sync": sync,
         "noise": noise,
         "fused": acc.fused,
-        "optimizer": type(acc.optimizer).__name__,
+        "optimizer": name_of(acc.optimizer),
         **_described(parameters),
         **_options(acc.optimizer),
     }
