@@ -66,7 +66,7 @@ def test_what_can_be_read_is_refused_before_anything_moves(bad, kind):
 
 
 def test_zero_in_an_array_counts_for_nothing():
-    for zero in (np.zeros(()), jnp.zeros(()), -np.zeros(()), np.zeros((), np.int32)):
+    for zero in (np.zeros(()), jnp.zeros(()), np.asarray(-0.0), np.zeros((), np.int32)):
         tx = bb.accumulate(optax.sgd(0.1), every=2)
         _, state = tx.update(GRADS[0], tx.init(PARAMS), PARAMS, items=zero)
         updates, state = tx.update(GRADS[1], state, PARAMS, items=2)
@@ -102,24 +102,22 @@ class TestSplit:
     @pytest.mark.parametrize("micro_batch", [3, 4, 8])
     def test_unseen_items_make_nan(self, bad, micro_batch):
         """Not a number, as for a window without items: a compiled function has no other way to say so."""
-        items = jnp.ones(8).at[2].set(4 * bad)
+        items = jnp.ones(8).at[2].set(40 * bad)
         found = bb.value_and_grad(self.loss_fn, has_items=True, micro_batch=micro_batch, in_axes=(None, 0, 0))
-        for run in (found, jax.jit(found)):
-            loss, grads = run(PARAMS["w"], self.x, items)
-            assert np.isnan(loss)
-            assert np.isnan(grads).all()
+        loss, grads = jax.jit(found)(PARAMS["w"], self.x, items)
+        assert np.isnan(loss)
+        assert np.isnan(grads).all()
 
     @pytest.mark.parametrize("bad", BAD)
     @pytest.mark.parametrize("micro_batch", [3, 4, 8])
     def test_in_terms(self, bad, micro_batch):
-        items = jnp.ones(8).at[2].set(4 * bad)
+        items = jnp.ones(8).at[2].set(40 * bad)
 
         def terms(w, x, items):
             return {"bad": self.loss_fn(w, x, items), "good": (jnp.square(x @ w).mean(), len(x))}
 
-        losses, grads = bb.value_and_grad(terms, micro_batch=micro_batch, in_axes=(None, 0, 0))(
-            PARAMS["w"], self.x, items
-        )
+        found = bb.value_and_grad(terms, micro_batch=micro_batch, in_axes=(None, 0, 0))
+        losses, grads = jax.jit(found)(PARAMS["w"], self.x, items)
         assert np.isnan(losses["bad"])
         assert np.isnan(grads).all()
 

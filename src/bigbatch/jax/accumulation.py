@@ -222,7 +222,7 @@ def _wide_enough(apply: Apply, state: AccumulateState, params: Any) -> tuple[Acc
     """
     while True:
         like, after = jax.eval_shape(apply, state, params)
-        checks.check_inner(state.inner, after)
+        checks.check_inner(state.inner, after, state.grads, like)
         inner = jax.tree.map(lambda old, new: _as(jnp.asarray(old), _wider(old, new)), state.inner, after)
         same = all(
             old.dtype == jnp.result_type(was)
@@ -257,9 +257,9 @@ def _add(state: AccumulateState, grads: Any, items: jax.Array, value: jax.Array 
     weight = items / unit
 
     def add(s: jax.Array, v: jax.Array) -> jax.Array:
-        part = weight.astype(s.dtype) * v.astype(s.dtype)
-        s = jnp.where(state.micro_batches == 0, 0, s)  # selected: a NaN that is multiplied by zero stays
-        return s + jnp.where(items == 0, 0, part)  # a mean over no items is 0/0, and 0 × NaN would be NaN
+        # Selected, for NaN times zero is NaN: what the last window left there, and a mean over no items, which is 0/0.
+        s = jnp.where(state.micro_batches == 0, 0, s)
+        return s + weight.astype(s.dtype) * jnp.where(items == 0, 0, v.astype(s.dtype))
 
     return state._replace(
         micro_batches=state.micro_batches + 1,

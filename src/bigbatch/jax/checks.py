@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bigbatch import errors
-from bigbatch.jax.state import BAD_EVERY, AccumulateState, emptied, update_of
+from bigbatch.jax.state import BAD_EVERY, AccumulateState, Update, emptied, not_accumulated, update_of
 from bigbatch.jax.window import at_hand
 
 # Extra arguments that are functions of the last micro-batch's data, or its gradient.
@@ -19,14 +19,6 @@ def accumulated(state: Any) -> list[AccumulateState]:
     """All states of `accumulate` in an optimizer's state."""
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AccumulateState))
     return [leaf for leaf in leaves if isinstance(leaf, AccumulateState)]
-
-
-def not_accumulated(state: Any) -> Exception:
-    """For a state without a window in it."""
-    return TypeError(
-        f"The state holds no AccumulateState of bb.accumulate. Received: {type(state).__name__}. "
-        "Make the optimizer with bb.accumulate(tx, every=…), and pass the state of its init."
-    )
 
 
 def items_missing() -> Exception:
@@ -78,6 +70,8 @@ def check_window(state: Any, grads: Any = None) -> None:
             "optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)), flush=True) "
             "in place of bb.flush."
         )
+    if not isinstance(state.last, Update):
+        raise _mismatch("state.last", state.last, "an Update")
     own = emptied(None, jnp.zeros((), jnp.int32), None, update_of(0))
     _compare("state", state._replace(grads=None, inner=None, noise=None, last=state.last._replace(noise=None)), own)
     _check_counts(state)
@@ -85,13 +79,19 @@ def check_window(state: Any, grads: Any = None) -> None:
         _check_gradients(state.grads, grads)
 
 
-def check_inner(before: Any, after: Any) -> None:
-    """Refuses an inner state that the transformation would hand on in another structure or shape."""
+def check_inner(before: Any, after: Any, sums: Any, updates: Any) -> None:
+    """Refuses an inner state that comes back in another structure or shape, or makes updates of another shape."""
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise _mismatch("state.inner", before, f"nested as {jax.tree.structure(after)}")
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         if jnp.shape(old) != jnp.shape(new):
             raise _mismatch("state.inner" + jax.tree_util.keystr(path), old, f"of shape {jnp.shape(new)}")
+    if jax.tree.structure(sums) == jax.tree.structure(updates):
+        for sum_, made in zip(jax.tree.leaves(sums), jax.tree.leaves(updates), strict=True):
+            if sum_.shape != made.shape:
+                raise _mismatch(
+                    "state.inner", before, f"one that makes updates of shape {sum_.shape}, not {made.shape}"
+                )
 
 
 def refuse_line_search(inner: Any) -> None:

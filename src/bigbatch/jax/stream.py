@@ -8,8 +8,8 @@ import optax
 from bigbatch import errors
 from bigbatch.every import Every, as_every
 from bigbatch.jax.accumulation import Accumulation
-from bigbatch.jax.checks import accumulated, check_window, not_accumulated
-from bigbatch.jax.state import AccumulateState, emptied
+from bigbatch.jax.checks import accumulated, check_window
+from bigbatch.jax.state import AccumulateState, emptied, not_accumulated
 from bigbatch.jax.window import check_dtype
 from bigbatch.noise import UntilNoise, one_in
 
