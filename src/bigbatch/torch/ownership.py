@@ -43,6 +43,8 @@ class Ownership:
         RuntimeError: another window holds one of the parameters; that one is dropped.
     """
 
+    _handle: Any = None  # also of an object that torch.compile has made without `__init__`
+
     def __init__(
         self,
         who: str,
@@ -68,7 +70,8 @@ class Ownership:
         _OPEN.add(self)
 
     def __del__(self) -> None:
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def add(self, parameters: Iterable[Tensor], instead: bool = False) -> None:
         """Takes parameters in that the window has no gradients of yet."""
