@@ -2,7 +2,10 @@
 
 import itertools
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +178,11 @@ def test_a_graph_that_was_saved_and_imported_keeps_the_order(tmp_path):
             for i in range(20):
                 session.run([names["apply"], names["accumulate"]], {names["x"]: [1.0]})
                 assert session.run(v1.global_variables()[0]) == -i - 1
+
+
+def test_workers_of_a_parameter_server_share_a_window_and_its_lock():
+    script = Path(__file__).with_name("servers.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # 80 micro-batches in windows of 4, each of which counts its own mean: none is lost and none is doubled.
+    assert done.stdout.split() == [str(-2.0 * sum(range(40)) / 4), "20", "0"], done.stderr[-3000:]

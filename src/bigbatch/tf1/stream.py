@@ -52,6 +52,10 @@ class Accumulator(v1.train.Optimizer):
     A run is one micro-batch, counted once. The parts by name are `accumulate`, `apply`, `flush` and `zero`; any of
     them may be in one run, and are done in that order. What is not fetched does not run.
 
+    All micro-batches of a window must see the same variables. Where something else changed them inside the window (the
+    wrapped optimizer's own `minimize`, an assign, another Accumulator), the run that closes it raises
+    InvalidArgumentError and makes no update; the next window is exact.
+
     Args:
         optimizer: any optimizer of `tf.compat.v1.train`, or a subclass of `tf.compat.v1.train.Optimizer`.
         every: when a window closes. A number of micro-batches; a callable that takes the update's index, an int64

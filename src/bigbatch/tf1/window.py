@@ -80,6 +80,8 @@ class Window:
             self._open = _variable(tf.float64, len(Scalars._fields), "window")
             self._report = _variable(tf.float64, 1 + len(Update._fields), "last")
             self.variables = [self._open, self._report]
+        self._device = self._open.device  # on a parameter server the lock is there too, one for all workers
+        with tf.device(self._device):
             name = tf.raw_ops.NoOp(name="lock").name  # unique in the graph, and the same in the next process
             self._mutex = tf.raw_ops.MutexV2(shared_name=name)
             initialized = v1.is_variable_initialized(self._open)
@@ -101,7 +103,7 @@ class Window:
         tf.CriticalSection would wait for every input of every op that works under it, so for the whole backward pass;
         the sums had better take each gradient as it comes.
         """
-        with tf.device("/cpu:0"):
+        with tf.device(self._device):
             before = [earlier.after() for earlier in self._turns[:turn]]
             with tf.control_dependencies([*self._found, *after, *before]):
                 taken = tf.raw_ops.MutexLock(mutex=self._mutex)
@@ -142,7 +144,7 @@ class Window:
 
     def release(self, lock: Lock, after: Sequence[tf.Operation], name: str) -> tf.Operation:
         """An op that comes after `after` and gives the lock back, once all of these that the run holds have come."""
-        with tf.control_dependencies(after), tf.device("/cpu:0"):
+        with tf.control_dependencies(after), tf.device(self._device):
             # Until here the lock's tensor lives, and with it the lock; after an error too it goes with the run.
             return tf.group(tf.raw_ops.ConsumeMutexLock(mutex_lock=lock.taken), lock.turn, name=name)
 
