@@ -284,8 +284,10 @@ class KerasRun:
                 keras.ops.convert_to_tensor(w, v.dtype) for w, v in zip(weights, model.trainable_variables, strict=True)
             ]
 
+        other = keras.optimizers.SGD(0.1)  # here, since on JAX none can be made inside
+
         def compiles() -> None:
-            model.compile(keras.optimizers.SGD(0.1), Loss(self.spec.job))
+            model.compile(other, Loss(self.spec.job))
             model.optimizer.build(model.trainable_variables)
             go_on(model)
 

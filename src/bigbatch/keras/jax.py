@@ -18,7 +18,7 @@ from keras import distribution
 
 from bigbatch.engines import jax_products
 from bigbatch.engines.jax_convolutions import with_fast_convolutions
-from bigbatch.keras import batch, loss, noise
+from bigbatch.keras import batch, loss, noise, skips
 from bigbatch.keras.alone import alone
 
 Step = Callable[[Any, Any], tuple[dict[str, Any], Any]]
@@ -203,15 +203,24 @@ def _update(
             gradients.append(functools.reduce(jnp.add, weighted).astype(v.dtype))
         return tuple(map(list, model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)))
 
-    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
-        updated = apply()
-    else:
-        # A window that is not finite leaves no trace. Loss scaling asks that itself, and takes note.
+    made = None  # whether the update is made, unless it is always
+    if not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        # A window that is not finite has no effect on later ones. Loss scaling asks that itself, and takes note.
         # The sums are asked, so that the division is part of the update's own pass over them.
-        finite = jnp.isfinite(total)
+        made = jnp.isfinite(total)
         for g in jax.tree.leaves(sums.gradients):
-            finite &= jnp.sum(g - g) == 0  # inf and NaN make NaN of it; one quick pass on a CPU, that makes no array
-        updated = lax.cond(finite, apply, lambda: (list(trainable), list(optimizer_variables)))
+            made &= jnp.sum(g - g) == 0  # inf and NaN make NaN of it; one quick pass on a CPU, that makes no array
+    counted = skips.counted(described, sums.items)
+    if counted:
+        some = sum(counted[1:], counted[0]) > 0
+        made = some if made is None else made & some
+
+    def skip() -> Any:
+        if counted:  # else nothing is said, and the compiled step can be cached, as one that calls back cannot
+            jax.debug.callback(skips.say, *counted)
+        return list(trainable), list(optimizer_variables)
+
+    updated = apply() if made is None else lax.cond(made, apply, skip)
     trainable, optimizer_variables = updated
     return logs, (trainable, non_trainable, optimizer_variables, metrics)
 

@@ -5,6 +5,7 @@ the law (`bigbatch.law`) each of them must come with its items: examples, the va
 weights. So the compiled losses are called through copies that note what Keras's own reduction divides by.
 """
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -175,8 +176,25 @@ class _Noting:
         value = noted(y_true, y_pred, sample_weight)
         if self.called is None:  # a loss with a __call__ of its own
             self.called = self.loss.name, self.loss, y_true, y_pred, value
-        self.found.append(self._term(_scalar(value), get_keras_mask(y_pred), sample_weight))
+        term = self._term(_scalar(value), get_keras_mask(y_pred), sample_weight)
+        if self.values is not None and self._narrowed(value):
+            term = self._widened(term, noted, y_true, y_pred, sample_weight)
+        self.found.append(term)
         return value
+
+    def _narrowed(self, value: Any) -> bool:
+        """Whether Keras has divided float64 values in float32, as it does on PyTorch."""
+        dtypes = [keras.backend.standardize_dtype(x.dtype) for x in (self.values, value)]
+        return dtypes == ["float64", "float32"]
+
+    def _widened(self, term: Term, noted: Any, y_true: Any, y_pred: Any, sample_weight: Any) -> Term:
+        """The same mean, divided in float64."""
+        noted.reduction, values = "sum", self.values
+        noted.call = lambda y_true, y_pred: values
+        total = noted(y_true, y_pred, sample_weight)
+        items = ops.cast(term.items, "float64")
+        over = ops.cast(math.prod(values.shape), "float64") if term.kind == EXAMPLES else items
+        return Term(total / ops.where(over == 0, ops.ones_like(over), over), items, term.weight, term.kind)
 
     def _call(self, y_true: Any, y_pred: Any) -> Any:
         self.values = self.loss.call(y_true, y_pred)
@@ -198,11 +216,17 @@ class _Noting:
         weighted = reduction == "mean_with_sample_weight" and sample_weight is not None
         if both is None and not weighted:
             return _over_examples(value, self.x, self.weight)
-        weights = ops.convert_to_tensor(sample_weight, value.dtype) if weighted else None
-        counted = apply_mask(weights, both, dtype=value.dtype, reduction="sum")
+        dtype = self.values.dtype if self._narrowed(value) else value.dtype
+        weights = ops.convert_to_tensor(sample_weight, dtype) if weighted else None
+        counted: Any = apply_mask(weights, both, dtype=dtype, reduction="sum")
         # Kept in the kind, so that no other mask can take its id.
         kind = (_Same(mask), _Same(own), _Same(sample_weight if weighted else None))
-        return Term(value, ops.sum(counted), self.weight, kind)
+        items = ops.sum(counted)
+        if weighted:
+            # What is no weight must not cancel in the sum: then nothing is an update (`bigbatch.keras.skips`).
+            good = ops.all(ops.logical_and(counted >= 0, counted < float("inf")))
+            items = ops.where(good, items, ops.full_like(items, float("nan")))
+        return Term(value, items, self.weight, kind)
 
 
 class _Same:

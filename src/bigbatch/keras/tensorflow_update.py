@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from bigbatch.engines.tensorflow_products import in_turn
-from bigbatch.keras import loss, noise
+from bigbatch.keras import loss, noise, skips
 from bigbatch.keras.tensorflow_window import Owed, Sums, dense
 
 
@@ -45,7 +45,7 @@ def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) 
     variables = model.trainable_variables
     gradients = in_turn(mean, variables, *sums.gradients)
     if variables:
-        _apply(model, gradients, variables, total)
+        _apply(model, gradients, variables, total, skips.counted(described, items))
     else:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
     return {**model.get_metrics_result(), **noise_logs}
@@ -55,24 +55,36 @@ def _times(gradient: Any, factor: tf.Tensor) -> tf.Tensor:
     return gradient.times(factor) if isinstance(gradient, Owed) else gradient * tf.cast(factor, gradient.dtype)
 
 
-def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -> None:
-    """`optimizer.apply`, unless the window is not finite. Loss scaling asks that itself, and takes note."""
+def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any, counted: list[Any]) -> None:
+    """`optimizer.apply`, unless the window is not finite or has no items."""
     optimizer = model.optimizer
-    if model.distribute_strategy.num_replicas_in_sync > 1 and _wants_the_sum(optimizer):
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1 and _wants_the_sum(optimizer):
         gradients = _on_the_first_replica(gradients)
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer.apply(gradients, variables)
-        return
-    finite = tf.math.is_finite(total) & _all_finite([g for g in gradients if g is not None])
-    if model.distribute_strategy.num_replicas_in_sync == 1:
-        tf.cond(finite, lambda: _applied(optimizer, gradients, variables), lambda: tf.constant(False))
+    made: Any = tf.constant(True)
+    if counted:
+        made = tf.add_n(counted) > 0
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):  # which asks for itself, and takes note
+        if not counted:
+            optimizer.apply(gradients, variables)
+            return
+    else:
+        made &= tf.math.is_finite(total) & _all_finite([g for g in gradients if g is not None])
+
+    def skip() -> Any:
+        if counted and not model.jit_compile:  # XLA calls nothing in Python
+            tf.numpy_function(skips.say, counted, [])
+        return tf.constant(False)
+
+    if replicas == 1:
+        tf.cond(made, lambda: _applied(optimizer, gradients, variables), skip)
         return
 
     # A replica may not ask inside a tf.cond, so all replicas ask together.
-    finite = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~finite, tf.int32)) == 0
+    made = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~made, tf.int32)) == 0
 
-    def merged(strategy: Any, finite: Any, gradients: list[Any]) -> None:
-        one = strategy.experimental_local_results(finite)[0]
+    def merged(strategy: Any, made: Any, gradients: list[Any]) -> None:
+        one = strategy.experimental_local_results(made)[0]
 
         def apply() -> Any:
             strategy.extended.call_for_each_replica(_applied, args=(optimizer, gradients, variables))
@@ -80,7 +92,7 @@ def _apply(model: Any, gradients: list[Any], variables: list[Any], total: Any) -
 
         tf.cond(one, apply, lambda: tf.constant(False))
 
-    tf.distribute.get_replica_context().merge_call(merged, args=(finite, gradients))
+    tf.distribute.get_replica_context().merge_call(merged, args=(made, gradients))
 
 
 def _all_finite(gradients: list[Any]) -> Any:

@@ -15,7 +15,7 @@ import torch
 from bigbatch.engines import torch_graph
 from bigbatch.engines.torch_products import Products
 from bigbatch.engines.torch_proof import Known, Proof
-from bigbatch.keras import batch, loss, noise
+from bigbatch.keras import batch, loss, noise, skips
 from bigbatch.keras.alone import Gradients, alone
 
 
@@ -197,7 +197,13 @@ def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, An
             gradients.append(sum(parts[1:], parts[0]).to(torch_graph.gradient_dtype(p)) if parts else None)
     summed = [[totals.get(p) for p in parameters] for totals in sums.gradients or []]
     noise_logs = noise.closed(sums.noisy, sums.parts, summed, factors, sums.examples, total)
-    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) or _finite(total, gradients):
+    scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)  # which asks for itself
+    counted = skips.counted(described, totals)
+    some = [torch.stack(counted).sum() > 0] if counted else []
+    # Here the host waits, once a window.
+    if (not scaling and not _finite(total, gradients)) or (some and not some[0]):
+        skips.say(*[n.item() for n in counted])
+    else:
         model.optimizer.apply(gradients, variables)
     return {**model.get_metrics_result(), **noise_logs}
 
