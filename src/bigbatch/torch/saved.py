@@ -22,12 +22,15 @@ def held(window: Window, parameters: list[Tensor], ranks: Ranks | None) -> dict[
 
     The gradients are no copies; products that are not multiplied out yet come as their factors.
     """
+    if ranks is not None and ranks.shards is not None:
+        ranks.shards.check()
     waiting = window.products.waiting()
     gradients = {i: window.sums.get(p, p.grad) for i, p in enumerate(parameters)}
     gradients = {i: local(grad) for i, grad in gradients.items() if grad is not None}
     factors = {i: waiting[p] for i, p in enumerate(parameters) if p in waiting}
     return {
         "ranks": ranks.size if ranks else 1,
+        "rank": ranks.meetings.rank if ranks else 0,
         "micro_batches": window.micro_batches,
         "repeats": window.repeats,
         "items": window.items,
@@ -96,13 +99,19 @@ def check_state(state: Any, parameters: list[Tensor], ranks: Ranks | None, dtype
 
 def _check_window(saved: Any, parameters: list[Tensor], ranks: Ranks | None, dtype: torch.dtype | None) -> None:
     where = "state['window']"
-    numbers = "ranks", "micro_batches", "repeats", "items", "unit", "loss"
+    numbers = "ranks", "rank", "micro_batches", "repeats", "items", "unit", "loss"
     _keys(where, saved, (*numbers, "shards", "places", "gradients", "waiting"))
     size = ranks.size if ranks else 1
     if _whole(f"{where}['ranks']", saved["ranks"], 1) != size:
         raise ValueError(
             f"The state was saved inside a window on {saved['ranks']} ranks, each with its own part of it. "
             f"Received: {size} ranks. Load it on as many, or save where no window is open."
+        )
+    rank = ranks.meetings.rank if ranks else 0
+    if _whole(f"{where}['rank']", saved["rank"]) != rank:
+        raise ValueError(
+            f"The state was saved inside a window by rank {saved['rank']}, which held another part of it. "
+            f"Received: rank {rank}. Every rank saves and loads its own, or save where no window is open."
         )
     micro_batches = _whole(f"{where}['micro_batches']", saved["micro_batches"], 1)
     if _whole(f"{where}['repeats']", saved["repeats"]) > micro_batches:

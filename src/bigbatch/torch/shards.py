@@ -45,6 +45,8 @@ class Shards:
 
     def __init__(self, model: torch.nn.Module, sync: Literal["window", "micro_batch"]):
         self.modules = shards_in(model)
+        for module in self.modules:
+            module.reshard()  # after a forward the outermost one's parameters are whole until a backward
         self.sync = sync
         self.parameters: list[Tensor] = list(model.parameters())
         self.unit: float | None = None

@@ -253,6 +253,8 @@ class Accumulator:
         """Tells the other ranks that this one cannot take its micro-batch. Unless none has gone on, all drop theirs."""
         if self._ranks is not None:
             window = self._window or self._open()
+            if self._ranks.shards is not None:
+                self._owned = self._owned or self._own()
             if not self._ranks.refuse(error, window, loss, self._plan):
                 self._drop()
             elif window.micro_batches:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def made_with(acc: "Accumulator", ranks: "Ranks", sync: Any, noise: Any) -> dict[str, Any]:
     """Each option of an Accumulator, the optimizer's, and the parameters, by name."""
+    places = {p: i for i, p in enumerate(ranks.parameters)}
     parameters = [p for group in acc.optimizer.param_groups for p in group["params"]]
     every = acc.every
     if callable(every):  # its repr may hold an address
@@ -31,11 +32,13 @@ def made_with(acc: "Accumulator", ranks: "Ranks", sync: Any, noise: Any) -> dict
         "fused": acc.fused,
         "optimizer": name_of(acc.optimizer),
         **_described(parameters),
+        "the order of the model's parameters": str([places.get(p, "another's") for p in parameters]),
         **_options(acc.optimizer),
     }
     parts: dict[str, Any] = {"scheduler": acc.scheduler, "scaler": acc.scaler}
     for name, part in parts.items():
-        terms[name] = "none" if part is None else type(part).__name__
+        several = [] if part is None else getattr(part, "schedulers", [part])
+        terms[name] = "+".join(type(one).__name__ for one in several) or "none"
         if part is not None and hasattr(part, "state_dict"):
             terms |= dict(_numbers_in(part.state_dict(), name))
     return terms | (ranks.model.values() if isinstance(ranks.model, Replicas) else {})

@@ -38,6 +38,34 @@ class Replica(one.TorchRun):
         weight = m["weight"]
         return self.ddp(m) @ (weight / weight.sum().clamp(min=1))
 
+    def acts(self) -> dict[str, Callable[[], None]]:
+        def wrapped() -> None:
+            self.loss(self.tensors(jobs.window("net", (3,), seed=13)[0])).backward()
+
+        def flags() -> None:
+            with self.ddp.no_sync():
+                pass
+            self.ddp.require_backward_grad_sync = self.ddp.require_forward_param_sync = True
+
+        return {**super().acts(), "backward()": wrapped, "require_backward_grad_sync": flags}
+
+    def disturbed(self, micro_batches: Sequence[MicroBatch], place: int, name: str, ranks: Sequence[int]) -> Any:
+        """Of a window in which these ranks do something: what was there right after it, and what came of it."""
+        act, seen = self.acts()[name], []
+
+        def acting() -> None:
+            try:
+                if self.rank in ranks:
+                    act()
+            finally:
+                seen.append((self.params(), self.held()))
+
+        try:
+            report = self.disturb(micro_batches, place, acting)
+        except Exception as error:
+            return seen, error
+        return seen, report
+
     def watched(self, on: bool) -> int:
         if on:
             self.waits = one.Waits()
@@ -71,12 +99,19 @@ class Stream(Replica, one.Stream):
 
 
 class Split(Replica, one.Split):
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> SimpleNamespace:
+        """Each rank has half of the micro-batches, and one that has fewer acts before its last."""
+        half = -(-len(micro_batches) // RANKS)
+        return super().disturb(micro_batches, min(place, half - 1), act)
+
     def door(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         half = -(-len(micro_batches) // RANKS)
         mine = micro_batches[self.rank * half : (self.rank + 1) * half]
         batch = jobs.join(mine) if mine else {name: a[:0] for name, a in micro_batches[0].items()}
 
         def loss_fn(m: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.before_loss is not None:
+                self.before_loss()
             return self.loss(m), m["weight"].sum()
 
         return bb.backward(loss_fn, self.tensors(batch), micro_batch=len(micro_batches[0]["x"]), model=self.ddp)
@@ -99,6 +134,10 @@ def call(number: int, name: str, *arguments: Any) -> Any:
     return getattr(runs[number], name)(*arguments)
 
 
+def acts_of(number: int) -> list[str]:
+    return list(runs[number].acts())
+
+
 def pending(number: int) -> int:
     return runs[number].pending
 
@@ -108,6 +147,7 @@ class Together:
 
     def __init__(self, door: str, spec: Spec):
         self.number, self.ranks = next(numbers), pool(RANKS)
+        self.after_act: list[Any] = []
         self.ranks.run(start, self.number, door, spec)
 
     def __call__(self, name: str, *arguments: Any) -> Any:
@@ -132,10 +172,32 @@ class Together:
         self("reset")
 
     def params(self) -> Params:
-        return self("params")
+        return self.after_act.pop(0) if self.after_act else self("params")
 
     def held(self) -> list[np.ndarray]:
-        return self("held")
+        return self.after_act.pop(0) if self.after_act else self("held")
+
+    def acts(self) -> dict[str, Callable[[], None]]:
+        """All ranks do the same. The ranks are in their window by themselves, so the whole of it happens in the act."""
+        names = self.ranks.run(acts_of, self.number)[0]
+        return {name: lambda name=name: self._disturb(name) for name in names}
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> Any:
+        self.window_and_place = micro_batches, place
+        act()
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def _disturb(self, name: str) -> None:
+        arguments = (*self.window_and_place, name, range(RANKS))
+        answers = self.ranks.run(call, self.number, "disturbed", *arguments)
+        for seen, _ in answers:
+            assert len(seen) == 1, f"the act took place {len(seen)} times on one rank"
+            _alike(list(seen[0]), list(answers[0][0][0]), name)
+        self.after_act, self.outcome = list(answers[0][0][0]), answers[0][1]
+        for _, outcome in answers:
+            assert isinstance(outcome, Exception) == isinstance(self.outcome, Exception), f"{name}: {answers}"
 
     def updates(self) -> int:
         return self("updates")
