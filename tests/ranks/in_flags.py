@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -183,4 +182,33 @@ def copied(dealt: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return parameters(model)
 
 
-CALLS: dict[str, Callable[..., Any]] = {"stream": stream, "split": split}
+def wrapper_options(dealt: list[list[torch.Tensor]], name: str) -> list[torch.Tensor]:
+    """Options of DistributedDataParallel's that change how it reduces by itself, which it does not here."""
+
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.unused = in_rank.language_model(), nn.Linear(2, 2, dtype=torch.float64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            # A parameter that only one rank's loss reaches, and there with a gradient of zero.
+            return self.net(x) + (0 * self.unused.weight.sum() if dist.get_rank() == 1 else 0)
+
+    inner = in_rank.language_model() if name == "delayed" else Partly()
+    options: dict[str, Any] = {} if name in ("hook", "ignored", "delayed") else {name: True}
+    if name == "ignored":
+        inner._ddp_params_and_buffers_to_ignore = ["net.1.bias"]
+    if name == "delayed":
+        options["delay_all_reduce_named_params"] = [("1.bias", inner[1].bias)]
+        options["param_to_hook_all_reduce"] = inner[4].bias
+    model = DistributedDataParallel(inner, **options)
+    if name == "hook":
+        model.register_comm_hook(None, _never)
+    acc = bb.Accumulator(sgd(model), every=2, model=model)
+    for tokens in dealt[dist.get_rank()]:
+        acc.backward(loss_of(model, tokens), items=tokens_in(tokens))
+    return parameters(model)[:7]
+
+
+def _never(state: Any, bucket: Any) -> Any:
+    raise AssertionError("the model reduced by itself")

@@ -37,6 +37,21 @@ def test_once_too(act):
     close(alike(pool(2).run(getattr(in_flags, act), dealt)), expected)
 
 
+@pytest.mark.parametrize("name", ["find_unused_parameters", "gradient_as_bucket_view", "hook"])
+def test_options_of_the_wrapper_change_nothing(name):
+    dealt = deal((4, 4), seed=24)
+    expected, _ = in_rank.one_process(windows_of(dealt, 2), in_rank.sgd)
+    close(alike(pool(2).run(in_flags.wrapper_options, dealt, name)), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", ["ignored", "delayed"])
+def test_parameters_that_the_wrapper_leaves_out_are_refused(name, size):
+    for outcome in pool(size).outcomes(in_flags.wrapper_options, deal((2,) * size), name):
+        assert type(outcome) is ValueError
+        assert "made to leave parameters out of its reduction" in str(outcome)
+
+
 @pytest.mark.parametrize("end", ["split", "accumulator"])
 def test_afterwards_the_model_reduces_by_itself(end):
     dealt = deal((1, 1), seed=23)

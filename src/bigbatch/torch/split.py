@@ -65,7 +65,8 @@ def backward(
         model: the DistributedDataParallel or fully_shard model that `loss_fn` calls, where several ranks train one
             model. Each passes its own part of the batch, of any length; all get the mean gradient and loss of the
             whole. The call is then collective.
-        sync: when a fully_shard model adds up over the ranks: "window" or "micro_batch", as for `Accumulator`.
+        sync: when a fully_shard model adds up over the ranks: "window" (the default) or "micro_batch", as for
+            `Accumulator`. Refused with other models.
 
     Returns:
         The mean loss over all items, a detached scalar of at least float32.

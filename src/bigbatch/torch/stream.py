@@ -102,10 +102,10 @@ class Accumulator:
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
         model: the DistributedDataParallel or fully_shard model that the losses come from, where several ranks train
             one model; its own reduction is put off from here on. `every` then counts each rank's micro-batches, or
-            with `bb.items` the items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window and
-            `flush` are then collective.
-        sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes), or every "micro_batch"
-            (least memory).
+            with `bb.items` the items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window,
+            `flush` and `load_state_dict` are then collective, and an error that one rank raises there is one on all.
+        sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes, the default), or every
+            "micro_batch" (least memory). Refused with other models, which do so once a window.
         fused: whether the gradients of weights that inputs are multiplied by, or rows are looked up in, go straight
             into the sums where that is safe (docs/pytorch.md). False leaves all to autograd: slower, and the same
             numbers.
