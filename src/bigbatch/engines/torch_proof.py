@@ -89,7 +89,7 @@ class Proof:
     def __init__(self, known: Known | None = None, *, started: bool = False):
         self._known = known or Known()
         self._hooks = foreign_hooks() if started else None
-        self._last = _sequence() if started else 0
+        self._last = sequence_now() if started else 0
         self._free: set[int] = set()  # the ids of weights whose accumulation nodes have no hooks
 
     def begin(self, root: Any) -> int | None:
@@ -137,7 +137,7 @@ class Proof:
         )  # fmt: skip
 
 
-def _sequence() -> int:
+def sequence_now() -> int:
     """The number of a node that autograd makes now, in this thread."""
     with torch.enable_grad():
         return torch.empty(0, requires_grad=True).view(0).grad_fn._sequence_nr()  # pyright: ignore[reportOptionalMemberAccess]
