@@ -106,7 +106,8 @@ class Ranks:
 
     def loaded(self, state: Any) -> dict[str, Any]:
         """The terms of a state: where another rank's says something else, the two are not of one training."""
-        terms = {"the update's index of the state": state["index"]}
+        noise = (state.get("noise") or {}).get("window") is not None
+        terms = {"the update's index of the state": state["index"], "whether the state measures noise": noise}
         if self.shards is not None:
             window = state["window"]
             terms["the micro-batches in the state's window"] = window and window["micro_batches"]
@@ -114,10 +115,9 @@ class Ranks:
 
     def before(self, window: Window, items: float | Tensor, plan: Any) -> None:
         """Before a micro-batch's backward: sharded gradients have to know now whether it is the window's last."""
-        if isinstance(self.model, Replicas):
-            self.model.before()
-            return
         shards = self.model
+        if isinstance(shards, Replicas):
+            return shards.before()
         if window.unit is None:
             if shards.unit is None:
                 # The ranks' gradients are added up before they can be weighted, so the weights have one unit. A power

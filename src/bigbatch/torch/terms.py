@@ -70,8 +70,10 @@ def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     for i, group in enumerate(optimizer.param_groups):
         options[f"the number of parameters in param_groups[{i}]"] = len(group["params"])
         for key, value in group.items():
-            if key not in ("params", "param_names"):
-                options.update(_numbers_in(value, f"param_groups[{i}][{key!r}]"))
+            if isinstance(value, (bool, int, float)):
+                options[f"param_groups[{i}]['{key}']"] = value
+            elif value is not None and key not in ("params", "param_names"):
+                options.update(_numbers_in(value, f"param_groups[{i}]['{key}']"))
     return options
 
 
