@@ -47,8 +47,141 @@ def test_a_train_step_of_its_own():
         def train_step(self, *args):
             return super().train_step(*args)
 
-    with pytest.raises(ValueError, match="Own has a train_step of its own"):
+    text = rf"Own has a train_step of its own.*compute_loss.*two optimizers.*bigbatch\.{keras.backend.backend()}\."
+    with pytest.raises(ValueError, match=text):
         bb.accumulate(Own(), every=2)
+
+
+@pytest.mark.parametrize("every", [{}, {"micro_batch": 2}, {"micro_batch": "auto"}, {"micro_batch": None}])
+@pytest.mark.parametrize("partial", ["apply", "carry", "drop"])
+def test_partial_has_no_effect_without_every(partial, every):
+    model = bb.accumulate(mlp(), every=3)
+    before = dict(vars(model))
+    match = "partial has no effect without every. Received: partial=" if every else "Pass one of micro_batch and every"
+    with pytest.raises(ValueError, match=match):
+        bb.accumulate(model, partial=partial, **every)
+    assert vars(model) == before
+
+
+def test_noise_has_no_effect_where_nothing_accumulates():
+    model = bb.accumulate(mlp(), every=3)
+    before = dict(vars(model))
+    with pytest.raises(ValueError, match=r"noise has no effect .* Received: noise=True \(bool\)"):
+        bb.accumulate(model, None, noise=True)
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("micro_batch", "Auto", TypeError),
+        ("micro_batch", "32", TypeError),
+        ("micro_batch", np.array([1, 2]), TypeError),
+        ("micro_batch", True, TypeError),
+        ("micro_batch", -1, ValueError),
+        ("every", "8", TypeError),
+        ("every", np.array([1, 2]), TypeError),
+        ("every", [2], TypeError),
+        ("noise", "yes", ValueError),
+        ("noise", -1, ValueError),
+    ],
+)
+def test_a_bad_option_leaves_the_model_as_it_was(name, value, kind):
+    model = bb.accumulate(mlp(), every=3)
+    before = dict(vars(model))
+    options = {"every": 2, name: value} if name == "noise" else {name: value}
+    with pytest.raises(kind, match=rf"{name} must be .*Received: {name}="):
+        bb.accumulate(model, **options)
+    assert vars(model) == before
+
+
+def stateful(size=4):
+    parts = [keras.Input(batch_shape=(size, 3, 5)), keras.layers.LSTM(4, stateful=True, name="memory")]
+    model = keras.Sequential([*parts, keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    return model
+
+
+@pytest.mark.parametrize("micro_batch", [2, "auto"])
+def test_a_stateful_layer_is_not_cut(micro_batch):
+    model = stateful()
+    with pytest.raises(ValueError, match=r"Received: memory, with stateful=True.*every=n"):
+        bb.accumulate(model, micro_batch=micro_batch)
+    assert "fit" not in vars(model)
+    with pytest.raises(ValueError, match="stateful=True"):
+        bb.audit(model, np.ones((4, 3, 5)), np.ones((4, 2)), micro_batch=2)
+
+
+def test_a_stateful_layer_that_comes_later_is_not_cut():
+    model = bb.accumulate(keras.Sequential([keras.Input(batch_shape=(4, 3, 5))]), micro_batch=2)
+    model.add(keras.layers.LSTM(2, stateful=True, name="memory"))
+    model.compile("sgd", "mse")
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="Received: memory, with stateful=True"):
+        model.fit(np.ones((4, 3, 5)), np.ones((4, 2)), batch_size=4, verbose=0)
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), before, strict=True))
+
+
+if keras.backend.backend() != "torch":  # where plain Keras cannot train one
+
+    def test_a_stateful_layer_in_a_stream_goes_from_micro_batch_to_micro_batch():
+        """With a rate of nothing the state alone moves, as in plain fit on the same batches."""
+        sequences = np.random.default_rng(1).normal(size=(12, 3, 5))
+        states = []
+        for make in (lambda model: model, lambda model: bb.accumulate(model, every=3)):
+            keras.utils.set_random_seed(0)
+            model = make(stateful())
+            model.compile(keras.optimizers.SGD(0.0), "mse")
+            model.fit(sequences, np.ones((12, 2)), batch_size=4, shuffle=False, verbose=0)
+            states.append([array(v) for v in model.non_trainable_variables if v.shape == (4, 4)])
+        assert np.any(states[0][0])
+        for plain, ours in zip(*states, strict=True):
+            np.testing.assert_allclose(ours, plain, rtol=1e-12)
+
+
+def sparse(array):
+    if keras.backend.backend() == "tensorflow":
+        return import_module("tensorflow").sparse.from_dense(array)
+    return import_module("jax.experimental.sparse").BCOO.fromdense(array)
+
+
+if keras.backend.backend() != "torch":  # where Keras makes dense tensors of them
+
+    @pytest.mark.parametrize("door", [{"micro_batch": 2}, {"every": 2}])
+    def test_a_sparse_batch(door):
+        model = bb.accumulate(mlp(), **door)
+        with pytest.raises(TypeError, match=r"must be a dense array. Received: batch\['x'\].*Pass a dense array"):
+            model.fit(sparse(data(8)[0]), data(8)[1], batch_size=4, verbose=0)
+
+
+if keras.backend.backend() == "tensorflow":
+
+    @pytest.mark.parametrize("door", [{"micro_batch": 2}, {"every": 2}, {"micro_batch": "auto"}])
+    @pytest.mark.parametrize("in_a_data_set", [False, True])
+    def test_a_ragged_batch(door, in_a_data_set):
+        tf = import_module("tensorflow")
+        rows, y = tf.ragged.constant([[1], [2, 3], [4], [1, 2, 3]]), np.ones((4, 3))
+        mean = keras.layers.Lambda(lambda x: tf.reduce_mean(x, axis=1), output_shape=(3,))
+        model = keras.Sequential([keras.Input((None,), dtype="int32", ragged=True), keras.layers.Embedding(5, 3), mean])
+        model.compile("sgd", "mse")
+        bb.accumulate(model, **door)
+        given = (tf.data.Dataset.from_tensor_slices((rows, y)).batch(2),) if in_a_data_set else (rows, y)
+        before = model.get_weights()
+        match = r"dense array. Received: batch\['x'\], a RaggedTensor of shape .*to_tensor\(\) and mask"
+        with pytest.raises(TypeError, match=match):
+            model.fit(*given, verbose=0, shuffle=False)
+        assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), before, strict=True))
+
+
+if keras.backend.backend() == "jax":
+
+    def test_compute_loss_and_updates_of_its_own():
+        class Own(keras.Sequential):
+            def compute_loss_and_updates(self, *args, **kwargs):
+                return super().compute_loss_and_updates(*args, **kwargs)
+
+        with pytest.raises(ValueError, match="Own has a compute_loss_and_updates of its own"):
+            bb.accumulate(Own(), every=2)
 
 
 @pytest.mark.parametrize("door", [{"micro_batch": 2}, {"every": 2}])
