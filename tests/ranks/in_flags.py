@@ -130,8 +130,14 @@ def afterwards(dealt: list[list[torch.Tensor]], end: str) -> tuple[bool, list[to
             acc.backward(loss_of(model, tokens), items=1)
             inside = model.require_backward_grad_sync
             acc.reset()
-            del acc
-            gc.collect()
+            if end == "accumulator":
+                del acc
+                gc.collect()
+    if end == "accumulator, later":
+        acc.backward(loss_of(model, tokens), items=1)
+        acc.reset()
+        del acc
+        gc.collect()
     model.zero_grad()
     loss_of(model, tokens).backward()
     return inside, [p.grad.clone() for p in model.parameters()]
@@ -182,6 +188,18 @@ def copied(dealt: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return parameters(model)
 
 
+def averages(counts: list[int]) -> list[torch.Tensor]:
+    """BatchNorm's averages, which the model would share in every forward, on ranks with unequally many of them."""
+    torch.manual_seed(dist.get_rank())
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    acc = bb.Accumulator(sgd(model), every=2, model=model)
+    for _ in range(counts[dist.get_rank()]):
+        set_flag(model, True)
+        acc.backward(model(torch.randn(4, 3)).square().mean(), items=4)
+    acc.flush()
+    return [b.clone() for b in model.module.buffers()]
+
+
 def wrapper_options(dealt: list[list[torch.Tensor]], name: str) -> list[torch.Tensor]:
     """Options of DistributedDataParallel's that change how it reduces by itself, which it does not here."""
 
@@ -210,5 +228,5 @@ def wrapper_options(dealt: list[list[torch.Tensor]], name: str) -> list[torch.Te
     return parameters(model)[:7]
 
 
-def _never(state: Any, bucket: Any) -> Any:
+def _never(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     raise AssertionError("the model reduced by itself")

@@ -52,7 +52,7 @@ def test_parameters_that_the_wrapper_leaves_out_are_refused(name, size):
         assert "made to leave parameters out of its reduction" in str(outcome)
 
 
-@pytest.mark.parametrize("end", ["split", "accumulator"])
+@pytest.mark.parametrize("end", ["split", "accumulator", "accumulator, later"])
 def test_afterwards_the_model_reduces_by_itself(end):
     dealt = deal((1, 1), seed=23)
     model = in_rank.language_model()
@@ -60,6 +60,12 @@ def test_afterwards_the_model_reduces_by_itself(end):
     for inside, gradients in pool(2).run(in_flags.afterwards, dealt, end):
         assert inside is False  # a no_sync() that is open stays so
         close(gradients, [p.grad for p in model.parameters()])
+
+
+def test_a_forward_shares_no_buffers():
+    first, second = pool(2).run(in_flags.averages, [5, 2])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[2] == 5  # batches that rank 0 tracked
 
 
 def test_the_private_names_are_there():
