@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -42,7 +43,7 @@ def collectives(compiled):
         if line.endswith("{"):
             inside = not line.startswith("ENTRY")
         if match := COLLECTIVE.search(line):
-            groups = re.search(r"replica_groups=(\S+?),? ", line)
+            groups = re.search(r"replica_groups=(mesh\[.*?\] \{.*?\}|\S+?),? ", line)
             found.append({"kind": match[1], "inside": inside, "groups": groups and groups[1]})
     return found
 
@@ -103,6 +104,10 @@ def main():
             refused(door(axis_name="data", micro_batch=12), *args),
             refused(door(axis_name="no"), *args),
         ]
+    results["documented"] = documented()
+    for kind in ("Auto", "Explicit"):
+        results[f"spread {kind}"] = spread(kind)
+    results["differs"] = differs()
     json.dump(results, sys.stdout)
 
 
@@ -132,6 +137,56 @@ def dropout():
     )
     (_, draws), _ = jax.jit(drawing)(1.0, X, jax.random.key(0))
     return len(set(np.asarray(draws).tolist()))
+
+
+def documented():
+    """The page's example: a mesh as `jax.make_mesh` makes it, and arrays that nobody has put anywhere."""
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    expected = jax.value_and_grad(lambda *args: loss_fn(*args)[0])(PARAMS, X, WEIGHT)
+    errors = []
+    with jax.set_mesh(mesh):
+        for make in (jnp.asarray, np.asarray):
+            args = jax.tree.map(make, (PARAMS, X, WEIGHT))
+            for wrap in (jax.jit, lambda f: f):
+                pairs = zip(
+                    jax.tree.leaves(wrap(door(axis_name="data"))(*args)), jax.tree.leaves(expected), strict=True
+                )
+                errors += [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs]
+        planned = bb.plan(loss_fn, has_items=True, in_axes=AXES, axis_name="data")(*args).micro_batch
+    return {"error": max(errors), "planned": planned}
+
+
+def spread(kind):
+    """Parameters that lie on the examples' axis: their gradients, and whether these lie there too."""
+    expected = jax.value_and_grad(lambda *args: loss_fn(*args)[0])(PARAMS, X, WEIGHT)
+    with jax.set_mesh(mesh([kind])):
+        _, x, weight = placed()
+        # The first along its columns, the second whole, as small ones are.
+        params = {"a": jax.device_put(PARAMS["a"], P(None, "data")), "b": jax.device_put(PARAMS["b"], P())}
+        kept, errors = [], []
+        for wrap in (jax.jit, lambda f: f):
+            for size in (16, 64):
+                found = wrap(door(axis_name="data", micro_batch=size))(params, x, weight)
+                pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+                errors += [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs]
+                kept += [g.sharding.is_equivalent_to(params[name].sharding, g.ndim) for name, g in found[1].items()]
+        tx = bb.accumulate(optax.adam(0.1), every=2)
+        state = tx.init(params)
+        step = jax.jit(lambda g, s, p: bb.apply_gradients(tx, g, s, p, items=2))
+        for _ in range(2):
+            updated, state = step(found[1], state, params)
+        right = optax.apply_updates(PARAMS, optax.adam(0.1).update(expected[1], optax.adam(0.1).init(PARAMS))[0])
+        pairs = zip(jax.tree.leaves(updated), jax.tree.leaves(right), strict=True)
+        errors += [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs]
+        kept += [p.sharding.is_equivalent_to(params[name].sharding, p.ndim) for name, p in updated.items()]
+    return {"error": max(errors), "kept": kept}
+
+
+def differs():
+    """Parameters that a shard_map hands out in pieces."""
+    with jax.set_mesh(mesh(["Auto"])):
+        specs = ({"a": P(), "b": P("data")}, P("data"), P("data"))
+        return refused(jax.shard_map(door(axis_name="data", micro_batch=2), in_specs=specs, out_specs=P()), *placed())
 
 
 def refused(function, *args):
