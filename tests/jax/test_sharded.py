@@ -25,8 +25,10 @@ MESHES = ["mesh Auto", "mesh Explicit"] + [
 ]
 
 
-@pytest.mark.parametrize("case", [*MESHES, "compiler Auto", "compiler Explicit", "model Auto", "model Explicit", "terms",
-                                  "aux", "ragged", "documented", "spread Auto", "spread Explicit"])  # fmt: skip
+BOTH = [f"{what} {kind}" for what in ("compiler", "model", "spread") for kind in ("Auto", "Explicit")]
+
+
+@pytest.mark.parametrize("case", [*MESHES, *BOTH, "terms", "aux", "ragged", "documented"])
 def test_it_is_the_full_batchs(results, case):
     assert results[case]["error"] < 1e-13
 
