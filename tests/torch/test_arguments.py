@@ -212,6 +212,7 @@ class NativeScaler:
         ({"fused": "no"}, TypeError, "fused must be True or False. Received: fused='no'"),
         ({"fused": None}, TypeError, "fused must be True or False"),
         ({"sync": "micro_batch"}, ValueError, "sync says when a fully_shard model adds up"),
+        ({"every": bb.until_noise(at_most=4), "noise": "x"}, ValueError, "noise must be True, False or an integer"),
         (
             {"every": bb.until_noise(at_most=4), "noise": 5},
             ValueError,

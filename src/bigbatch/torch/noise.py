@@ -34,7 +34,7 @@ class Meter:
     """
 
     def __init__(self, every: Any, noise: bool | int):
-        if isinstance(every, UntilNoise) and noise is not False:
+        if isinstance(every, UntilNoise) and noise is not False and (noise is True or one_in(noise) != 1):
             raise ValueError(
                 f"noise has no effect with every={every}, which measures every window. "
                 f"{errors.received('noise', noise)} Leave it out."
