@@ -13,13 +13,14 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch import errors
+from bigbatch.torch.window import Sums
 
 MAKING, BACKWARD, FLUSH, JOIN, LOAD, SPLIT = CALLS = (
     "Accumulator(...)",
@@ -30,6 +31,21 @@ MAKING, BACKWARD, FLUSH, JOIN, LOAD, SPLIT = CALLS = (
     "bigbatch.torch.backward",
 )
 _NUMBERS = 6  # that a line has room for, after the call, the failure and the digest
+
+
+class Met(NamedTuple):
+    """What the ranks told each other about a window.
+
+    Attributes:
+        sums: the items, the mean loss and the micro-batches of all ranks; the factor is this rank's own, unit / Σ n.
+        ended: whether every rank is at the end of its data.
+        dense, sparse: for each parameter, on how many ranks it has such a gradient.
+    """
+
+    sums: Sums
+    ended: bool
+    dense: list[float]
+    sparse: list[float]
 
 
 class Meetings:

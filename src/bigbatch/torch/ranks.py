@@ -13,7 +13,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,25 +21,10 @@ from torch import Tensor
 from bigbatch import errors
 from bigbatch.every import Items
 from bigbatch.noise import UntilNoise
-from bigbatch.torch.collectives import BACKWARD, FLUSH, JOIN, SPLIT, digest_of
+from bigbatch.torch.collectives import BACKWARD, FLUSH, JOIN, SPLIT, Met, digest_of
 from bigbatch.torch.replicas import Replicas, at_least_float32
 from bigbatch.torch.shards import Shards, power_of_two
 from bigbatch.torch.window import Sums, Window
-
-
-class Met(NamedTuple):
-    """What the ranks told each other about a window.
-
-    Attributes:
-        sums: the items, the mean loss and the micro-batches of all ranks; the factor is this rank's own, unit / Σ n.
-        ended: whether every rank is at the end of its data.
-        dense, sparse: for each parameter, on how many ranks it has such a gradient.
-    """
-
-    sums: Sums
-    ended: bool
-    dense: list[float]
-    sparse: list[float]
 
 
 class Ranks:

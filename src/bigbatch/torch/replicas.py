@@ -1,7 +1,7 @@
 """DistributedDataParallel in a window: whole gradients on every rank, added up in buckets when the window closes."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,11 +9,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch.engines.torch_graph import gradient_dtype
-from bigbatch.torch.collectives import Meetings
+from bigbatch.torch.collectives import Meetings, Met
 from bigbatch.torch.window import Window, widened
-
-if TYPE_CHECKING:
-    from bigbatch.torch.ranks import Met
 
 BUCKET = 25 * 2**20
 """Bytes in a reduction, as in DistributedDataParallel: large enough for the network, small enough to lie twice."""
@@ -81,7 +78,7 @@ class Replicas:
         return {f"the values of parameter {i}": str(_bits(p)) for i, p in enumerate(self.parameters)}
 
     @torch.no_grad()
-    def reduce(self, window: Window, parameters: list[Tensor], met: "Met") -> float:
+    def reduce(self, window: Window, parameters: list[Tensor], met: Met) -> float:
         """Replaces the rank's sums by the mean over all ranks: one reduction a bucket, in float32 at least."""
         dtype = at_least_float32(window.dtype)
         dense = [p for p, ranks in zip(parameters, met.dense, strict=True) if ranks]

@@ -15,18 +15,15 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigbatch.torch.collectives import Meetings
+from bigbatch.torch.collectives import Meetings, Met
 from bigbatch.torch.ownership import changed
 from bigbatch.torch.window import Window
-
-if TYPE_CHECKING:
-    from bigbatch.torch.ranks import Met
 
 
 def shards_in(model: torch.nn.Module) -> list[Any]:
@@ -140,7 +137,7 @@ class Shards:
         self._marks = self._seen()
         return self._last
 
-    def reduce(self, window: Window, parameters: list[Tensor], met: "Met") -> float:
+    def reduce(self, window: Window, parameters: list[Tensor], met: Met) -> float:
         """Sees that the sums are those of all ranks, and returns what they still need."""
         if not self._last:
             self._reduce_now()

@@ -29,10 +29,10 @@ from bigbatch.torch.checks import (
     check_scaler,
     check_scheduler,
 )
-from bigbatch.torch.collectives import BACKWARD, FLUSH, LOAD, MAKING
+from bigbatch.torch.collectives import BACKWARD, FLUSH, LOAD, MAKING, Met
 from bigbatch.torch.noise import Meter
 from bigbatch.torch.ownership import Ownership
-from bigbatch.torch.ranks import Met, Ranks
+from bigbatch.torch.ranks import Ranks
 from bigbatch.torch.saved import check_state, held, restore
 from bigbatch.torch.several import name_of
 from bigbatch.torch.shards import whole

@@ -11,10 +11,9 @@ from bigbatch.torch.several import name_of
 
 if TYPE_CHECKING:
     from bigbatch.torch.ranks import Ranks
-    from bigbatch.torch.stream import Accumulator
 
 
-def made_with(acc: "Accumulator", ranks: "Ranks", sync: Any, noise: Any) -> dict[str, Any]:
+def made_with(acc: Any, ranks: "Ranks", sync: Any, noise: Any) -> dict[str, Any]:
     """Each option of an Accumulator, the optimizer's, and the parameters, by name."""
     places = {p: i for i, p in enumerate(ranks.parameters)}
     parameters = [p for group in acc.optimizer.param_groups for p in group["params"]]
@@ -44,7 +43,7 @@ def made_with(acc: "Accumulator", ranks: "Ranks", sync: Any, noise: Any) -> dict
     return terms | (ranks.model.values() if isinstance(ranks.model, Replicas) else {})
 
 
-def window_terms(acc: "Accumulator", plan: Any) -> dict[str, Any]:
+def window_terms(acc: Any, plan: Any) -> dict[str, Any]:
     """What a step depends on besides the gradients, as it is when a window closes."""
     groups = acc.optimizer.param_groups
     terms = {
