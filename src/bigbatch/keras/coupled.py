@@ -20,6 +20,7 @@ from keras import ops, tree
 from bigbatch.keras import randomness
 
 EXAMPLES = 4  # invented ones, half of which change
+NOISY = 32  # as many, where Dropout is at work
 UNKNOWN = 32  # in the place of a dimension that a graph does not know
 LARGEST = 2**22  # numbers in an invented array; beyond it nothing is tried
 
@@ -145,7 +146,7 @@ def _is_a_mean(call: Callable[..., Any], y: Any, y_pred: Any) -> bool | None:
 def _means(model: Any, data: Any, training: bool) -> list[tuple[str, bool | None]]:
     """What adds to the model's loss, by name, and whether it is a mean over the examples."""
     names: list[str] = []
-    data = _invented(data, (True, False, True), 0)
+    data = _invented(data, (True, False, True), 0, NOISY if training else EXAMPLES)
 
     def run() -> list[Any]:
         values: list[Any] = []
@@ -205,30 +206,33 @@ def _agree(whole: float, again: float, halves: Any, narrow: bool) -> bool | None
 
 def _parts(data: Any) -> list[Any]:
     """The whole batch, again, and its halves."""
-    half = EXAMPLES // 2
+    half = len(tree.flatten(data)[0]) // 2
     return [data, data, _mapped(lambda x: x[:half], data), _mapped(lambda x: x[half:], data)]
 
 
-def _invented(data: Any, fractions: tuple[bool, ...], seed: int) -> Any:
+def _invented(data: Any, fractions: tuple[bool, ...], seed: int, examples: int = EXAMPLES) -> Any:
     """Examples of these shapes.
 
     Args:
         data: nestings of tensors.
         fractions: for each, whether numbers of a floating type lie between 0 and 1; else all numbers are 0 or 1.
         seed: what is drawn from.
+        examples: how many.
     """
     rng = np.random.default_rng(seed)
-    chances = np.linspace(0.8, 0.2, EXAMPLES)  # of a one, so that examples differ in what they have of them
+    chances = np.linspace(0.8, 0.2, examples)  # of a one, so that examples differ in what they have of them
 
     def one(tensor: Any, fraction: bool) -> np.ndarray:
-        shape = (EXAMPLES, *(UNKNOWN if n is None else n for n in tensor.shape[1:]))
+        shape = (examples, *(UNKNOWN if n is None else n for n in tensor.shape[1:]))
         if np.prod(shape, dtype=np.int64) > LARGEST:
             raise ValueError("Too large to try.")
         dtype = keras.backend.standardize_dtype(tensor.dtype)
-        floating, drawn = "float" in dtype, rng.random(shape)
-        if floating and fraction:
-            return (0.05 + 0.9 * drawn).astype("float32")
-        return (drawn < chances.reshape(-1, *[1] * (len(shape) - 1))).astype("float32" if floating else dtype)
+        drawn = rng.random(shape)
+        if not ("float" in dtype and fraction):
+            drawn = drawn < chances.reshape(-1, *[1] * (len(shape) - 1))
+        else:
+            drawn = 0.05 + 0.9 * drawn
+        return drawn.astype("float32" if dtype == "bfloat16" else dtype)
 
     return tuple(
         _mapped(functools.partial(one, fraction=fraction), part) for part, fraction in zip(data, fractions, strict=True)
