@@ -17,8 +17,8 @@ from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Rows, Run
 from bigbatch.engines import tensorflow_chance
-from bigbatch.tensorflow.checks import as_items, check_loss
-from bigbatch.tensorflow.split import _length
+from bigbatch.tensorflow.batch import length_of, tensors
+from bigbatch.tensorflow.checks import as_items, loss_and_items
 
 
 def audit(loss_fn: Callable[[Any], Any], batch: Any, variables: Sequence[Any], *, micro_batch: int) -> Audit:
@@ -49,8 +49,8 @@ def audit(loss_fn: Callable[[Any], Any], batch: Any, variables: Sequence[Any], *
     Every variable that `loss_fn` reads or writes and the random state are put back as they were.
     """
     micro_batch = errors.check_micro_batch(micro_batch, auto=False)
-    batch = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
-    length = _length(batch)
+    batch = tensors(batch)
+    length = length_of(batch)
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)
     variables = list(variables)
@@ -122,10 +122,8 @@ class Bench:
         """The mean loss of these rows, and its items."""
         index = tf.constant(list(rows))
         result = self.loss_fn(tf.nest.map_structure(lambda x: None if x is None else tf.gather(x, index), self.batch))
-        if isinstance(result, tuple) and len(result) != 2:
-            raise errors.not_a_loss(result)
-        loss, items = result if isinstance(result, tuple) else (result, len(rows))
-        return check_loss(loss), float(tf.reshape(as_items(items), ()))
+        loss, items = loss_and_items(result)
+        return loss, float(tf.reshape(as_items(len(rows) if items is None else items), ()))
 
     def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
         """Layers are not watched."""

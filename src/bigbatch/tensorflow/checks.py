@@ -20,6 +20,94 @@ def under_xla() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
+def check_dtype(dtype: Any) -> tf.DType | None:
+    """Accepts a floating dtype to accumulate in, or None."""
+    if dtype is not None and not (isinstance(dtype, tf.DType) and dtype.is_floating):
+        kind = ValueError if isinstance(dtype, tf.DType) else TypeError
+        raise kind(
+            f"dtype must be a floating tf.DType or None. {errors.received('dtype', dtype)} "
+            "Pass tf.float32 or tf.float64, or None to accumulate in the variables' own."
+        )
+    return dtype
+
+
+def check_optimizer(optimizer: Any, nonfinite: str) -> None:
+    """Refuses what cannot make the update of a window, or would make another than it reports."""
+    if not callable(getattr(optimizer, "apply_gradients", None)):
+        raise TypeError(
+            f"optimizer must have an apply_gradients method. {errors.received('optimizer', optimizer)} "
+            "Pass the optimizer itself, such as tf.keras.optimizers.AdamW(1e-3)."
+        )
+    check_steps(optimizer)
+    if nonfinite == "apply" and scales_losses(optimizer):
+        raise ValueError(
+            "nonfinite='apply' has no effect with a LossScaleOptimizer, which makes no update from inf or NaN. "
+            f"{errors.received('optimizer', optimizer)} Pass nonfinite='skip'."
+        )
+
+
+def check_steps(optimizer: Any) -> None:
+    """Refuses a Keras optimizer that accumulates by itself."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    for one in (inner, *getattr(inner, "optimizers", ())):  # a MultiOptimizer's
+        steps = getattr(one, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
+                "Leave it out: with bigbatch as well it would accumulate twice."
+            )
+
+
+def scales_losses(optimizer: Any) -> bool:
+    """Whether it is a LossScaleOptimizer, which has to see an inf to lower its scale."""
+    return hasattr(optimizer, "inner_optimizer") and hasattr(optimizer, "dynamic_growth_steps")
+
+
+def check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
+    """Accepts pairs of a gradient, or None, and its variable; each variable once, and gradients of its shape."""
+    fix = "Pass zip(gradients, variables), as to the optimizer."
+    pairs = [pair if isinstance(pair, tuple | list) else (pair,) for pair in grads_and_vars]
+    named = set()
+    for pair in pairs:
+        if len(pair) != 2 or not (hasattr(pair[1], "assign") and hasattr(pair[1], "dtype")):
+            shown = errors.received("grads_and_vars", pair[-1])
+            raise TypeError(f"grads_and_vars must be pairs of a gradient and its variable. {shown} {fix}")
+        if id(pair[1]) in named:
+            raise ValueError(f"A variable stands twice in grads_and_vars. Received: {name_of(pair[1])} twice. {fix}")
+        named.add(id(pair[1]))
+    return [(g if g is None else _gradient_of(g, v), v) for g, v in pairs]
+
+
+def _gradient_of(gradient: Any, variable: Any) -> Any:
+    """The gradient as a tensor that has, or at run time must have, the variable's shape."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        gradient = tf.convert_to_tensor(gradient)
+    dtype, shape = tf.as_dtype(variable.dtype), tf.TensorShape(variable.shape)
+    numbers = gradient.dtype.is_floating or gradient.dtype == dtype
+    if not numbers or not shape.is_compatible_with(gradient.shape):
+        raise ValueError(
+            f"A gradient must have its variable's shape and a floating dtype. {errors.received('gradient', gradient)} "
+            f"It is of {name_of(variable)}, of shape {tuple(variable.shape)}, dtype {dtype.name}."
+        )
+    unknown = isinstance(gradient, tf.Tensor) and not gradient.shape.is_fully_defined()
+    return tf.ensure_shape(gradient, shape) if unknown else gradient
+
+
+def name_of(variable: Any) -> str:
+    """For people; a Keras variable's path says its layer."""
+    return getattr(variable, "path", variable.name)
+
+
+def loss_and_items(result: Any) -> tuple[tf.Tensor, Any]:
+    """What loss_fn may return: the mean loss, an output that has it as its `.loss`, or one of these with its items."""
+    items = None
+    if isinstance(result, tuple) and not hasattr(result, "loss"):
+        if len(result) != 2:
+            raise errors.not_a_loss(result)
+        result, items = result
+    return check_loss(result.loss if not tf.is_tensor(result) and hasattr(result, "loss") else result), items
+
+
 def check_loss(loss: Any) -> tf.Tensor:
     """Accepts a scalar of a floating dtype."""
     if not tf.is_tensor(loss) or not loss.dtype.is_floating or loss.shape.rank not in (0, None):
@@ -37,21 +125,26 @@ def as_items(items: Any) -> tf.Tensor:
 
 
 def checked(items: tf.Tensor) -> tf.Tensor:
-    """The count as a `COUNT` scalar. Nothing that is computed from it runs if it is not above zero and finite."""
-    items = tf.reshape(items, ())
-    count = tf.cast(items, COUNT)
-    finite = tf.math.is_finite(count)
+    """The count as a `COUNT` scalar. Nothing that is computed from it runs if it is not above zero and finite.
 
-    def wrong() -> tf.Tensor:
-        shown = tf.strings.as_string(items) if items.dtype.is_integer else tf.strings.as_string(items, shortest=True)
-        kind = f"({items.dtype.name})"
-        not_positive = words(lambda: errors.check_items(-1), {"-1": shown, "(int)": kind})
-        return tf.where(
-            finite, not_positive, words(lambda: errors.check_items(math.inf), {"inf": shown, "(float)": kind})
-        )
-
-    with tf.control_dependencies([require(tf.logical_and(finite, count > 0), wrong)]):
+    XLA makes no such checks: there it is NaN.
+    """
+    count = tf.cast(tf.reshape(items, ()), COUNT)
+    good = tf.math.is_finite(count) & (count > 0)
+    if under_xla():
+        return tf.where(good, count, tf.constant(math.nan, COUNT))
+    with tf.control_dependencies([require(good, lambda: not_items(items))]):
         return tf.identity(count)
+
+
+def not_items(items: tf.Tensor) -> tf.Tensor:
+    """What is wrong with a count that is not above zero and finite."""
+    items = tf.reshape(items, ())
+    shown = tf.strings.as_string(items) if items.dtype.is_integer else tf.strings.as_string(items, shortest=True)
+    kind = f"({items.dtype.name})"
+    not_positive = words(lambda: errors.check_items(-1), {"-1": shown, "(int)": kind})
+    not_finite = words(lambda: errors.check_items(math.inf), {"inf": shown, "(float)": kind})
+    return tf.where(tf.math.is_finite(tf.cast(items, COUNT)), not_positive, not_finite)
 
 
 def require(holds: tf.Tensor, wrong: Callable[[], tf.Tensor]) -> Any:

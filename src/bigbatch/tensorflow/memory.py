@@ -13,7 +13,10 @@ import tensorflow as tf
 from bigbatch.engines.tensorflow_graph import RESERVE, bytes_of, device_memory, is_out_of_memory, peak
 from bigbatch.plan import Choice, Plan, budget, choose, timed
 from bigbatch.plan import fitting as plan_again
-from bigbatch.tensorflow.split import COUNT, Window, _cut, _length, _part, _spec
+from bigbatch.tensorflow.batch import length_of, slice_of, spec_of, tensors
+from bigbatch.tensorflow.checks import COUNT, check_dtype
+from bigbatch.tensorflow.parts import Window
+from bigbatch.tensorflow.split import _part
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
 # decides how fast training is, and was made on the user's behalf.
@@ -58,7 +61,9 @@ def plan(
 
     Twice the variables are kept free for the state that an optimizer makes at its first step.
     """
-    return _plan(_Traces(loss_fn, batch, list(variables), dtype), memory, time)
+    if time and not tf.executing_eagerly():
+        raise ValueError("time=True runs micro-batches, and a graph is being built. Call plan outside the tf.function.")
+    return _plan(_Traces(loss_fn, batch, list(variables), check_dtype(dtype)), memory, time)
 
 
 class _Traces:
@@ -66,8 +71,8 @@ class _Traces:
 
     def __init__(self, loss_fn: Callable[[Any], Any], batch: Any, variables: list[Any], dtype: Any):
         self.loss_fn, self.variables, self.dtype = loss_fn, variables, dtype
-        self.batch = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
-        length = _length(self.batch)
+        self.batch = tensors(batch)
+        length = length_of(self.batch)
         if not isinstance(length, int):
             raise ValueError(
                 "A plan needs the batch's length while the graph is built. Received: a batch of unknown length. "
@@ -82,14 +87,14 @@ class _Traces:
         graph = self._traced(size).graph
         trained = {id(v) for v in self.variables} | {id(getattr(v, "value", None)) for v in self.variables}
         self.assigned = [v for v in graph.variables if id(v) not in trained]
-        cut = sum(bytes_of(_spec(leaf, size).shape, leaf.dtype) for leaf in self._leaves())
+        cut = sum(bytes_of(spec_of(leaf, size).shape, leaf.dtype) for leaf in self._leaves())
         # The cut is a copy, and in a window of several the sums so far lie beside the gradients.
         return cut + peak(graph) + (self.held if size < self.length else 0)
 
     def seconds(self, size: int) -> float:
         """Of one forward and backward: the least of three, after one."""
         run, least = self._traced(size), math.inf
-        leaves = [leaf for leaf in tf.nest.flatten(_cut(self.batch, 0, size)) if leaf is not None]
+        leaves = [leaf for leaf in tf.nest.flatten(slice_of(self.batch, 0, size)) if leaf is not None]
         kept = [(v, tf.identity(v)) for v in self.assigned]
         for _ in range(4):
             started = clock.perf_counter()
@@ -103,11 +108,21 @@ class _Traces:
         return [leaf for leaf in tf.nest.flatten(self.batch) if leaf is not None]
 
     def _traced(self, size: int) -> Any:
-        def part(cut: Any, unit: tf.Tensor) -> Window:
-            return _part(self.loss_fn, cut, unit, self.variables, self.dtype, size)
+        refused: list[Exception] = []
 
-        spec = tf.nest.map_structure(lambda leaf: None if leaf is None else _spec(leaf, size), self.batch)
-        return tf.function(part).get_concrete_function(spec, tf.TensorSpec((), COUNT))
+        def part(cut: Any, unit: tf.Tensor) -> Window:
+            try:
+                return _part(self.loss_fn, cut, unit, self.variables, self.dtype, size)
+            except (TypeError, ValueError) as error:
+                refused.append(error)
+                raise
+
+        spec = tf.nest.map_structure(lambda leaf: None if leaf is None else spec_of(leaf, size), self.batch)
+        try:
+            return tf.function(part).get_concrete_function(spec, tf.TensorSpec((), COUNT))
+        except (TypeError, ValueError) as error:
+            # AutoGraph raises another, whose text begins with where it was.
+            raise (refused or [error])[0] from None
 
 
 def _plan(traces: _Traces, memory: Any, time: bool) -> Plan:

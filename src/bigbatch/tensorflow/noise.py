@@ -43,15 +43,15 @@ class Meter(tf.Module):
         """Whether the window of this update is measured."""
         return tf.equal(tf.math.floormod(index, self.one_in), 0)
 
-    def take(self, gradients: Iterable[Gradient], items: tf.Tensor, first: tf.Tensor, index: tf.Tensor) -> None:
-        """Takes in one micro-batch's gradient."""
+    def take(self, gradients: Iterable[Gradient], items: tf.Tensor, first: tf.Tensor, index: tf.Tensor) -> Any:
+        """Takes in one micro-batch's gradient. Returns the operation that does."""
         gradients = list(gradients)
 
         def more() -> tf.Tensor:
             return items * tf.add_n([_square(g) for g in gradients]) if gradients else tf.zeros((), COUNT)
 
         square = more() if self.one_in == 1 else tf.cond(self.measures(index), more, lambda: tf.zeros((), COUNT))
-        self.squares.assign(tf.where(first, tf.zeros((), COUNT), self.squares) + square)
+        return self.squares.assign(tf.where(first, tf.zeros((), COUNT), self.squares) + square, read_value=False)
 
     def window(self, micro_batches: tf.Tensor, items: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor) -> WindowNoise:
         """What the window says so far; the gradients and the norm of their mean were scaled by `scale`."""

@@ -1,6 +1,6 @@
 """The split door: you hold the batch, and bigbatch stands where TensorFlow takes a gradient."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -10,7 +10,9 @@ from bigbatch.engines.tensorflow_convolutions import with_fast_convolutions
 from bigbatch.engines.tensorflow_products import Kept, Product, in_turn, room_for
 from bigbatch.engines.tensorflow_rows import Rows, zeros
 from bigbatch.engines.tensorflow_turned import turn
-from bigbatch.tensorflow.checks import COUNT, as_items, check_loss, checked, require, under_xla, words
+from bigbatch.tensorflow.batch import length_of, slice_of, spec_of, tensors
+from bigbatch.tensorflow.checks import COUNT, as_items, check_dtype, checked, loss_and_items, under_xla
+from bigbatch.tensorflow.guard import bits_of, check_unmoved, check_unwritten
 from bigbatch.tensorflow.parts import Window, add, finished, joined, part_of
 from bigbatch.tensorflow.sums import Gradient, scaled, widened
 
@@ -61,8 +63,8 @@ def value_and_grad(
 
     A loss that is inf or NaN is returned as it is, for a `LossScaleOptimizer` to see. Nothing waits for the device.
     """
-    variables = list(variables)
-    if micro_batch == "auto":
+    variables, dtype = list(variables), check_dtype(dtype)
+    if isinstance(micro_batch, str) and micro_batch == "auto":
         from bigbatch.tensorflow.memory import fitting  # which traces this door
 
         def run(size: int) -> tuple[tf.Tensor, list[Gradient | None]]:
@@ -70,8 +72,8 @@ def value_and_grad(
 
         return fitting(run, loss_fn, batch, variables, dtype)
     micro_batch = errors.check_micro_batch(micro_batch)
-    batch = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
-    length = _length(batch)
+    batch = tensors(batch)
+    length = length_of(batch)
     if isinstance(length, int):
         micro_batch = min(micro_batch, length)
 
@@ -79,7 +81,7 @@ def value_and_grad(
         return _part(loss_fn, cut, unit, variables, dtype, micro_batch)
 
     window = (
-        _eager(part, batch, length, micro_batch)
+        _eager(part, batch, length, micro_batch, variables)
         if tf.executing_eagerly()
         else _graph(part, batch, length, micro_batch, variables)
     )
@@ -95,9 +97,7 @@ def _part(
 ) -> Window:
     """A window of one micro-batch."""
     with tf.GradientTape() as tape:
-        result = loss_fn(cut)
-        loss, items = result if isinstance(result, tuple) else (result, None)
-    loss = check_loss(loss)
+        loss, items = loss_and_items(loss_fn(cut))
     leaf = next(leaf for leaf in tf.nest.flatten(cut) if leaf is not None)
     whole = items is None and leaf.shape[0] == micro_batch
     if items is None and leaf.shape[0] is not None:
@@ -122,12 +122,16 @@ def _part(
     )
 
 
-def _eager(part: Callable[..., Window], batch: Any, length: int, micro_batch: int) -> Window:
+def _eager(part: Callable[..., Window], batch: Any, length: int, micro_batch: int, variables: list[Any]) -> Window:
     """Outside a tf.function: one micro-batch after the other, as written."""
-    window = part(_cut(batch, 0, micro_batch), tf.zeros((), COUNT))
+    several = length > micro_batch
+    noted = bits_of(variables) if several else None
+    window = part(slice_of(batch, 0, micro_batch), tf.zeros((), COUNT))
     for start in range(micro_batch, length, micro_batch):
-        cut = _cut(batch, start, min(micro_batch, length - start))
+        cut = slice_of(batch, start, min(micro_batch, length - start))
         window = joined(window, part(cut, window.unit))
+    if noted is not None:
+        check_unmoved(variables, noted)
     return window
 
 
@@ -146,12 +150,15 @@ def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: in
 
     step = tf.function(quick)
     # Traced before the loop, to learn which gradients are missing, sparse or products: a loop has to know beforehand.
-    spec = tf.nest.map_structure(lambda leaf: None if leaf is None else _spec(leaf, micro_batch), batch)
-    like = step.get_concrete_function(spec, tf.TensorSpec((), COUNT)).structured_outputs
+    spec = tf.nest.map_structure(lambda leaf: None if leaf is None else spec_of(leaf, micro_batch), batch)
+    concrete = step.get_concrete_function(spec, tf.TensorSpec((), COUNT))
+    if several is not False:
+        check_unwritten(concrete.graph, variables)
+    like = concrete.structured_outputs
     present = [g is not None for g in like.gradients]
 
     def one(start: Any, size: Any, unit: tf.Tensor) -> Window:
-        return _packed(step(_cut(batch, start, size), unit), present)
+        return _packed(step(slice_of(batch, start, size), unit), present)
 
     shapes = [v.shape for v, there in zip(variables, present, strict=True) if there]
     window = _loop(lambda i, unit: one(i * micro_batch, micro_batch, unit), _packed(like, present), shapes, full)
@@ -245,67 +252,3 @@ def _invariant(tensor: Any) -> Any:
     if isinstance(tensor, tf.TensorArray):
         return None
     return tf.TensorShape([None, *tensor.shape[1:]]) if tensor.shape.rank and tensor.shape[0] == 0 else tensor.shape
-
-
-def _length(batch: Any) -> Any:
-    """The leading dimension: a number where the graph knows it, else a tensor that is checked when the graph runs."""
-    leaves = _leaves(batch, "batch")
-    for where, leaf in leaves:
-        if leaf.shape.rank == 0:
-            raise errors.leaf_without_length(where, leaf)
-    known = [(where, n) for where, leaf in leaves if leaf.shape.rank and (n := leaf.shape[0]) is not None]
-    if known or not leaves:
-        errors.check_lengths(known)
-    if len(known) == len(leaves):
-        return known[0][1]
-    lengths = [(where, tf.shape(leaf)[0]) for where, leaf in leaves]
-    first, length = lengths[0]
-    checks = [require(length > 0, lambda: words(lambda: errors.check_lengths([(first, 0)])))]
-    for where, other in lengths[1:]:
-        checks.append(
-            require(
-                tf.equal(other, length),
-                lambda where=where, other=other: words(
-                    lambda: errors.check_lengths([(first, 111), (where, 222)]), {"111": length, "222": other}
-                ),
-            )
-        )
-    with tf.control_dependencies(checks):
-        return tf.identity(length)
-
-
-def _leaves(batch: Any, where: str) -> list[tuple[str, tf.Tensor]]:
-    """Every tensor of a batch, with the place where it stands."""
-    if tf.is_tensor(batch):
-        return [(where, batch)]
-    found = []
-    if isinstance(batch, Mapping):
-        for key in sorted(batch):
-            found += _leaves(batch[key], f"{where}[{key!r}]")
-    elif isinstance(batch, tuple) and (fields := getattr(batch, "_fields", None)):
-        for key in fields:
-            found += _leaves(getattr(batch, key), f"{where}.{key}")
-    elif isinstance(batch, list | tuple):
-        for key, child in enumerate(batch):
-            found += _leaves(child, f"{where}[{key}]")
-    else:  # what else tf.nest opens, or None
-        found += [(where, leaf) for leaf in tf.nest.flatten(batch) if leaf is not None]
-    return found
-
-
-def _spec(leaf: tf.Tensor, length: int) -> tf.TensorSpec:
-    return tf.TensorSpec(tf.TensorShape([length]).concatenate(leaf.shape[1:]), leaf.dtype)
-
-
-def _cut(batch: Any, start: Any, size: Any) -> Any:
-    """The same nesting with every tensor cut to `size` examples from `start` on."""
-
-    def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
-        if leaf is None:
-            return None
-        rest = tf.shape(leaf)[1:]
-        part = tf.slice(leaf, tf.concat([[start], tf.zeros_like(rest)], 0), tf.concat([[size], rest], 0))
-        known = size if isinstance(size, int) else None
-        return tf.ensure_shape(part, tf.TensorShape([known]).concatenate(leaf.shape[1:]))
-
-    return tf.nest.map_structure(cut, batch)

@@ -10,6 +10,18 @@ from bigbatch.tensorflow.checks import under_xla
 
 Gradient = tf.Tensor | tf.IndexedSlices
 
+
+def after(*operations: Any) -> Any:
+    """What runs after these, nested in any way; an operation that was run at once is None."""
+    return tf.control_dependencies([operation for operation in tf.nest.flatten(operations) if operation is not None])
+
+
+def done(*operations: Any) -> tf.Tensor:
+    """A tensor that is there once these have run: what leaves a conditional must be one, to be waited for."""
+    with after(*operations):
+        return tf.identity(tf.constant(True))
+
+
 # Each replica of a strategy keeps its own sum, and a checkpoint holds the sum over them.
 LOCAL = {
     "trainable": False,
@@ -46,22 +58,25 @@ class DenseSum(tf.Module):
         super().__init__()
         self.total = tf.Variable(tf.zeros(shape, dtype), **LOCAL)
 
-    def clear(self) -> None:
-        """Assigns zeros, whatever stood there."""
-        self.total.assign(tf.zeros_like(self.total))
+    def clear(self) -> list[Any]:
+        """Assigns zeros, whatever stood there. Returns the operations that do."""
+        return [self.total.assign(tf.zeros_like(self.total), read_value=False)]
 
-    def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
-        """Adds weight · gradient."""
+    def add(self, gradient: Gradient, weight: tf.Tensor) -> Any:
+        """Adds weight · gradient. Returns the operations that do, in order."""
         weight = tf.cast(weight, self.total.dtype)
         found = None if under_xla() or gradient.dtype != self.total.dtype else apart(gradient, self.total.shape)
+        added: list[Any] = []
         for term in found.terms if found else [cast(gradient, self.total.dtype)]:
             if isinstance(term, Rows | tf.IndexedSlices):
-                tf.raw_ops.ResourceScatterAdd(
+                one = tf.raw_ops.ResourceScatterAdd(
                     resource=self.total.handle, indices=term.indices, updates=term.values * weight
                 )
             else:
                 # var -= alpha·delta: the one op that adds a multiple in a single pass over memory.
-                tf.raw_ops.ResourceApplyGradientDescent(var=self.total.handle, alpha=-weight, delta=term)
+                one = tf.raw_ops.ResourceApplyGradientDescent(var=self.total.handle, alpha=-weight, delta=term)
+            added.append(one)
+        return added
 
     def mean(self, factor: tf.Tensor) -> Gradient:
         """The sum times `factor`."""
@@ -83,46 +98,46 @@ class ProductSum(DenseSum):
         self.right = tf.Variable(tf.zeros([0, columns], dtype), shape=[None, columns], **LOCAL)
         self._room = room_of(rows, columns)
 
-    def clear(self) -> None:
-        """Assigns zeros, and forgets the rows."""
-        super().clear()
-        for side in (self.left, self.right):
-            side.assign(tf.zeros_like(side) if under_xla() else of_any_shape(side[:0]))
+    def clear(self) -> list[Any]:
+        """Assigns zeros, and forgets the rows. Returns the operations that do."""
+        none = [tf.zeros_like(side) if under_xla() else of_any_shape(side[:0]) for side in (self.left, self.right)]
+        return [
+            *super().clear(),
+            self.left.assign(none[0], read_value=False),
+            self.right.assign(none[1], read_value=False),
+        ]
 
-    def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
-        """Adds weight · gradient."""
+    def add(self, gradient: Gradient, weight: tf.Tensor) -> Any:
+        """Adds weight · gradient. Returns the operations that do."""
         product = None if under_xla() or gradient.dtype != self.total.dtype else factors_of(gradient)
         if product is None:
-            super().add(gradient, weight)
-            return
+            return super().add(gradient, weight)
 
-        def now() -> None:
-            super(ProductSum, self).add(product.multiplied(), weight)
+        def now() -> tf.Tensor:
+            return done(super(ProductSum, self).add(product.multiplied(), weight))
 
         # By what the micro-batch holds, not by whether the graph knows it: the same rows give the same bits.
         known = product.left.shape[0]
         few = FEW * (tf.shape(product.left)[0] if known is None else known) <= self._room
         if known is None:
-            tf.cond(few, lambda: self._wait(product, weight), now)
-        elif few:
-            self._wait(product, weight)
-        else:
-            now()
+            return tf.cond(few, lambda: self._wait(product, weight), now)
+        return self._wait(product, weight) if few else now()
 
-    def _wait(self, product: Product, weight: tf.Tensor) -> None:
+    def _wait(self, product: Product, weight: tf.Tensor) -> tf.Tensor:
         left = tf.concat([self.left, product.left], 0)
         right = tf.concat([self.right, product.right * tf.cast(weight, product.right.dtype)], 0)
 
-        def keep() -> None:
-            self.left.assign(of_any_shape(left))
-            self.right.assign(of_any_shape(right))
+        def keep(kept_left: tf.Tensor = left, kept_right: tf.Tensor = right) -> tf.Tensor:
+            return done(
+                self.left.assign(of_any_shape(kept_left), read_value=False),
+                self.right.assign(of_any_shape(kept_right), read_value=False),
+            )
 
-        def multiply() -> None:
-            self.total.assign_add(Product(left, right).multiplied())
-            self.left.assign(of_any_shape(left[:0]))
-            self.right.assign(of_any_shape(right[:0]))
+        def multiply() -> tf.Tensor:
+            added = self.total.assign_add(Product(left, right).multiplied(), read_value=False)
+            return done(added, keep(left[:0], right[:0]))
 
-        tf.cond(tf.shape(left)[0] <= self._room, keep, multiply)
+        return tf.cond(tf.shape(left)[0] <= self._room, keep, multiply)
 
     def mean(self, factor: tf.Tensor) -> Gradient:
         """The sum times `factor`."""
@@ -141,21 +156,25 @@ class SparseSum(tf.Module):
         self.values = tf.Variable(tf.zeros([0, *row], dtype), shape=[None, *row], **LOCAL)
         self._shape: Any = shape
 
-    def clear(self) -> None:
-        """Forgets every row."""
-        self.indices.assign(of_any_shape(self.indices[:0]))
-        self.values.assign(of_any_shape(self.values[:0]))
+    def clear(self) -> list[Any]:
+        """Forgets every row. Returns the operations that do."""
+        return self._assign(self.indices[:0], self.values[:0])
 
-    def add(self, gradient: Gradient, weight: tf.Tensor) -> None:
-        """Adds weight · gradient to the rows that it names."""
+    def _assign(self, indices: tf.Tensor, values: tf.Tensor) -> list[Any]:
+        return [
+            self.indices.assign(of_any_shape(indices), read_value=False),
+            self.values.assign(of_any_shape(values), read_value=False),
+        ]
+
+    def add(self, gradient: Gradient, weight: tf.Tensor) -> Any:
+        """Adds weight · gradient to the rows that it names. Returns the operations that do."""
         gradient = scaled(cast(gradient, self.values.dtype), weight)
         if isinstance(gradient, tf.IndexedSlices):
             rows, values = tf.cast(gradient.indices, tf.int64), gradient.values
         else:
             rows, values = tf.range(self._shape[0], dtype=tf.int64), gradient
         rows, values = merged(tf.concat([self.indices, rows], 0), tf.concat([self.values, values], 0))
-        self.indices.assign(of_any_shape(rows))
-        self.values.assign(of_any_shape(values))
+        return self._assign(rows, values)
 
     def mean(self, factor: tf.Tensor) -> Gradient:
         """The sum times `factor`, each row once."""

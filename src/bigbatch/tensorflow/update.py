@@ -6,7 +6,13 @@ import tensorflow as tf
 
 from bigbatch.tensorflow.noise import WindowNoise
 
-OPEN, MADE, NOT_FINITE, EMPTY, CARRIED, DROPPED = range(6)
+OPEN, MADE, NOT_FINITE, EMPTY, CARRIED, DROPPED, NOT_ITEMS, MOVED = range(8)
+
+CUT_SHORT = (
+    "The last call of apply_gradients or flush did not end: an error elsewhere in the same step cut it short, so its "
+    "micro-batch may be half in the window. The window is dropped; feed its micro-batches again. If that call was to "
+    "make the update, the weights may be half updated too: restore the last checkpoint."
+)
 
 
 class Update(NamedTuple):
@@ -48,6 +54,8 @@ class Update(NamedTuple):
         return {
             NOT_FINITE: f"the window is not finite: loss {float(self.loss)}, gradient norm {float(self.grad_norm)}",
             EMPTY: "no variable got a gradient",
+            NOT_ITEMS: "the items of a micro-batch are not positive and finite",
+            MOVED: "the optimizer made another step inside the window: another apply_gradients or Accumulator",
             CARRIED: f"carried: {held} wait for more",
             DROPPED: f"dropped: {held}",
         }.get(int(self.outcome))

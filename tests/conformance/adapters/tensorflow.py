@@ -80,7 +80,7 @@ class WideModel(Model):
 
 class Rates(tf.keras.optimizers.schedules.LearningRateSchedule):
     def __init__(self, rates: tuple[float, ...]):
-        self.rates = tf.constant(rates)
+        self.rates = tf.constant(rates, tf.float64)  # in float32 a rate of 0.1 is off by 1.5e-8
 
     def __call__(self, step: Any) -> tf.Tensor:
         return self.rates[tf.minimum(tf.cast(step, tf.int32), len(self.rates) - 1)]
@@ -152,6 +152,25 @@ class TensorFlowRun:
         averages = self.optimizer._model_variables_moving_average
         return self.narrow({name: v.numpy() for name, v in zip(self.model.weights, averages, strict=True)})
 
+    def acts(self) -> dict[str, Callable[[], None]]:
+        # Of a wide matrix only what the law knows: the rest must stay zero.
+        given = {name: np.ones_like(value) for name, value in self.spec.params.items()}
+        wide = self.model_class is WideModel and is_wide(self.spec.job)
+        ones = [
+            tf.constant(widened(name, one) if wide else one, v.dtype)
+            for (name, one), v in zip(given.items(), self.variables, strict=True)
+        ]
+
+        def accumulator() -> None:
+            other = bb.Accumulator(tf.keras.optimizers.SGD(0.25), every=1)
+            other.apply_gradients(zip(ones, self.variables, strict=True), items=1)
+
+        return {
+            "apply_gradients": lambda: self.optimizer.apply_gradients(zip(ones, self.variables, strict=True)),
+            "assign": lambda: self.variables[1].assign_add(ones[1]),
+            "Accumulator": accumulator,
+        }
+
     def save(self) -> Path:
         return Path(self.checkpoint.write(str(Path(tempfile.mkdtemp()) / "checkpoint")))
 
@@ -208,6 +227,18 @@ class Stream(TensorFlowRun):
     def window(self, micro_batches: Sequence[MicroBatch]) -> SimpleNamespace:
         return report([self.feed(m) for m in micro_batches][-1])
 
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> SimpleNamespace:
+        updates = []
+        for i, m in enumerate(micro_batches):
+            if i == place:
+                act()
+            try:
+                updates.append(self.feed(m))
+            except Exception:
+                self.fed = self.pending
+                raise
+        return report(updates[-1])
+
     def flush(self) -> SimpleNamespace | None:
         update = self.acc.flush()
         self.fed = self.pending
@@ -246,6 +277,21 @@ class Split(TensorFlowRun):
             return self.model.loss(m), tf.reduce_sum(m["weight"])
 
         return bb.value_and_grad(loss_fn, batch, self.variables, micro_batch=micro_batch)
+
+    def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> SimpleNamespace:
+        """Outside a tf.function, where a loss function is called once a micro-batch."""
+        calls = []
+
+        def loss_fn(m: Any) -> Any:
+            if len(calls) == place:
+                act()
+            calls.append(place)
+            return self.model.loss(m), tf.reduce_sum(m["weight"])
+
+        batch = self.tensors(jobs.join(micro_batches))
+        loss, gradients = bb.value_and_grad(loss_fn, batch, self.variables, micro_batch=len(micro_batches[0]["x"]))
+        self.optimizer.apply_gradients(zip(gradients, self.variables, strict=True))
+        return SimpleNamespace(micro_batches=len(calls), items=None, loss=float(loss), skipped=None)
 
     def train_step(self, batch: Any, micro_batch: int) -> tf.Tensor:
         loss, gradients = self.value_and_grad(batch, micro_batch)
