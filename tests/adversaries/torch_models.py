@@ -35,7 +35,7 @@ def weight(model: "Model", i: int) -> Tensor:
     """The part's own weight, or the one that it shares with an earlier part."""
     w = model.weights[model.ties[i]]
     if w.requires_grad:
-        model.used.append(w)
+        model.used.add(model.ties[i])
     return w
 
 
@@ -127,7 +127,7 @@ PARTS: dict[str, Part] = {
     "renormalized embedding": lambda model, i, x, m: x + model.renormalized[i](m["ids"]),
     "tied embedding": lambda model, i, x, m: x + F.embedding(m["ids"] % D, weight(model, i)),
     "convolution": lambda model, i, x, m: F.conv1d(x[:, None], weight(model, i)[:1, None], padding="same")[:, 0],
-    "lora": lambda model, i, x, m: x @ weight(model, i).detach() + (x @ model.more[i][:, :2]) @ model.low[i],
+    "lora": lambda model, i, x, m: x @ model.weights[i].detach() + (x @ model.more[i][:, :2]) @ model.low[i],
     "normalized": lambda model, i, x, m: model.layers[i](x),
     "scaled": lambda model, i, x, m: x @ weight(model, i) + x @ (3 * weight(model, i)),
     "expanded": lambda model, i, x, m: (x[:, None] @ weight(model, i).expand(len(x), D, D))[:, 0],
@@ -179,7 +179,7 @@ class Model(nn.Module):
     Attributes:
         seen: how often hooks were called in this window.
         calls: how many forwards there have been in this window.
-        used: weights that the forwards have used.
+        used: the places of the weights that the forwards have used.
     """
 
     def __init__(self, parts: list[str], ties: list[int], hook: str, factor: float, frozen: list[int], number: int):
@@ -214,7 +214,7 @@ class Model(nn.Module):
         self.seen = self.calls = 0
         self.transposed: dict[int, Tensor] = {}
         self.retained: list[Tensor] = []
-        self.used: list[nn.Parameter] = []
+        self.used: set[int] = set()
         self.nodes: list[Any] = []
         self._hook()
 
@@ -222,7 +222,6 @@ class Model(nn.Module):
         """Before a window."""
         self.calls = self.seen = 0
         self.transposed.clear()
-        del self.used[:-1]
         self.retained.clear()
 
     def _note(self, grad: Tensor | None) -> Tensor | None:

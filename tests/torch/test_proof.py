@@ -13,6 +13,8 @@ from bigbatch.engines import torch_graph, torch_proof
 from bigbatch.engines.torch_hooks import foreign_hooks, has_hooks, register
 from bigbatch.engines.torch_products import Products
 from bigbatch.engines.torch_proof import Proof, Use, is_product
+from conformance import jobs
+from conformance.adapters.torch import ADAPTERS
 from conformance.torch_products import small_ones_too, takes_products
 
 from .products import ROOM, Calls, agree, by
@@ -305,6 +307,17 @@ def test_gradients_of_another_dtype_than_the_weights(door, own, of_gradient):
     assert {g.dtype for g in found.values()} == {of_gradient or own}
     wanted = by(door, exact, lambda b: exact(b[0]).square().mean(), (x.double(),), 2, on=False)
     agree({name: g.double() for name, g in found.items()}, wanted, torch.bfloat16)
+
+
+@takes_products
+@pytest.mark.parametrize("kind", [a for a in ADAPTERS if "fused" in a.name], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("job", "weights"), [("net", 2), ("missing", 2), ("dropout", 1), ("mean", 1)])
+def test_the_laws_run_with_products(kind, job, weights, monkeypatch):
+    """In the windows of the fused adapters all but the first micro-batch's are taken, and compared in that one."""
+    counts = taken(monkeypatch)
+    run = kind.start(jobs.Spec(job, jobs.params(job)))
+    run.window(jobs.window(job, (3, 3, 3, 3), seed=0))
+    assert counts == [(0, weights), *[(weights, 0)] * 3]
 
 
 @takes_products

@@ -211,8 +211,8 @@ class Accumulator:
         Any error of autograd's or the optimizer's drops the open window, as `reset` does, and goes on to the caller.
         An error in your own forward, before the call, leaves the window as it was.
 
-        The host never waits for the device inside a window, but for the looks of `until_noise`. It waits when the
-        window closes.
+        The host waits for the device when the window closes. Inside a window it does so for the looks of
+        `until_noise`, and where a weight's product is compared with autograd's gradient for the first time.
         """
         try:
             loss, items = check_loss(loss), check_items(items)
