@@ -29,4 +29,4 @@ def test_example(name, capsys):
 
 def test_the_pages_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_blocks(ROOT / "docs/keras.md") == 7
+    assert run_blocks(ROOT / "docs/keras.md") == 8

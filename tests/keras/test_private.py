@@ -1,8 +1,11 @@
 """What this room takes from Keras that Keras does not promise: each is there, and does what is relied on."""
 
 import inspect
+import json
 import sys
+from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from keras.src.models import cloning
 from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
-from bigbatch.keras import loss, stream
+from bigbatch.keras import carried, loss, stream
 from conformance.keras_driver import array
 from conformance.keras_parity import BACKEND, data, float64, mlp
 
@@ -211,6 +214,25 @@ def test_fit_shows_its_iterator_to_a_method_and_counts_its_steps_afterwards():
     with pytest.raises(StopAsyncIteration):
         model.fit(x, y, batch_size=4, verbose=0, callbacks=[Steps()])
     assert seen[1:] == [2]
+
+
+def test_where_the_backup_callback_keeps_what_and_its_epoch(tmp_path):
+    backup = keras.callbacks.BackupAndRestore(tmp_path, double_checkpoint=True, delete_checkpoint=False)
+    trained().fit(*data(8), epochs=3, verbose=0, callbacks=[backup])
+    paths = [Path(p) for p in (backup._weights_path, backup._training_metadata_path, backup._prev_weights_path)]
+    names = ["latest.weights.h5", "training_metadata.json", "latest.weights.h5.bkp"]
+    assert [path.relative_to(tmp_path).name for path in paths] == names
+    assert all(path.exists() for path in paths)
+    assert backup._current_epoch == json.loads(paths[1].read_text())["epoch"] == 3
+
+
+def test_a_group_beside_keras_own_is_not_read_with_the_weights(tmp_path):
+    model = trained()
+    path = tmp_path / "some.weights.h5"
+    model.save_weights(path)
+    with h5py.File(path, "a") as file:
+        file.create_group(carried.GROUP).attrs["epoch"] = 1
+    model.load_weights(path)
 
 
 def test_arrays_have_a_data_adapter():

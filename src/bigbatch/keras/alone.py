@@ -74,11 +74,13 @@ class Gradients:
 
     Args:
         parameters: that the window trains.
+        several: whether there is more than one micro-batch, as for `alone`.
     """
 
-    def __init__(self, parameters: list[Any]):
+    def __init__(self, parameters: list[Any], several: bool):
         self.parameters = parameters
-        self.versions = [p._version for p in parameters]
+        self.still = parameters if several else []
+        self.versions = [p._version for p in self.still]
         self.note()
 
     def note(self) -> None:
@@ -91,7 +93,7 @@ class Gradients:
         Raises:
             RuntimeError: they are not, and it says what was seen.
         """
-        if [p._version for p in self.parameters] != self.versions:
+        if [p._version for p in self.still] != self.versions:
             raise RuntimeError(
                 "A parameter was moved by an in-place write inside an open window, as an optimizer's step or a copy_ "
                 f"makes one. Remove it from the model's call, loss or metrics. {DROPPED}"

@@ -98,8 +98,9 @@ def add_up(model: Any, micro_batches: list[Any], known: Known | None = None) -> 
         sums.products, sums.proof = Products(weights), Proof(known, started=True)
     described: list[loss.Term] = []
     model.zero_grad()
-    with alone(model, several=len(micro_batches) > 1):
-        gradients = Gradients(parameters)
+    several = len(micro_batches) > 1
+    with alone(model, several):
+        gradients = Gradients(parameters, several)
         for data in micro_batches:
             described = _take(model, data, gradients, sums)
         gradients.check()
