@@ -14,7 +14,7 @@ import bigbatch.jax as bb
 
 rng = np.random.default_rng(7)
 PARAMS = {"w": jnp.asarray(rng.normal(size=(8, 4))), "b": jnp.asarray(rng.normal(size=4))}
-WINDOWS = [[jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), PARAMS) for _ in range(2)] for _ in range(3)]
+WINDOWS = [[jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), PARAMS) for _ in range(2)] for _ in range(2)]
 ITEMS, VALUES = (3.0, 1.0), (2.0, 4.0)
 
 # What a factory needs beside its defaults, as a call of it.
@@ -45,7 +45,6 @@ CALLS = {
     "selective_transform": lambda f: f(optax.sgd(0.1), freeze_mask={"w": True, "b": False}),
     "freeze": lambda f: f({"w": True, "b": False}),
     "skip_large_updates": None,  # a predicate
-    "monitor": lambda f: f({"norm": lambda updates, **_: optax.global_norm(updates)}),
     "snapshot": lambda f: f("grads", lambda updates, **_: updates),
     "trace": lambda f: f(0.9),
     "contrib.mechanize": lambda f: f(optax.sgd(0.1)),
@@ -60,6 +59,8 @@ REFUSED = {"lbfgs", "scale_by_backtracking_linesearch", "scale_by_zoom_linesearc
            "contrib.hutchinson_estimator_diag_hessian"}  # fmt: skip
 # Those that take something else than the mean gradient: one for each example, or parameters of a kind of their own.
 OTHER = {"contrib.dpsgd", "contrib.differentially_private_aggregate", "lookahead"}
+# The one runs inside optax.contrib.muon only; the other changes the structure of its state.
+OTHER_PARTS = {"contrib.scale_by_muon", "monitor"}
 NEED_A_RATE = ("learning_rate", "max_learning_rate")
 
 
@@ -91,7 +92,7 @@ def factories():
                 name.startswith("_")
                 or inspect.isclass(factory)
                 or not callable(factory)
-                or prefix + name in REFUSED | OTHER
+                or prefix + name in REFUSED | OTHER | OTHER_PARTS
             ):
                 continue
             tx = made(prefix + name, factory)
@@ -107,13 +108,19 @@ def mean(window):
     return jax.tree.map(lambda *g: sum(n * x for n, x in zip(ITEMS, g, strict=True)) / sum(ITEMS), *window)
 
 
+def takes_value(tx):
+    """optax.contrib.sam takes no arguments but its own."""
+    parameters = inspect.signature(tx.update).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD or p.name == "value" for p in parameters)
+
+
 def by_itself(tx, params, windows):
     tx = optax.with_extra_args_support(tx)
     state = tx.init(params)
     loss = sum(n * v for n, v in zip(ITEMS, VALUES, strict=True)) / sum(ITEMS)
-    step = jax.jit(lambda g, s, p: tx.update(g, s, p, value=jnp.asarray(loss)))
-    for window in windows:
-        updates, state = step(window, state, params)
+    extra = {"value": jnp.asarray(loss)} if takes_value(tx) else {}
+    for window in windows:  # not compiled: most of this file's time would be that
+        updates, state = tx.update(window, state, params, **extra)
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -146,19 +153,61 @@ def test_the_sweep_finds_them():
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_it_is_as_by_itself(name):
-    close(*(f(FACTORIES[name], PARAMS, w) for f, w in ((accumulated, WINDOWS), (by_itself, map(mean, WINDOWS)))), 1e-11)
+    """Parameters, and the inner state to the last entry."""
+    close(accumulated(FACTORIES[name], PARAMS, WINDOWS), by_itself(FACTORIES[name], PARAMS, map(mean, WINDOWS)), 1e-11)
 
 
+HALF = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+SINGLE = [[jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in window] for window in WINDOWS]
+# Those that do not take gradients wider than the parameters, by themselves.
+UNABLE = {"apply_if_finite", "novograd", "scale_by_novograd", "contrib.galore", "contrib.scale_by_galore",
+          "contrib.mechanize"}  # fmt: skip
+
+
+def types_of_two_updates(step, init):
+    """Of the parameters and the state: nothing is compiled, and every branch is traced."""
+
+    def both():
+        carry = HALF, init(HALF)
+        for _ in range(2):
+            carry = step(SINGLE[0][0], *carry)
+        return carry
+
+    return jax.eval_shape(both)
+
+
+@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")  # of optax.scale_by_lbfgs
 @pytest.mark.parametrize("name", FACTORIES)
-def test_float32_gradients_of_16_bit_parameters(name):
+def test_float32_gradients_of_16_bit_parameters_are_taken_as_by_itself(name):
     """As from a loss scaler. The inner state is in whatever dtype it is in by itself, and so are the parameters."""
-    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    single = [[jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in window] for window in WINDOWS[:2]]
-    try:
-        right = by_itself(FACTORIES[name], half, list(map(mean, single)))
-    except (TypeError, ValueError):
-        pytest.skip("does not take them by itself")
-    close(accumulated(FACTORIES[name], half, single), right, 2**-6)
+    inner = optax.with_extra_args_support(FACTORIES[name])
+    tx = bb.accumulate(inner, every=1)
+    extra = {"value": jnp.asarray(1.0)} if takes_value(inner) else {}
+
+    def plain(grads, params, state):
+        updates, state = inner.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    def ours(grads, params, state):
+        return bb.apply_gradients(tx, grads, state, params, items=2, value=jnp.asarray(1.0))
+
+    if name in UNABLE:
+        with pytest.raises(TypeError):
+            types_of_two_updates(plain, inner.init)
+        with pytest.raises(TypeError):
+            types_of_two_updates(ours, tx.init)
+        return
+    params, state = types_of_two_updates(ours, tx.init)
+    got, right = jax.tree.map(
+        lambda x: (x.shape, x.dtype), ((params, state.inner), types_of_two_updates(plain, inner.init))
+    )
+    assert got == right
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor", "lion", "sgd", "contrib.prodigy"])
+def test_float32_gradients_of_16_bit_parameters(name):
+    half = [SINGLE[0], SINGLE[1]]
+    close(accumulated(FACTORIES[name], HALF, half), by_itself(FACTORIES[name], HALF, map(mean, half)), 2**-6)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -199,7 +248,7 @@ def test_lbfgs_with_its_line_search_at_the_split_api():
     def trained(value_and_grad):
         tx, params = optax.lbfgs(), PARAMS
         state = tx.init(params)
-        for _ in range(3):
+        for _ in range(2):
             value_fn = lambda p: value_and_grad(p, (x, y))[0]  # noqa: E731
             value, grad = value_and_grad(params, (x, y))
             updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
@@ -209,16 +258,32 @@ def test_lbfgs_with_its_line_search_at_the_split_api():
     close(trained(jax.jit(bb.value_and_grad(loss_fn, micro_batch=5))), trained(jax.value_and_grad(loss_fn)), 1e-9)
 
 
+@pytest.mark.filterwarnings('ignore:"seed" is deprecated')  # within optax.contrib.dpsgd
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_what_takes_other_gradients_is_refused(name):
     factory = functools.reduce(getattr, name.split("."), optax)
     calls = {
         "lookahead": lambda f: f(optax.sgd(0.1), 2, 0.5),
-        "contrib.dpsgd": lambda f: f(0.1, 1.0, 0.1, key=0),
-        "contrib.differentially_private_aggregate": lambda f: f(1.0, 0.1, key=0),
+        "contrib.dpsgd": lambda f: f(0.1, 1.0, 0.1, 0),
+        "contrib.differentially_private_aggregate": lambda f: f(1.0, 0.1, 0),
     }
     tx = bb.accumulate(calls[name](factory), every=2)
     params = optax.LookaheadParams.init_synced(PARAMS) if name == "lookahead" else PARAMS
     grads = PARAMS if name == "lookahead" else jax.tree.map(lambda g: jnp.stack([g] * 3), PARAMS)
     with pytest.raises(ValueError, match="grads must"):
         tx.update(grads, tx.init(params), params, items=3)
+
+
+def test_items_and_value_are_kept_from_what_takes_neither():
+    """optax.contrib.sam knows no extra argument, alone or in a chain."""
+    sam = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), sync_period=2)
+    for tx in (sam, optax.chain(optax.clip(10.0), sam)):
+        found, _ = accumulated(tx, PARAMS, WINDOWS)
+        close(found, by_itself(sam, PARAMS, map(mean, WINDOWS))[0], 1e-11)
+
+
+def test_a_state_that_changes_its_structure_is_refused():
+    """What no compiled branch can hand on: optax.monitor begins without the entries that it then has."""
+    tx = bb.accumulate(optax.monitor({"norm": lambda updates, *_, **__: optax.tree.norm(updates)}), every=2)
+    with pytest.raises(ValueError, match=r"state\.inner must be nested as .*or tx changes it as it runs"):
+        tx.update(WINDOWS[0][0], tx.init(PARAMS), PARAMS, items=1)

@@ -1,6 +1,5 @@
 """`accumulate`, as the two functions of an optax transformation: one micro-batch in, and now and then an update out."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +15,6 @@ from bigbatch.jax import state as codes
 from bigbatch.jax.state import AccumulateState, checksum, emptied, update_of
 from bigbatch.jax.window import as_items, as_value, at_hand, check_parameter, widened
 from bigbatch.noise import UntilNoise
-
-Apply = Callable[[AccumulateState, Any], tuple[Any, Any]]
 
 
 class Accumulation(NamedTuple):
@@ -65,14 +62,9 @@ class Accumulation(NamedTuple):
         if valued or flush:
             extra["value"] = state.loss * state.factor
 
-        def apply(state: AccumulateState, params: Any) -> tuple[Any, Any]:
-            # In a window of one it is exactly 1; saying so spares the rounding of a product fused into tx.
-            factor = 1.0 if full is True else state.unit / state.items
-            mean = jax.tree.map(lambda s, g: (s * jnp.asarray(factor, s.dtype)).astype(g.dtype), state.grads, updates)
-            return self.tx.update(mean, state.inner, params, items=state.items, **extra)
-
-        state, like = _wide_enough(apply, state, params)
-        step = _Step(self, apply, like, and_apply, flush, full, sound, opens, valued)
+        inner = _Inner(self.tx, updates, full is True, {"items": state.items, **extra})
+        state, like = _wide_enough(inner, state, params)
+        step = _Step(self, inner, like, and_apply, flush, full, sound, opens, valued)
         updates, state = step.run(state, params)
         if step.reuses(state):
             ours = codes.has_updated(state)
@@ -112,11 +104,36 @@ class Accumulation(NamedTuple):
         return state.micro_batches >= count, count >= 1
 
 
+class _Inner(NamedTuple):
+    """The inner transformation, to be called on a full window."""
+
+    tx: optax.GradientTransformationExtraArgs
+    like: Any  # gradients of the dtypes that it is to be given
+    alone: bool  # whether the window is one micro-batch for certain
+    extra: dict[str, Any]
+
+    def __call__(self, state: AccumulateState, params: Any) -> tuple[Any, Any]:
+        # In a window of one it is exactly 1; saying so spares the rounding of a product fused into tx.
+        factor = 1.0 if self.alone else state.unit / state.items
+        mean = jax.tree.map(lambda s, g: (s * jnp.asarray(factor, s.dtype)).astype(g.dtype), state.grads, self.like)
+        return self.tx.update(mean, state.inner, params, **self.extra)
+
+    def shapes(self, state: AccumulateState, params: Any) -> tuple[Any, Any]:
+        """Of what it returns. It forgets `items` and `value` where the transformation takes neither, as contrib.sam."""
+        while True:
+            try:
+                return jax.eval_shape(self, state, params)
+            except TypeError as error:
+                unknown = [n for n in ("items", "value") if f"unexpected keyword argument '{n}'" in str(error)]
+                if not unknown or self.extra.pop(unknown[0], None) is None:
+                    raise
+
+
 class _Step(NamedTuple):
     """What happens to a window once a micro-batch is in, or `flush` is called."""
 
     of: Accumulation
-    apply: Apply
+    apply: _Inner
     like: Any  # the updates' shapes and dtypes; None where the parameters come back
     and_apply: bool
     flush: bool
@@ -177,7 +194,7 @@ class _Step(NamedTuple):
         """Why no update is to be made, or APPLIED."""
         loss = state.loss * state.factor
         # At a flush nobody says whether losses were given; where none were, it is -inf.
-        finite = jnp.isfinite(norm) & (jnp.isfinite(loss) if self.valued else ~jnp.isnan(loss) | (state.items == 0))
+        finite = jnp.isfinite(norm) & (jnp.isfinite(loss) | jnp.asarray(not self.valued) & (loss == codes.NONE))
         moved: Any = False
         if self.full is not True:
             known = (state.params != 0) & (self.flush | ~jnp.asarray(self.opens))
@@ -215,13 +232,13 @@ def _checksum(params: Any) -> jax.Array:
     return jnp.zeros((), jnp.uint32) if params is None else checksum(params)
 
 
-def _wide_enough(apply: Apply, state: AccumulateState, params: Any) -> tuple[AccumulateState, Any]:
+def _wide_enough(apply: _Inner, state: AccumulateState, params: Any) -> tuple[AccumulateState, Any]:
     """The state with its inner state in the dtypes that `tx` returns it in, and the shapes and dtypes of the updates.
 
     Gradients wider than the parameters widen an inner state that began in the parameters' dtype, as without us.
     """
     while True:
-        like, after = jax.eval_shape(apply, state, params)
+        like, after = apply.shapes(state, params)
         checks.check_inner(state.inner, after, state.grads, like)
         inner = jax.tree.map(lambda old, new: _as(jnp.asarray(old), _wider(old, new)), state.inner, after)
         same = all(

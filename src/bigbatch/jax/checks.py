@@ -82,7 +82,7 @@ def check_window(state: Any, grads: Any = None) -> None:
 def check_inner(before: Any, after: Any, sums: Any, updates: Any) -> None:
     """Refuses an inner state that comes back in another structure or shape, or makes updates of another shape."""
     if jax.tree.structure(before) != jax.tree.structure(after):
-        raise _mismatch("state.inner", before, f"nested as {jax.tree.structure(after)}")
+        raise _mismatch("state.inner", before, f"nested as {jax.tree.structure(after)} (or tx changes it as it runs)")
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         if jnp.shape(old) != jnp.shape(new):
             raise _mismatch("state.inner" + jax.tree_util.keystr(path), old, f"of shape {jnp.shape(new)}")
