@@ -240,7 +240,7 @@ def test_rounding_is_no_difference_and_a_difference_is_none_of_rounding(dtype, s
     weight = nn.Parameter(torch.randn(height, width, generator=generator).to(dtype))
     left = (torch.randn(rows, height, generator=generator) + shift).to(dtype)
     right = torch.randn(rows, width, generator=generator).to(dtype)
-    use = Use(None, weight, 1, False, (), None)
+    use = Use(None, weight, 1, False, [], None, ())
     gradient, given = left.t().mm(right), [(use, (left, right))]
     assert is_product(weight, given, gradient)
     assert is_product(weight, given, (left.double().t() @ right.double()).to(dtype))

@@ -169,7 +169,7 @@ def _taking(use: Use, sums: Sums) -> Any:
 def _use(node: Any, kind: str, following: Any, since: int) -> Use | None:
     place, factor = _FACTORS[kind]
     ahead = following[place][0]
-    transposed, between = False, []
+    transposed, between, passages = False, [], []
     while ahead is not None and (passed := type(ahead).__name__) != "AccumulateGrad":
         # What may stand between a weight and its product: it is transposed, and cast by autocast.
         if passed == "TBackward0":
@@ -183,6 +183,7 @@ def _use(node: Any, kind: str, following: Any, since: int) -> Use | None:
         if ahead._sequence_nr() <= since:  # kept from an earlier forward, and nobody knows with which hooks
             return None
         between.append(ahead)
+        passages.append(passed)
         ahead = ahead.next_functions[0][0]
     if ahead is None or _reason(weight := ahead.variable) is not None:
         return None
@@ -201,7 +202,8 @@ def _use(node: Any, kind: str, following: Any, since: int) -> Use | None:
     if saved.is_complex() or saved.device != weight.device:
         return None
     rows = saved.numel() if factor == "indices" else len(saved)
-    return Use(node, weight, place, transposed, tuple(between), ahead) if is_worth(weight, rows) else None
+    route = (kind, transposed, *passages)
+    return Use(node, weight, place, transposed, between, ahead, route) if is_worth(weight, rows) else None
 
 
 def _reason(weight: Tensor) -> str | None:
@@ -212,7 +214,7 @@ def _reason(weight: Tensor) -> str | None:
         return "tensor subclasses have their own products"
     if weight.ndim != 2 or not weight.is_floating_point():
         return "it is no matrix of real numbers"
-    if gradient_dtype(weight) != weight.dtype or getattr(weight, "grad_dtype", weight.dtype) is None:
+    if getattr(weight, "grad_dtype", weight.dtype) != weight.dtype:
         return "its gradient is to have another dtype"
     if weight.layout != torch.strided or not weight.is_contiguous():
         return "its layout is not that of a matrix, row by row"

@@ -38,13 +38,10 @@ class Use(NamedTuple):
     weight: Tensor
     place: int  # of the weight among the node's inputs; 0 for a table that rows are looked up in
     transposed: bool  # whether the weight was multiplied by as its transpose, as `Linear` does
-    between: tuple[Any, ...]  # the nodes on the way from there to `accumulation`
+    between: list[Any]  # the nodes on the way from there to `accumulation`
     accumulation: Any  # the node that adds to `.grad`
-
-    @property
-    def route(self) -> tuple[Any, ...]:
-        """How the weight is reached. What was seen of one use holds for all uses on the same route."""
-        return (type(self.node).__name__, self.transposed, *(type(node).__name__ for node in self.between))
+    # How the weight is reached, by kinds of nodes. What was seen of one use holds for all uses on the same route.
+    route: tuple[Any, ...]
 
     def casts(self) -> list[torch.dtype]:
         """The dtypes that the gradient goes through on its way to the weight's own."""
@@ -73,8 +70,15 @@ class Known:
     """What was seen of weights. Dropped with them."""
 
     def __init__(self) -> None:
-        self.routes = WeakTensorKeyDictionary()  # on which a weight's product is its gradient
+        self._routes = WeakTensorKeyDictionary()
         self.refused = WeakTensorKeyDictionary()  # whose gradients are left to autograd for good
+
+    def routes_of(self, weight: Tensor) -> set[Any]:
+        """The routes on which a weight's product is its gradient, to be added to."""
+        routes: set[Any] | None = self._routes.get(weight)
+        if routes is None:
+            routes = self._routes[weight] = set()
+        return routes
 
 
 class Proof:
@@ -89,7 +93,7 @@ class Proof:
         self._known = known or Known()
         self._hooks = foreign_hooks() if started else None
         self._last = sequence_now() if started else 0
-        self._free: set[int] = set()  # the ids of weights whose accumulation nodes have no hooks
+        self._trusted: dict[Tensor, set[Any]] = {}  # the known routes of weights whose accumulation nodes have no hooks
 
     def begin(self, root: Any) -> int | None:
         """Before a graph is read.
@@ -102,34 +106,32 @@ class Proof:
         last, self._last = self._last, root._sequence_nr()
         if before is None or before == self._hooks:
             return last
-        self._free.clear()
+        self._trusted.clear()
         return None
 
     def sort(self, uses: list[Use]) -> tuple[list[Use], list[Use]]:
         """Those of the uses that may replace autograd's gradients, and those that have to be compared with them."""
+        if all(use.route in self._trusted.get(use.weight, ()) for use in uses):
+            return uses, []
         of: dict[Tensor, list[Use]] = {}
         for use in uses:
             of.setdefault(use.weight, []).append(use)
         proven: list[Use] = []
         tried: list[Use] = []
         for weight, several in of.items():
-            if weight not in self._known.refused and self._is_free(several[0]):
-                routes = self._known.routes.get(weight) or ()
-                (proven if all(use.route in routes for use in several) else tried).extend(several)
+            if weight in self._known.refused or not (weight in self._trusted or not has_hooks(several[0].accumulation)):
+                continue
+            routes = self._trusted[weight] = self._known.routes_of(weight)
+            (proven if all(use.route in routes for use in several) else tried).extend(several)
         return proven, tried
-
-    def _is_free(self, use: Use) -> bool:
-        key = id(use.weight)
-        if key not in self._free and not has_hooks(use.accumulation):
-            self._free.add(key)
-        return key in self._free
 
     def learn(self, weight: Tensor, routes: set[Any], reason: str | None) -> None:
         """Takes in that a weight's product was its gradient on these routes, or why it is left to autograd."""
         if reason is None:
-            self._known.routes.setdefault(weight, set()).update(routes)  # pyright: ignore[reportOptionalMemberAccess]
+            self._known.routes_of(weight).update(routes)
             return
         self._known.refused[weight] = True
+        self._trusted.pop(weight, None)
         log.warning(
             "The gradient of a weight of shape %s is left to autograd from here on: %s. The window is as exact as "
             "ever; fused=False leaves all gradients to autograd from the start.", tuple(weight.shape), reason
