@@ -302,3 +302,78 @@ def test_there_are_never_two_copies_of_the_gradients(batch):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     copies = float(done.stdout.split()[-2])
     assert 0.9 < copies < 2.0, done.stdout
+
+
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_a_list_of_text_is_cut_with_the_batch(how, data, weights):
+    captions, seen = ["red", "green", "blue", "red", "red", "green", "blue"], []
+
+    def loss_fn(batch):
+        assert batch["captions"].dtype == tf.string
+        seen.append(batch["captions"].shape[0])
+        shown = tf.cast(batch["captions"] == "red", tf.float64)
+        return tf.reduce_mean(shown * tf.reduce_sum(batch["x"] @ weights, 1))
+
+    def door(x):
+        return bb.value_and_grad(loss_fn, {"x": x, "captions": captions}, [weights], micro_batch=3)
+
+    found = (tf.function(door) if how == "graph" else door)(data[0])
+    assert set(seen) == {3, 1}
+    same(found, full(loss_fn, {"x": data[0], "captions": tf.constant(captions)}, [weights]))
+    with pytest.raises(ValueError, match=r"must have the same length. Received: batch\[0\] of length 7, batch\[1\] of"):
+        bb.value_and_grad(lambda b: tf.reduce_mean(b[0] @ weights), (data[0], captions[:6]), [weights], micro_batch=3)
+
+
+@pytest.mark.parametrize("with_items", [False, True])
+def test_an_output_that_has_a_loss_may_be_returned(with_items, data, weights):
+    class Output(dict):
+        def __init__(self, loss, logits):
+            super().__init__(loss=loss, logits=logits)
+            self.loss = loss
+
+    def loss_fn(x):
+        output = Output(tf.reduce_mean(x @ weights), x)
+        return (output, tf.shape(x)[0]) if with_items else output
+
+    found = tf.function(lambda x: bb.value_and_grad(loss_fn, x, [weights], micro_batch=3))(data[0])
+    same(found, full(lambda x: tf.reduce_mean(x @ weights), data[0], [weights]))
+
+
+@pytest.mark.parametrize("door", ["value_and_grad", "plan", "auto"])
+def test_words_at_the_split_api(door, data, weights):
+    def call(loss_fn, **options):
+        if door == "plan":
+            return bb.plan(loss_fn, data[0], [weights], memory="1GiB", **options)
+        options = {"micro_batch": "auto" if door == "auto" else 3, **options}
+        return bb.value_and_grad(loss_fn, data[0], [weights], **options)
+
+    with pytest.raises(ValueError, match=r"^The loss must be a scalar of a floating type\. Received: loss=shape"):
+        call(lambda x: tf.reduce_mean(x @ weights, 1))
+    with pytest.raises(
+        TypeError, match=r"^loss_fn must return the mean loss or \(loss, items\)\. Received: a tuple of 3"
+    ):
+        call(lambda x: (tf.reduce_mean(x @ weights), 3, tf.constant(0.5)))
+    for dtype in ("float32", tf.int32):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"^dtype must be a floating tf\.DType or None\. Received: dtype="
+        ):
+            call(lambda x: tf.reduce_mean(x @ weights), dtype=dtype)
+    if door == "value_and_grad":
+        with pytest.raises(
+            TypeError, match=r"^micro_batch must be an integer or \"auto\"\. Received: micro_batch='Auto'"
+        ):
+            call(lambda x: tf.reduce_mean(x @ weights), micro_batch="Auto")
+
+
+def test_under_xla_items_that_are_none_make_everything_nan(data, weights):
+    """XLA makes no checks; a number would be wrong in silence."""
+    for bad in (-1.0, 0.0, np.inf):
+        step = tf.function(
+            lambda x, bad=bad: bb.value_and_grad(
+                lambda m: (tf.reduce_mean(m @ weights), tf.constant(bad)), x, [weights], micro_batch=3
+            ),
+            jit_compile=True,
+        )
+        loss, (gradient,) = step(data[0])
+        assert np.isnan(loss)
+        assert np.isnan(gradient).all()

@@ -66,7 +66,7 @@ def scales_losses(optimizer: Any) -> bool:
 def check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
     """Accepts pairs of a gradient, or None, and its variable; each variable once, and gradients of its shape."""
     fix = "Pass zip(gradients, variables), as to the optimizer."
-    pairs = [pair if isinstance(pair, tuple | list) else (pair,) for pair in grads_and_vars]
+    pairs: list[Any] = [pair if isinstance(pair, tuple | list) else (pair,) for pair in grads_and_vars]
     named = set()
     for pair in pairs:
         if len(pair) != 2 or not (hasattr(pair[1], "assign") and hasattr(pair[1], "dtype")):
@@ -100,12 +100,12 @@ def name_of(variable: Any) -> str:
 
 def loss_and_items(result: Any) -> tuple[tf.Tensor, Any]:
     """What loss_fn may return: the mean loss, an output that has it as its `.loss`, or one of these with its items."""
-    items = None
+    output, items = result, None
     if isinstance(result, tuple) and not hasattr(result, "loss"):
         if len(result) != 2:
             raise errors.not_a_loss(result)
-        result, items = result
-    return check_loss(result.loss if not tf.is_tensor(result) and hasattr(result, "loss") else result), items
+        output, items = result
+    return check_loss(output if tf.is_tensor(output) else getattr(output, "loss", output)), items
 
 
 def check_loss(loss: Any) -> tf.Tensor:

@@ -27,7 +27,7 @@ class Guard(tf.Module):
 
     def __init__(self, **options: Any):
         super().__init__()
-        self._steps = tf.Variable(tf.zeros((), tf.int64), **options)
+        self._steps = tf.Variable(tf.constant(-1, tf.int64), **options)  # unknown, as after a checkpoint without
         self._bits = tf.Variable(tf.zeros([0, 8], tf.uint8), shape=[None, 8], **options)
 
     def open(self, optimizer: Any, variables: Sequence[Any], dense: Sequence[bool]) -> list[Any]:
@@ -42,7 +42,7 @@ class Guard(tf.Module):
         self, optimizer: Any, variables: Sequence[Any], dense: Sequence[bool]
     ) -> tuple[tf.Tensor, Callable[[], tf.Tensor]]:
         """Whether somebody else made a step or changed a variable since then, and a text that says which."""
-        stepped = tf.not_equal(_steps(optimizer), self._steps)
+        stepped = (self._steps >= 0) & tf.not_equal(_steps(optimizer), self._steps)
         if not variables or under_xla() or tf.distribute.has_strategy():
             return stepped, lambda: tf.constant(STEPPED)
         # A variable that joined later in the window has no note.

@@ -146,7 +146,12 @@ def fitting(window: Callable[[int], Any], loss_fn: Any, batch: Any, variables: l
 
     def save() -> Callable[[], None]:
         kept = [(v, tf.identity(v)) for v in choice.assigned]
-        return lambda: [v.assign(before) for v, before in kept] and None
+
+        def restore() -> None:
+            for variable, before in kept:
+                variable.assign(before)
+
+        return restore
 
     return plan_again(window, choice, choice.plan.batch, is_out_of_memory, logger, save)
 

@@ -502,7 +502,7 @@ class Accumulator(tf.Module):
             apply() if always else tf.cond(finite, apply, lambda: None)
             return made
         counted = tf.math.is_finite(items)
-        tf.cond(counted & ~moved & (finite | always), apply, lambda: None)
+        tf.cond(counted & tf.logical_not(moved) & (finite | always), apply, lambda: None)
         return tf.where(moved, MOVED, tf.where(counted, made, NOT_ITEMS))
 
     def _means(self, factor: tf.Tensor) -> list[Gradient]:
@@ -549,7 +549,7 @@ class Accumulator(tf.Module):
         self._host.take, self._host.flush = tf.function(self._take), tf.function(self._flush)
 
 
-def _described(one: Any) -> tuple[str, list[int], str]:
+def _described(one: Any) -> tuple[str, list[Any], str]:
     """The kind, the shape and the dtype of a sum."""
     total = one.values if isinstance(one, SparseSum) else one.total
     return type(one).__name__, total.shape.as_list(), total.dtype.name
