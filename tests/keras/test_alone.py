@@ -60,19 +60,16 @@ def test_inside_a_compiled_window_it_is_refused_by_name(tmp_path, act, method):
     options, size = method
     x, y = data(8)
     model = bb.accumulate(made(), **options)
-    model.fit(x, y, batch_size=size, shuffle=False, verbose=0)
+    model._symbolic_build(data_batch=(x, y))  # which calls the model as well
     before, layer = values(model), model.layers[0]
-    layer.act, model.train_function = acts(model, tmp_path / "m.weights.h5")[act], None
+    layer.act = acts(model, tmp_path / "m.weights.h5")[act]
     with pytest.raises((RuntimeError, ValueError), match=act):
         model.fit(x, y, batch_size=size, shuffle=False, verbose=0)
     layer.act = None
     model.layers[1].trainable = True
     assert all(np.array_equal(a, b) for a, b in zip(values(model), before, strict=True))
     plain = made()
-    for one in (model, plain):
-        one.train_function = None
-    for _ in range(2):
-        plain.train_on_batch(x, y)
+    plain.train_on_batch(x, y)
     model.fit(x, y, batch_size=size, shuffle=False, verbose=0)
     close(model, plain)
 
@@ -125,6 +122,21 @@ def test_callbacks_and_data_between_two_windows_may_do_all_of_it(method):
 
     ours, plain = run(bb.accumulate(mlp(), **options), size), run(mlp(), 8)
     close(ours, plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiling_again_between_two_windows_trains_what_was_compiled(method):
+    """`jax.jit` remembers what it traced of a function, and its caller does not see."""
+    options, size = method
+    x, y = data(8)
+
+    def run(model, size):
+        for loss, rate in (("mse", 0.1), ("mae", 0.1), ("mae", 0.3)):
+            model.compile(keras.optimizers.SGD(rate), loss)
+            model.fit(x, y, batch_size=size, shuffle=False, verbose=0)
+        return model
+
+    close(run(bb.accumulate(made(), **options), size), run(made(), 8))
 
 
 if BACKEND == "torch":

@@ -15,6 +15,14 @@ def open_door(model: Any, micro_batch: int | Literal["auto"]) -> None:
     else:
         model.train_step = backend().split_step(model, micro_batch)
 
+        def make_train_function(force: bool = False) -> None:
+            if model.train_function is None or force:
+                # A new function: `jax.jit` would go on with what it traced of this one before `compile`.
+                model.train_step = backend().split_step(model, micro_batch)
+                type(model).make_train_function(model, force=True)
+
+        model.make_train_function = make_train_function
+
 
 def backend() -> Any:
     """This room's file for the backend that Keras runs on."""

@@ -37,6 +37,8 @@ def open_door(model: Any, every: Every, partial: str) -> None:
 
     def make_train_function(force: bool = False) -> None:
         if model.train_function is None or force:
+            # A new function: `jax.jit` would go on with what it traced of this one before `compile`.
+            model.train_step = backend().stream_step(model)
             type(model).make_train_function(model, force=True)
             model.train_function = _pulling(model, windows, model.train_function)
 
