@@ -1,5 +1,6 @@
 """The command line, without a framework."""
 
+import subprocess
 import sys
 
 import pytest
@@ -55,3 +56,21 @@ def test_what_is_not_installed_is_named_with_its_remedy(missing, arguments, mess
     assert cli.main(["demo", *arguments]) == 1
     assert message in capsys.readouterr().err
     assert "torch" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("package", "missing", "extra"),
+    [
+        ("torch", "torch", "torch"),
+        ("jax", "jax", "jax"),
+        ("jax", "optax", "jax"),
+        ("keras", "keras", "keras"),
+        ("tensorflow", "tensorflow", "tensorflow"),
+        ("tf1", "tensorflow", "tensorflow"),
+    ],
+)
+def test_a_package_without_its_framework_names_the_extra(package, missing, extra):
+    code = f"import sys; sys.modules[{missing!r}] = None; import bigbatch.{package}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = f"bigbatch.{package} needs {missing}, which is not installed. Run: pip install 'bigbatch[{extra}]'"
+    assert done.stderr.splitlines()[-1] == f"ImportError: {said}"

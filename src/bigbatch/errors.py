@@ -157,7 +157,8 @@ def loss_without_gradient(loss: Any) -> Exception:
 def loss_not_finite(value: float, micro_batches: str) -> Exception:
     """For a NaN, or an infinite loss, found once the whole batch has been seen."""
     return ValueError(
-        f"The loss is {'not a number' if math.isnan(value) else 'infinite'}. Received: loss={value} over {micro_batches}. "
+        f"The loss is {'not a number' if math.isnan(value) else 'infinite'}. "
+        f"Received: loss={value} over {micro_batches}. "
         "The gradients are as they were before the call; look for a division by zero, or a learning rate too high."
     )
 
@@ -167,7 +168,8 @@ def items_not_counts(total: float, micro_batches: str) -> Exception:
     wrong = "The batch holds no items" if total == 0 else "A micro-batch's items are negative, NaN or infinite"
     return ValueError(
         f"{wrong}. Received: items={total} over {micro_batches}. "
-        "The gradients are as they were before the call; return the number of examples or tokens the loss is the mean of."
+        "The gradients are as they were before the call; "
+        "return the number of examples or tokens the loss is the mean of."
     )
 
 
@@ -205,4 +207,12 @@ def rank_lost(error: Exception) -> Exception:
         f"The ranks could not meet: {reason} "
         "A rank has died, or does something else; its own output says what. The others cannot go on without it: let "
         "them end, and start again from the last checkpoint, as torchrun --max-restarts does."
+    )
+
+
+def not_installed(package: str, extra: str, error: ModuleNotFoundError) -> ImportError:
+    """For a framework's package without the framework."""
+    return ImportError(
+        f"bigbatch.{package} needs {error.name}, which is not installed. Run: pip install 'bigbatch[{extra}]'",
+        name=error.name,
     )

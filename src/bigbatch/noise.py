@@ -169,18 +169,18 @@ class NoiseScale:
         """
         if not isinstance(state, Mapping) or set(state) != {"decay", "windows", "moments"}:
             raise _damaged("state", state, "a mapping with decay, windows and moments")
-        decay, windows, moments = state["decay"], state["windows"], state["moments"]
+        decay, windows = state["decay"], state["windows"]
         if not (_is_finite(decay) and 0 <= decay < 1):
             raise _damaged("decay", decay, "a number of at least 0 and below 1")
         if isinstance(windows, bool) or not isinstance(windows, numbers.Integral) or windows < 0:
             raise _damaged("windows", windows, "a whole number of at least 0")
         try:
-            moments = tuple(math.nan if isinstance(x, bool | str) else float(x) for x in moments)
+            moments = [math.nan if isinstance(x, bool | str) else float(x) for x in state["moments"]]
         except (TypeError, ValueError, RuntimeError):  # the last where a tensor is no number
-            moments = ()
+            moments = []
         if len(moments) != len(EMPTY) or not all(map(math.isfinite, moments)) or (windows and moments[0] <= 0):
             raise _damaged("moments", state["moments"], f"{len(EMPTY)} finite numbers")
-        self.decay, self.windows, self._moments = float(decay), int(windows), moments
+        self.decay, self.windows, self._moments = float(decay), int(windows), tuple(moments)
 
     def __str__(self) -> str:
         if not self.windows:

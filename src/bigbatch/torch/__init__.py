@@ -1,12 +1,17 @@
 """bigbatch for PyTorch: `backward` for a batch you hold, `Accumulator` for a loader that yields micro-batches."""
 
-from bigbatch.every import items as items
-from bigbatch.noise import NoiseScale as NoiseScale
-from bigbatch.noise import advice as advice
-from bigbatch.noise import noise_curve as noise_curve
-from bigbatch.noise import until_noise as until_noise
-from bigbatch.torch.audit import audit as audit
-from bigbatch.torch.auto import plan as plan
-from bigbatch.torch.split import backward as backward
-from bigbatch.torch.stream import Accumulator as Accumulator
-from bigbatch.torch.stream import Update as Update
+from bigbatch import errors as _errors
+
+try:
+    from bigbatch.every import items as items
+    from bigbatch.noise import NoiseScale as NoiseScale
+    from bigbatch.noise import advice as advice
+    from bigbatch.noise import noise_curve as noise_curve
+    from bigbatch.noise import until_noise as until_noise
+    from bigbatch.torch.audit import audit as audit
+    from bigbatch.torch.auto import plan as plan
+    from bigbatch.torch.split import backward as backward
+    from bigbatch.torch.stream import Accumulator as Accumulator
+    from bigbatch.torch.stream import Update as Update
+except ModuleNotFoundError as error:
+    raise _errors.not_installed("torch", "torch", error) from error
