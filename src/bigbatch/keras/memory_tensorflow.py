@@ -46,8 +46,10 @@ def auto_step(model: Any, fitting: Any) -> Callable[[Any], dict[str, Any]]:
 
 def _tensors(data: Any) -> Any:
     def tensor(leaf: Any) -> Any:
-        # Keras has one of these where a data set has None.
-        return None if leaf is None or isinstance(leaf, tf.experimental.Optional) else tf.convert_to_tensor(leaf)
+        if leaf is None or isinstance(leaf, tf.experimental.Optional):  # as Keras has where a data set has None
+            return None
+        # What is not dense is refused where the batch is checked.
+        return leaf if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor) else tf.convert_to_tensor(leaf)
 
     return keras.tree.map_structure(tensor, batch.unpack(data))
 
