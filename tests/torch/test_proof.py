@@ -191,6 +191,24 @@ def test_a_weight_that_is_not_finite_at_first_is_compared_later(door, weight, mo
 
 
 @takes_products
+@pytest.mark.parametrize("door", ["split", "stream"])
+def test_where_hooks_are_registered_all_is_compared_anew_and_left_to_autograd_where_they_always_are(
+    door, weight, monkeypatch
+):
+    counts, calls, x = taken(monkeypatch), [], torch.randn(14, 6, dtype=F64)
+
+    def loss_fn(b):
+        calls.append(None)
+        out = b[0] @ weight
+        if len(calls) in (3, 5, 6):
+            out.register_hook(lambda g: 0.5 * g)
+        return out.square().mean()
+
+    by(door, nn.ParameterList([weight]), loss_fn, (x,), 2, on=True)
+    assert counts == [(0, 1), (1, 0), (0, 1), (1, 0), (0, 1), (0, 0), (1, 0)]
+
+
+@takes_products
 def test_comparing_changes_no_bit_of_an_update():
     """Where the rows are deferred the order of the sums is not autograd's; what was compared is in the same order."""
     results = []

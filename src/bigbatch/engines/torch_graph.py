@@ -232,7 +232,7 @@ def _explain(leaves: list[Tensor], functions: set[str], tried: set[Tensor], hook
         if reason is None and leaf in tried:
             continue
         if reason is None and hooked:
-            reason = "hooks were registered since the last backward, or it is compiled"
+            reason = "hooks are registered before each backward, or compiled autograd runs it"
         elif reason is None:
             several = ", ".join(sorted(functions))
             few = "" if leaf.device.type == "cpu" else ", or by few rows"

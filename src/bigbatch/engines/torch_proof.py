@@ -72,6 +72,7 @@ class Known:
     def __init__(self) -> None:
         self._routes = WeakTensorKeyDictionary()
         self.refused = WeakTensorKeyDictionary()  # whose gradients are left to autograd for good
+        self.hooked = False  # whether somebody registered a hook before the last backward
 
     def routes_of(self, weight: Tensor) -> set[Any]:
         """The routes on which a weight's product is its gradient, to be added to."""
@@ -93,21 +94,26 @@ class Proof:
         self._known = known or Known()
         self._hooks = foreign_hooks() if started else None
         self._last = sequence_now() if started else 0
+        self._anew = False  # whether to compare all weights in this backward
         self._trusted: dict[Tensor, set[Any]] = {}  # the known routes of weights whose accumulation nodes have no hooks
 
     def begin(self, root: Any) -> int | None:
         """Before a graph is read.
 
+        Where somebody has registered a hook since the last call, all weights are compared anew: autograd makes their
+        gradients, and the hook is called.
+
         Returns:
-            The number of autograd's last node before this graph's: older ones may have any hook. None where somebody
-            has registered a hook since the last call: then all gradients are to be autograd's.
+            The number of autograd's last node before this graph's: older ones may have any hook. None where hooks are
+            registered before each backward: comparing each time would be slower than leaving all to autograd.
         """
         before, self._hooks = self._hooks, foreign_hooks()
         last, self._last = self._last, root._sequence_nr()
-        if before is None or before == self._hooks:
-            return last
-        self._trusted.clear()
-        return None
+        self._anew = before is not None and before != self._hooks
+        again, self._known.hooked = self._anew and self._known.hooked, self._anew
+        if self._anew:
+            self._trusted.clear()
+        return None if again else last
 
     def sort(self, uses: list[Use]) -> tuple[list[Use], list[Use]]:
         """Those of the uses that may replace autograd's gradients, and those that have to be compared with them."""
@@ -122,7 +128,8 @@ class Proof:
             if weight in self._known.refused or not (weight in self._trusted or not has_hooks(several[0].accumulation)):
                 continue
             routes = self._trusted[weight] = self._known.routes_of(weight)
-            (proven if all(use.route in routes for use in several) else tried).extend(several)
+            trusted = not self._anew and all(use.route in routes for use in several)
+            (proven if trusted else tried).extend(several)
         return proven, tried
 
     def learn(self, weight: Tensor, routes: set[Any], reason: str | None) -> None:
