@@ -46,16 +46,23 @@ def alone(model: Any, several: bool) -> Iterator[None]:
                 before.append((owner, method, owner.__dict__.get(method)))
                 owner.__dict__[method] = _refusing(name, method)
         yield
+    except Exception as error:
+        _check_same(model, variables, error)  # which may be why
+        raise
     finally:
         for owner, method, own in reversed(before):
             owner.__dict__.pop(method, None)
             if own is not None:
                 owner.__dict__[method] = own
+    _check_same(model, variables)
+
+
+def _check_same(model: Any, variables: list[Any], error: Exception | None = None) -> None:
     if list(map(id, model.trainable_variables)) != list(map(id, variables)):
         raise RuntimeError(
             "trainable was changed inside an open window, whose gradients are of other variables. "
             f"Change it between two steps, in a callback, and compile the model again. {DROPPED}"
-        )
+        ) from error
 
 
 def _refusing(owner: str, method: str) -> Any:
