@@ -95,8 +95,8 @@ def test_a_bad_option_leaves_the_model_as_it_was(name, value, kind):
     assert vars(model) == before
 
 
-def stateful(size=4):
-    parts = [keras.Input(batch_shape=(size, 3, 5)), keras.layers.LSTM(4, stateful=True, name="memory")]
+def stateful(steps=3):
+    parts = [keras.Input(batch_shape=(4, steps, 5)), keras.layers.LSTM(4, stateful=True, name="memory")]
     model = keras.Sequential([*parts, keras.layers.Dense(2)])
     model.compile("sgd", "mse")
     return model
@@ -124,15 +124,17 @@ def test_a_stateful_layer_that_comes_later_is_not_cut():
 
 if keras.backend.backend() != "torch":  # where plain Keras cannot train one
 
-    def test_a_stateful_layer_in_a_stream_goes_from_micro_batch_to_micro_batch():
+    @pytest.mark.parametrize("steps", [(3, 3, 3), (2, 5, 3)])
+    def test_a_stateful_layer_in_a_stream_goes_from_micro_batch_to_micro_batch(steps):
         """With a rate of nothing the state alone moves, as in plain fit on the same batches: on TensorFlow only."""
-        sequences = np.random.default_rng(1).normal(size=(12, 3, 5))
+        rng = np.random.default_rng(1)
+        sequences = [(rng.normal(size=(4, n, 5)), np.ones((4, 2))) for n in steps]
         states = []
         for make in (lambda model: model, lambda model: bb.accumulate(model, every=3)):
             keras.utils.set_random_seed(0)
-            model = make(stateful())
+            model = make(stateful(steps=None))
             model.compile(keras.optimizers.SGD(0.0), "mse")
-            model.fit(sequences, np.ones((12, 2)), batch_size=4, shuffle=False, verbose=0)
+            model.fit((pair for pair in sequences), steps_per_epoch=3, verbose=0, shuffle=False)
             states.append([array(v) for v in model.layers[0].states])
         assert np.any(states[0][0]) == (keras.backend.backend() == "tensorflow")
         for plain, ours in zip(*states, strict=True):

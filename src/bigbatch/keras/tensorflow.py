@@ -46,10 +46,11 @@ def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None =
 
 def gather(model: Any, window: list[Any]) -> Any:
     """A window's micro-batches as what `stream_step`'s `train_step` takes: few tensors, however many there are."""
-    return model.distribute_strategy.run(_gather, args=(window, bool(model.jit_compile)))
+    in_order = any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
+    return model.distribute_strategy.run(_gather, args=(window, bool(model.jit_compile), in_order))
 
 
-def _gather(window: list[Any], fixed: bool) -> list[Any]:
+def _gather(window: list[Any], fixed: bool, in_order: bool) -> list[Any]:
     """Runs of micro-batches: (nesting, lengths of the micro-batches), joined along the examples.
 
     They part where another dimension than the first changes; the largest come first, as each order would be traced.
@@ -65,7 +66,8 @@ def _gather(window: list[Any], fixed: bool) -> list[Any]:
     def shape(row: list[Any]) -> list[tuple[int, ...]]:
         return [tuple(x.shape if fixed else x.shape[1:]) for x in row]
 
-    rows.sort(key=shape, reverse=True)
+    if not in_order:  # a stateful layer's state goes from one to the next
+        rows.sort(key=shape, reverse=True)
     runs: list[Any] = []
     for _, several in itertools.groupby(rows, key=shape):
         several = list(several)
