@@ -127,8 +127,12 @@ def windows(how: dict[str, Any], epochs: int) -> list[slice | np.ndarray]:
 
 def train(one: Trained, how: dict[str, Any], arrays: Any, epochs: int) -> None:
     x, y, weight = arrays
+    if "micro_batch" in how:
+        for _ in range(epochs):
+            one.model.train_on_batch(x, y, weight)
+        return
     one.model.fit(
-        x, y, sample_weight=weight, batch_size=ROWS if "micro_batch" in how else MICRO, epochs=epochs,
+        x, y, sample_weight=weight, batch_size=MICRO, epochs=epochs,
         shuffle=False, verbose=0,
     )  # fmt: skip
 
