@@ -478,6 +478,7 @@ class Adapter:
         return {
             "micro_batch=0": lambda: bb.accumulate(self.model, micro_batch=0),
             "micro_batch=2.5": lambda: bb.accumulate(self.model, micro_batch=2.5),
+            "micro_batch='Auto'": lambda: bb.accumulate(self.model, micro_batch="Auto"),
             "lengths": lambda: train(x, y),
             "empty": lambda: train(x[:0], y[:0]),
         }

@@ -225,7 +225,7 @@ class _Noting:
         if weighted:
             # What is no weight must not cancel in the sum: then nothing is an update (`bigbatch.keras.skips`).
             good = ops.all(ops.logical_and(counted >= 0, counted < float("inf")))
-            items = ops.where(good, items, ops.full_like(items, float("nan")))
+            items = ops.where(good, items, items * float("nan"))  # with no host wait, as full_like has on PyTorch
         return Term(value, items, self.weight, kind)
 
 

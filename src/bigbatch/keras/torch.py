@@ -200,16 +200,17 @@ def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, An
     noise_logs = noise.closed(sums.noisy, sums.parts, summed, factors, sums.examples, total)
     scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)  # which asks for itself
     counted = skips.counted(described, totals)
-    some = [torch.stack(counted).sum() > 0] if counted else []
-    # Here the host waits, once a window.
-    if (not scaling and not _finite(total, gradients)) or (some and not some[0]):
+    good = [torch.stack(counted).sum() > 0] if counted else []
+    if not scaling:
+        good += _finite(total, gradients)
+    if good and not torch.stack(good).all():  # here the host waits, once a window
         skips.say(*[n.item() for n in counted])
     else:
         model.optimizer.apply(gradients, variables)
     return {**model.get_metrics_result(), **noise_logs}
 
 
-def _finite(total: torch.Tensor, gradients: list[torch.Tensor | None]) -> bool:
-    """Whether the loss and all gradients are finite; here the host waits, once a window."""
+def _finite(total: torch.Tensor, gradients: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Whether the loss and all gradients are finite, on the device; nothing where there are no gradients."""
     norms = torch._foreach_norm([g for g in gradients if g is not None])  # pyright: ignore[reportPrivateImportUsage]
-    return bool(torch.stack([total.to(norms[0].dtype), *norms]).isfinite().all()) if norms else True
+    return [torch.stack([total.to(norms[0].dtype), *norms]).isfinite().all()] if norms else []
