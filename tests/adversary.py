@@ -9,6 +9,7 @@ shrinks the first third outcome that it meets, and the run ends with exit status
 
 import argparse
 import importlib
+import logging
 import os
 import random
 import sys
@@ -40,7 +41,12 @@ def search(backend: str, examples: int, number: int) -> int:
             print(f"\r{tried} of {examples}", end="", file=sys.stderr, flush=True)
         example(data)
 
-    look()
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # each skipped window says why
+    try:
+        look()
+    finally:
+        logging.disable(level)
     return tried
 
 

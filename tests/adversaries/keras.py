@@ -7,7 +7,6 @@ for each micro-batch, which it does on PyTorch and in uncompiled models; on JAX 
 
 import contextlib
 import functools
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,6 @@ from keras import layers, ops
 import bigbatch.keras as bb
 from conformance.keras_driver import BACKEND, array, torch_acts
 
-logging.getLogger("bigbatch.keras").setLevel(logging.ERROR)  # it says why each window is skipped
 ROWS, MICRO = 8, 2
 METHODS = [
     {"micro_batch": 3},

@@ -6,7 +6,6 @@ parameters and the optimizer are as they were before it, and the next window's u
 
 import copy
 import functools
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -227,7 +226,6 @@ def example(data: st.DataObject) -> None:
     drawn, made = draw(data)
     with small_ones_too(drawn.room), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("bigbatch.torch.products").setLevel(logging.ERROR)
         ours, twin, counted = (Trained(made(), drawn.optimizer) for _ in range(3))
         losses = [t.model.loss(drawn.micro_batches(0)[0]) for t in (ours, twin)]
         if losses[1].requires_grad:

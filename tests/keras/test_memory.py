@@ -430,9 +430,12 @@ def test_bad_input(room, monkeypatch):
 def test_the_fixed_door_comes_back():
     model = bb.accumulate(mlp(), micro_batch="auto")
     model.train_on_batch(*data(8))
+    planned = model.__dict__["make_train_function"]
     for options in ({"micro_batch": 4}, {"every": 2}, {"micro_batch": None}):
         bb.accumulate(model, **options)
-        assert "make_train_function" not in model.__dict__ or "every" in options
+        made = model.__dict__.get("make_train_function")
+        assert made is not planned
+        assert (made is None) == (options == {"micro_batch": None})
         model.train_on_batch(*data(8))
 
 
