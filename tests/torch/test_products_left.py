@@ -112,9 +112,10 @@ def test_where_it_would_not_be_safe_it_is_autograds_and_says_why(change, reason,
 
 
 def test_small_weights_are_autograds(monkeypatch, caplog):
-    monkeypatch.setattr(torch_graph, "is_worth", lambda weight, rows=None: weight.numel() > 16)
     model = nn.Linear(4, 4)
-    with caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
+    # A context, as the fixture above patches the same name: undone after it, a patch would bring its mock back.
+    with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
+        patch.setattr(torch_graph, "is_worth", lambda weight, rows=None: weight.numel() > 16)
         by("split", model, lambda b: model(b[0]).mean(), (torch.randn(4, 4),), 2, on=True)
     assert "it is so small that" in caplog.text
 
@@ -141,10 +142,11 @@ def test_where_the_first_graph_has_no_products_the_next_are_not_searched(door, m
         searched.append(proof is not None)
         return read(loss, proof, explain)
 
-    monkeypatch.setattr(torch_graph, "is_worth", lambda weight, rows=None: rows is None)
-    monkeypatch.setattr(torch_graph, "read", noting)
     model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
-    by(door, model, language(model), tokens, 2, on=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_graph, "is_worth", lambda weight, rows=None: rows is None)
+        patch.setattr(torch_graph, "read", noting)
+        by(door, model, language(model), tokens, 2, on=True)
     assert searched == ([True, False, False, False, False] if door == "split" else [True])
 
 
