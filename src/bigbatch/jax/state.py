@@ -9,6 +9,8 @@ import jax.numpy as jnp
 APPLIED, EMPTY, NO_ITEMS, NOT_FINITE, CARRIED, DROPPED, BAD_ITEMS, CHANGED, BAD_EVERY = range(9)
 # In place of a number that there is none of. NaN would be found by `jax_debug_nans`.
 NONE = -jnp.inf
+# Elements of a parameter that a checksum looks at together on a CPU: as many as a core's first cache holds.
+PIECE = 1 << 12
 
 
 class Update(NamedTuple):
@@ -128,17 +130,19 @@ def _parts(x: jax.Array) -> list[jax.Array]:
 
 def _summed(x: jax.Array, salt: int) -> jax.Array:
     """The sum of all elements' mixed bits. On one CPU piece by piece: there XLA makes an array of what it adds up."""
-    piece = min(max(x.size // 32, 1 << 14), 1 << 18)
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or x.size <= piece:
-        return _mixed(_bits(x) ^ jnp.uint32(salt)).sum(dtype=jnp.uint32)
-    flat, full = x.reshape(-1), x.size // piece
+
+    def mixed(x: jax.Array) -> jax.Array:
+        return _mixed(_bits(x) ^ jnp.uint32(salt))
+
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or x.size <= PIECE:
+        return mixed(x).sum(dtype=jnp.uint32)
+    flat, full = x.reshape(-1), x.size // PIECE
 
     def add(i: Any, total: jax.Array) -> jax.Array:
-        bits = _bits(jax.lax.dynamic_slice_in_dim(flat, i * piece, piece))
-        return total + _mixed(bits ^ jnp.uint32(salt)).sum(dtype=jnp.uint32)
+        return total + mixed(jax.lax.dynamic_slice_in_dim(flat, i * PIECE, PIECE))
 
-    rest = _mixed(_bits(flat[full * piece :]) ^ jnp.uint32(salt)).sum(dtype=jnp.uint32)
-    return jax.lax.fori_loop(0, full, add, rest)
+    total = jax.lax.fori_loop(0, full, add, jnp.zeros(PIECE, jnp.uint32))
+    return total.sum(dtype=jnp.uint32) + mixed(flat[full * PIECE :]).sum(dtype=jnp.uint32)
 
 
 def _bits(x: jax.Array) -> jax.Array:
