@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,7 +141,8 @@ def act_on(run: SimpleNamespace, act: str, micro_batch: Any, rng: np.random.Gene
         run.strangers += 1
         run.acc.apply_gradients([(tf.ones([2], tf.float64), run.stranger)], items=1)
     elif act == "restore":
-        run.saved.read(run.saved.write("ram://adversary"))  # as it is, weights and window alike
+        with tempfile.TemporaryDirectory() as folder:  # as it is, weights and window alike
+            run.saved.read(run.saved.write(f"{folder}/checkpoint"))
 
 
 def example(data: st.DataObject) -> None:
