@@ -472,8 +472,8 @@ def test_predicted_against_the_process(model, micro_batch):
     said = subprocess.run(command, capture_output=True, env=environment, text=True, check=True).stdout.split()
     needs, measured = map(float, said[:2])
     assert measured > 100 * 2**20
-    # What PyTorch's kernels take inside differs between CPUs: 131 MB predicted, and 154 measured on one by code that was
-    # within 15 % on another. JAX's compiler says all that it takes.
+    # What PyTorch's kernels take inside differs between CPUs: 131 MB predicted, 154 measured on an Intel by code that
+    # was within 15 % on an AMD. JAX's compiler says all that it takes.
     assert needs == pytest.approx(measured, rel=0.15 if BACKEND == "jax" else 0.25)
 
 
