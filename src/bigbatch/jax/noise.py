@@ -101,8 +101,9 @@ def is_enough(every: UntilNoise, noise: NoiseState, count: jax.Array, items: jax
 
 
 def _window(noise: NoiseState, items: jax.Array, norm: jax.Array) -> WindowNoise:
-    trace, squared_norm = estimate(noise.counted, items, noise.squares, _float(norm) ** 2)
-    some = noise.counted > 1
+    some = noise.counted > 1  # of fewer nothing is known; the formula is given two, for it would divide by 0
+    counted, total = jnp.maximum(noise.counted, 2), jnp.where(some, items, 1)
+    trace, squared_norm = estimate(counted, total, noise.squares, _float(norm) ** 2)
     return WindowNoise(noise.counted, _float(items), jnp.where(some, trace, NONE), jnp.where(some, squared_norm, NONE))
 
 

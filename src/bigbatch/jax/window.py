@@ -32,8 +32,9 @@ def as_value(value: Any) -> jax.Array | None:
     """Accepts a micro-batch's mean loss: one real number; or None, where there is none."""
     if value is None:
         return None
-    shape, dtype = np.shape(value), None if isinstance(value, str | bytes) else jnp.result_type(value)
-    if shape != () or dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+    number = isinstance(value, jax.Array | np.ndarray | np.generic | int | float)
+    dtype = jnp.result_type(value) if number else bool
+    if np.shape(value) != () or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(
             f"value must be a scalar, the micro-batch's mean loss. {errors.received('value', value)} "
             "Pass the mean over the micro-batch's items, as loss.mean() does."
