@@ -27,7 +27,7 @@ def step(tx):
 
 def close(got, right):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-13)
+        np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize(("bad", "place"), [*itertools.product(BAD, range(3))])

@@ -28,7 +28,7 @@ RIGHT = jax.value_and_grad(lambda w: masked(w, X, MASK)[0])(W)
 
 def close(got, right):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-13)
+        np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("micro_batch", [4, 10, "auto"])
