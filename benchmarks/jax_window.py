@@ -15,7 +15,7 @@ from interleaved import against_goals, circumstances, figure, measure, page, rat
 from jax_jobs import JOBS, ON, ON_GPU, Job
 
 import bigbatch.jax as bb
-from bigbatch.engines.jax_convolutions import with_fast_convolutions
+from bigbatch.fused.jax_conv_layout import with_fast_convolutions
 
 PAGE = page(__file__, ON_GPU)
 ADAM = optax.adam(1e-3)

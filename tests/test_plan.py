@@ -12,17 +12,17 @@ from bigbatch import host
 from bigbatch.host import Memory
 from bigbatch.plan import Budget, Candidate, Choice, budget, choose, fitting, sizes, timed
 
-DEVICE = Memory(held=2 << 30, free=6 << 30, limit="the machine")
+DEVICE = Memory(in_use=2 << 30, free=6 << 30, limit="the machine")
 
 
-def search(needs, batch, room, **options):
+def search(needs, batch, headroom, **options):
     asked = []
 
     def counted(size):
         asked.append(size)
         return needs(size)
 
-    plan = choose(counted, batch, Budget(0, room, "a test"), lambda: "by a formula", **options)
+    plan = choose(counted, batch, Budget(0, headroom, "a test"), lambda: "by a formula", **options)
     return plan, asked
 
 
@@ -43,14 +43,14 @@ def problems(draw):
 @given(problems())
 @settings(max_examples=400, deadline=None)
 def test_what_is_chosen_was_predicted_to_fit(problem):
-    batch, needs, room = problem
+    batch, needs, headroom = problem
     try:
-        plan, asked = search(needs, batch, room)
+        plan, asked = search(needs, batch, headroom)
     except (MemoryError, ValueError):
         tried = [size for size in (2**k for k in range(11)) if size < batch] + [batch]
-        assert all(needs(max(s for s in sizes(batch) if s <= size)) > room for size in tried)
+        assert all(needs(max(s for s in sizes(batch) if s <= size)) > headroom for size in tried)
         return
-    assert needs(plan.micro_batch) <= room
+    assert needs(plan.micro_batch) <= headroom
     assert plan.micro_batch == plan.largest
     assert plan.micro_batch in asked
     assert len(asked) == len(set(asked)), "a prediction is dear"
@@ -59,13 +59,13 @@ def test_what_is_chosen_was_predicted_to_fit(problem):
 
 @given(st.integers(1, 5000), st.integers(1, 50), st.integers(0, 2000), st.floats(0.5, 2), st.integers(0, 100000))
 @settings(max_examples=400, deadline=None)
-def test_where_memory_only_grows_it_is_the_largest(batch, slope, constant, power, room):
+def test_where_memory_only_grows_it_is_the_largest(batch, slope, constant, power, headroom):
     def needs(size):
         return constant + int(slope * size**power)
 
-    best = max((size for size in sizes(batch) if needs(size) <= room), default=None)
+    best = max((size for size in sizes(batch) if needs(size) <= headroom), default=None)
     try:
-        plan, _ = search(needs, batch, room, tries=1000)
+        plan, _ = search(needs, batch, headroom, tries=1000)
     except MemoryError:
         assert best is None
     else:
@@ -74,9 +74,9 @@ def test_where_memory_only_grows_it_is_the_largest(batch, slope, constant, power
 
 @pytest.mark.parametrize("batch", [64, 1000, 4096, 100000])
 def test_a_straight_line_takes_five_predictions(batch):
-    for room in range(100, 3 * batch, max(1, batch // 50)):
-        _, asked = search(lambda size: 50 + 3 * size, batch, room)
-        assert len(asked) <= 5, (room, asked)
+    for headroom in range(100, 3 * batch, max(1, batch // 50)):
+        _, asked = search(lambda size: 50 + 3 * size, batch, headroom)
+        assert len(asked) <= 5, (headroom, asked)
 
 
 def test_a_dear_prediction_need_not_be_the_last():
@@ -122,23 +122,23 @@ def test_the_fastest_of_those_that_fit():
 
 
 @pytest.mark.parametrize(
-    ("memory", "room"),
+    ("memory", "headroom"),
     [
         (None, int((6 << 30) * 0.9)), ("8GiB", 6 << 30), ("3 GB", 3 * 10**9 - (2 << 30)), ("2.5GiB", 1 << 29),
         (3 << 30, 1 << 30), (0.5, 3 << 30), (1.0, 6 << 30), ("1GiB", 0),
     ],
 )  # fmt: skip
-def test_budget(memory, room):
+def test_budget(memory, headroom):
     allowed = budget(memory, DEVICE)
-    assert allowed.room == room
-    assert allowed.held == DEVICE.held
+    assert allowed.headroom == headroom
+    assert allowed.in_use == DEVICE.in_use
 
 
 def test_budget_says_its_reserve_and_what_it_keeps():
-    assert budget(None, DEVICE).says == "6 GiB free by the machine, less a reserve of 10%"
+    assert budget(None, DEVICE).source == "6 GiB free by the machine, less a reserve of 10%"
     kept = budget(None, DEVICE, keep=1 << 30, reserve=0.5)
-    assert kept.room == 2 << 30
-    assert kept.says == "6 GiB free by the machine, less a reserve of 50%, 1 GiB kept for the optimizer's state"
+    assert kept.headroom == 2 << 30
+    assert kept.source == "6 GiB free by the machine, less a reserve of 50%, 1 GiB kept for the optimizer's state"
 
 
 @pytest.mark.parametrize("memory", ["lots", "8 gib", "8GiB free", "", "-8GiB", "0GiB", -1, 0, 0.0, -0.5, 1.5, "9GiB",
@@ -210,8 +210,8 @@ def test_ranks_on_one_machine_share_it(machine, monkeypatch):
 
 
 def test_this_machine():
-    held, free, limit = host.memory()
-    assert held > 1 << 20
+    in_use, free, limit = host.memory()
+    assert in_use > 1 << 20
     assert free > 1 << 20
     assert limit
 
@@ -221,7 +221,7 @@ def test_this_machine():
                        (1.5 * 2**30, "1.5 GiB"), (3 << 40, "3 TiB")],
 )  # fmt: skip
 def test_bytes_in_words(size, text):
-    assert host.written(size) == text
+    assert host.format_bytes(size) == text
 
 
 @pytest.fixture

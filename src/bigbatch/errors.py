@@ -2,7 +2,7 @@
 
 One wording for every framework: what is wrong, what was received (value and type), the likely fix. A check
 returns what it accepted; a function named after a mistake returns the exception for its caller to raise.
-Nothing here knows a framework: a room asks before it moves anything.
+Nothing here knows a framework: a package checks before it moves anything.
 """
 
 import math
@@ -130,8 +130,20 @@ def leaf_without_length(where: str, value: Any) -> Exception:
     return TypeError(f"A leaf of a batch must be an array with a leading dimension. {received(where, value)} {fix}")
 
 
-def not_a_loss(result: Any) -> Exception:
-    """For a loss_fn that returns a tuple of something else."""
+def loss_and_items(result: Any) -> tuple[Any, Any]:
+    """Unpacks what a loss_fn returned: the mean loss, or `(loss, items)`. Items are None where it returned none.
+
+    A model's output that has the loss as its `.loss` may stand in the loss's place.
+    """
+    output, items = result, None
+    if isinstance(result, tuple) and not hasattr(result, "loss"):
+        if len(result) != 2:
+            raise _not_a_loss(result)
+        output, items = result
+    return getattr(output, "loss", output), items
+
+
+def _not_a_loss(result: Any) -> Exception:
     return TypeError(
         f"loss_fn must return the mean loss or (loss, items). Received: a tuple of {len(result)}. "
         "Bind other outputs outside, or return them through a variable of your own."

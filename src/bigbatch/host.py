@@ -51,12 +51,12 @@ class Memory(NamedTuple):
     """A device's memory, in bytes.
 
     Attributes:
-        held: what this process holds now.
+        in_use: what this process holds now.
         free: what it may take beside that.
         limit: what sets the limit, in words: "the machine", "its cgroup", "ulimit -v", "ulimit -d", or a device's name.
     """
 
-    held: int
+    in_use: int
     free: int
     limit: str
 
@@ -72,7 +72,7 @@ def memory(root: Path = Path("/")) -> Memory:
         root: where `proc` and `sys` are.
 
     Raises:
-        NotImplementedError: the system tells none of it (Windows).
+        NotImplementedError: the system reports none of it (Windows).
     """
     status = _numbers(root / "proc/self/status")
     left = {}
@@ -86,7 +86,7 @@ def memory(root: Path = Path("/")) -> Memory:
     if cgroup is not None:
         left["its cgroup"] = cgroup
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if ranks > 1:  # they plan at the same time, and each sees the room that is there for all
+    if ranks > 1:  # they plan at the same time, and each sees what is free for all
         left = {f"{name}, shared by {ranks} ranks": room // ranks for name, room in left.items()}
     left |= _ulimits(status)
     if not left:
@@ -149,7 +149,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def written(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as a person reads them: `1.50 GiB`, `310 MiB`."""
     for unit, step in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(size) >= step:

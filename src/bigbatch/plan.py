@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bigbatch import errors, report
-from bigbatch.host import Memory, written
+from bigbatch.host import Memory, format_bytes
 
 Result = TypeVar("Result")
 
 RESERVE = 0.1
-"""The part of the free memory that is left alone where a room has no reason for another: allocators round up."""
+"""The part of the free memory that is left alone where a package has no reason for another: allocators round up."""
 
 NEVER = 1 << 62
 """What a size needs at which the model does not run at all, as BatchNorm does not on a single example."""
@@ -32,17 +32,17 @@ UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**k for k, p in enumerate("KMGT", 1)}} |
 
 
 class Budget(NamedTuple):
-    """What may be held at once: what is held already, and what a micro-batch may take beside it.
+    """What may be in use at once: what is already, and what a micro-batch may take beside it.
 
     Attributes:
-        held: bytes that the process (or, on a device of its own, the framework) held when it was asked.
-        room: bytes that may be taken beside that.
-        says: where it comes from, in words.
+        in_use: bytes that the process (or, on a device of its own, the framework) had in use when it was asked.
+        headroom: bytes that may be taken beside that.
+        source: where the two come from, as a phrase.
     """
 
-    held: int
-    room: int
-    says: str
+    in_use: int
+    headroom: int
+    source: str
 
 
 def budget(memory: Any, device: Memory, *, keep: int = 0, reserve: float = RESERVE) -> Budget:
@@ -51,24 +51,24 @@ def budget(memory: Any, device: Memory, *, keep: int = 0, reserve: float = RESER
     Args:
         memory: a size ("8GiB", "500MB", or bytes as an integer) that everything held together may reach; a fraction
             (0 < float ≤ 1) of what is free; or None for what is free less the reserve.
-        device: what is held and free there now.
+        device: what is in use and free there now.
         keep: bytes to leave for what an optimizer has not made yet.
         reserve: the part of what is free that is left alone by default.
 
     Raises:
         TypeError, ValueError: `memory` is none of these, or more than there is.
     """
-    held, room, says = _allowed(memory, device, reserve)
+    in_use, headroom, source = _allowed(memory, device, reserve)
     if keep:
-        says += f", {written(keep)} kept for the optimizer's state"
-    return Budget(held, max(0, room - keep), says)
+        source += f", {format_bytes(keep)} kept for the optimizer's state"
+    return Budget(in_use, max(0, headroom - keep), source)
 
 
 def _allowed(memory: Any, device: Memory, reserve: float) -> tuple[int, int, str]:
     fix = "Pass a size such as '8GiB' or a number of bytes, or a fraction of what is free such as 0.5."
-    free = f"{written(device.free)} free by {device.limit}"
+    free = f"{format_bytes(device.free)} free by {device.limit}"
     if memory is None:
-        return device.held, int(device.free * (1 - reserve)), f"{free}, less a reserve of {reserve:.0%}"
+        return device.in_use, int(device.free * (1 - reserve)), f"{free}, less a reserve of {reserve:.0%}"
     if isinstance(memory, bool) or not isinstance(memory, str | numbers.Real):
         raise TypeError(f"memory must be a size or a fraction. {errors.received('memory', memory)} {fix}")
     if isinstance(memory, str):
@@ -76,17 +76,17 @@ def _allowed(memory: Any, device: Memory, reserve: float) -> tuple[int, int, str
     elif isinstance(memory, numbers.Integral):
         size = int(memory)
     elif 0 < float(memory) <= 1:
-        return device.held, int(device.free * float(memory)), f"{memory:.0%} of {free}"
+        return device.in_use, int(device.free * float(memory)), f"{memory:.0%} of {free}"
     else:
         raise ValueError(f"memory must be a fraction above 0 and up to 1. {errors.received('memory', memory)} {fix}")
     if size <= 0:
         raise ValueError(f"memory must be positive. {errors.received('memory', memory)} {fix}")
-    if size > device.held + device.free:
+    if size > device.in_use + device.free:
         raise ValueError(
             f"memory must not be more than there is. {errors.received('memory', memory)} "
-            f"There are {written(device.held)} in use and {free}."
+            f"There are {format_bytes(device.in_use)} in use and {free}."
         )
-    return device.held, size - device.held, f"memory={memory!r}, with {written(device.held)} in use"
+    return device.in_use, size - device.in_use, f"memory={memory!r}, with {format_bytes(device.in_use)} in use"
 
 
 def _parsed(memory: str, fix: str) -> int:
@@ -147,14 +147,14 @@ class Plan:
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether a size is within the budget."""
-        return candidate.needs <= self.budget.room
+        return candidate.needs <= self.budget.headroom
 
     def __str__(self) -> str:
         count = -(-self.batch // self.micro_batch)
         return (
             f"micro_batch {self.micro_batch:,} of a batch of {self.batch:,} ({count:,} micro-batch"
-            f"{'es' if count > 1 else ''}) needs {written(self.needs)} of {written(self.budget.room)} "
-            f"({self.budget.says}), {self.how}"
+            f"{'es' if count > 1 else ''}) needs {format_bytes(self.needs)} of {format_bytes(self.budget.headroom)} "
+            f"({self.budget.source}), {self.how}"
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -176,7 +176,7 @@ class Plan:
                 "micro_batch": c.micro_batch,
                 "passes": -(-self.batch // c.micro_batch),
                 "needs": None if c.needs == NEVER else c.needs,
-                "share": c.needs / self.budget.room if self.budget.room and c.needs != NEVER else None,
+                "share": c.needs / self.budget.headroom if self.budget.headroom and c.needs != NEVER else None,
                 "seconds_per_example": None if c.seconds is None else c.seconds_per_example,
                 "fits": self.fits(c),
                 "chosen": c.micro_batch == self.micro_batch,
@@ -188,8 +188,8 @@ class Plan:
     def show(self) -> None:
         """Prints the reasoning as a table. Needs `rich` (`pip install 'bigbatch[demo]'`)."""
         report.print_table(
-            f"For a batch of {self.batch:,} a micro-batch may take {written(self.budget.room)} beside the "
-            f"{written(self.budget.held)} in use ({self.budget.says}).",
+            f"For a batch of {self.batch:,} a micro-batch may take {format_bytes(self.budget.headroom)} beside the "
+            f"{format_bytes(self.budget.in_use)} in use ({self.budget.source}).",
             report.plan_table(self.rows()),
             f"Needs: {self.how}. {' '.join(self.notes)}",
             f"[bold]micro_batch={self.micro_batch}[/bold]",
@@ -197,7 +197,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Saves a figure of memory, and time where there is some, against the micro-batch. Needs `matplotlib`."""
-        report.plan_figure(self.rows(), self.budget.room, f"A batch of {self.batch:,}, {self.how}", path)
+        report.plan_figure(self.rows(), self.budget.headroom, f"A batch of {self.batch:,}, {self.how}", path)
 
 
 def sizes(batch: int) -> list[int]:
@@ -241,7 +241,7 @@ def choose(
         budget: what may be held.
         how: says where the predictions came from; asked when they have been made.
         tries: how many predictions at most to find a size that fits, and how many more to find the largest.
-        enough: the part of the room from which on a size is large enough; by default only the largest is.
+        enough: the part of the headroom from which on a size is large enough; by default only the largest is.
         notes: for the plan.
         given: what the user gave as `memory`, for the error.
         known: predictions made before; those made now are added to it.
@@ -257,9 +257,9 @@ def choose(
         size = ladder[i]
         if size not in known:
             known[size] = needs(size)
-        return known[size] <= budget.room
+        return known[size] <= budget.headroom
 
-    found = _climb(fits, ladder, known, budget.room, tries, enough)
+    found = _climb(fits, ladder, known, budget.headroom, tries, enough)
     if found is None:
         raise nothing_fits(known, budget, given)
     candidates = tuple(Candidate(size, known[size]) for size in sorted(known) if size in ladder)
@@ -267,21 +267,21 @@ def choose(
 
 
 def _climb(
-    fits: Callable[[int], bool], ladder: list[int], known: dict[int, int], room: int, tries: int, enough: float
+    fits: Callable[[int], bool], ladder: list[int], known: dict[int, int], headroom: int, tries: int, enough: float
 ) -> int | None:
     """The index of the largest size found to fit, or None."""
     high = len(ladder) - 1
     if fits(high):
         return high
-    low = next((i for i in islice(_starts(ladder, known, room), tries) if i < high and fits(i)), None)
+    low = next((i for i in islice(_starts(ladder, known, headroom), tries) if i < high and fits(i)), None)
     if low is None:
         return None
     by_line, most = True, len(known) + tries
-    while high - low > 1 and len(known) < most and known[ladder[low]] < enough * room:
+    while high - low > 1 and len(known) < most and known[ladder[low]] < enough * headroom:
         middle = (low + high) // 2
         if by_line:
             (a, below), (b, above) = ((ladder[i], known[ladder[i]]) for i in (low, high))
-            middle = bisect_right(ladder, a + (b - a) * (room - below) / (above - below)) - 1
+            middle = bisect_right(ladder, a + (b - a) * (headroom - below) / (above - below)) - 1
         middle = min(max(middle, low + 1), high - 1)
         before = high - low
         if fits(middle):
@@ -293,13 +293,13 @@ def _climb(
     return low
 
 
-def _starts(ladder: list[int], known: dict[int, int], room: int) -> Iterator[int]:
-    """Where to look for a first size that fits: where half the room should do, then at 1, 2, 4 and so on.
+def _starts(ladder: list[int], known: dict[int, int], headroom: int) -> Iterator[int]:
+    """Where to look for a first size that fits: where half the headroom should do, then at 1, 2, 4 and so on.
 
     A single example may need more than two, so the first that does not fit is no reason to stop.
     """
     whole = ladder[-1]
-    yield max(0, bisect_right(ladder, whole * room / max(1, known[whole]) / 2) - 1)
+    yield max(0, bisect_right(ladder, whole * headroom / max(1, known[whole]) / 2) - 1)
     size = 1
     while size < whole:
         yield bisect_right(ladder, size) - 1
@@ -310,8 +310,8 @@ def nothing_fits(known: dict[int, int], budget: Budget, given: Any) -> Exception
     """For a model of which not even one example fits."""
     size, least = min(known.items(), key=lambda item: (item[1], item[0]))
     what = (
-        f"A micro-batch of {size} needs {written(least)} beside the {written(budget.held)} in use, "
-        f"and {written(budget.room)} may be taken ({budget.says})."
+        f"A micro-batch of {size} needs {format_bytes(least)} beside the {format_bytes(budget.in_use)} in use, "
+        f"and {format_bytes(budget.headroom)} may be taken ({budget.source})."
     )
     if given is None:
         return MemoryError(
@@ -330,12 +330,12 @@ def timed(plan: Plan, needs: Callable[[int], int], seconds: Callable[[int], floa
         most: how many sizes to time.
     """
     ladder = sizes(plan.batch)
-    wanted, size = [], plan.largest
-    while size and len(wanted) < most:
-        wanted.append(ladder[bisect_right(ladder, size) - 1])
+    tried, size = [], plan.largest
+    while size and len(tried) < most:
+        tried.append(ladder[bisect_right(ladder, size) - 1])
         size //= 2
     known = {c.micro_batch: c for c in plan.candidates}
-    for size in dict.fromkeys(wanted):
+    for size in dict.fromkeys(tried):
         candidate = known.get(size) or Candidate(size, needs(size))
         known[size] = candidate._replace(seconds=seconds(size)) if plan.fits(candidate) else candidate
     fastest = min(known.values(), key=lambda c: c.seconds_per_example)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbatch.host import written
+from bigbatch.host import format_bytes
 
 Row = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def plan_table(rows: Sequence[Row]) -> Any:
         shown.add_column(column, justify="right", no_wrap=True)
     shown.add_column("")
     for row in rows:
-        needs = "—" if row["needs"] is None else written(row["needs"])
+        needs = "—" if row["needs"] is None else format_bytes(row["needs"])
         share = "—" if row["share"] is None else f"{row['share']:.0%}"
         seconds = row["seconds_per_example"]
         time = ["—" if seconds is None else f"{seconds * 1e3:.3g} ms"] * timed
@@ -69,14 +69,14 @@ def plan_figure(rows: Sequence[Row], budget: int, title: str, path: str | Path) 
         if points:
             needs = [max(row["needs"], 1) for row in points]
             above.scatter([row["micro_batch"] for row in points], needs, c=color, label=label, zorder=3)
-    above.axhline(budget, color="black", linewidth=1, linestyle="--", label=f"budget: {written(budget)}")
+    above.axhline(budget, color="black", linewidth=1, linestyle="--", label=f"budget: {format_bytes(budget)}")
     chosen = next(row["micro_batch"] for row in rows if row["chosen"])
     above.axvline(chosen, color="tab:blue", linewidth=6, alpha=0.2, label=f"chosen: {chosen:,}")
     # Logarithmic, so that the sizes can be told apart under a budget that is far away.
     above.set_xscale("log", base=2)
     above.set_yscale("log", base=2)
     above.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
-    above.yaxis.set_major_formatter(FuncFormatter(lambda size, _: written(size)))
+    above.yaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
     above.set_ylabel("memory a micro-batch needs")
     above.set_title(title, fontsize=10)
     above.legend(frameon=False)

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from bigbatch.engines import torch_graph, torch_products
+from bigbatch.fused import torch_deferred, torch_graph
 
 # Where it cannot be told whether what a node saved has hooks, all gradients are left to autograd.
 takes_products = pytest.mark.skipif(
@@ -20,8 +20,8 @@ def small_ones_too(room: int = 8) -> Iterator[None]:
     """Takes the gradients of small weights too, and has room for so many rows of each."""
     with (
         mock.patch.object(torch_graph, "is_worth", return_value=True),
-        mock.patch.object(torch_products, "ROWS", 4 * room),
-        mock.patch.object(torch_products, "SMALL", 0),
-        mock.patch.object(torch_products, "rows_for", return_value=room),
+        mock.patch.object(torch_deferred, "ROWS", 4 * room),
+        mock.patch.object(torch_deferred, "SMALL", 0),
+        mock.patch.object(torch_deferred, "rows_for", return_value=room),
     ):
         yield

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import bigbatch.jax as bb
-from bigbatch.engines.jax_account import needs_of
+from bigbatch.engines.jax_estimate import needs_of
 
 
 def mlp(params, batch):

@@ -7,7 +7,7 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 
 import bigbatch.jax as bb
-from bigbatch.engines.jax_convolutions import with_fast_convolutions
+from bigbatch.fused.jax_conv_layout import with_fast_convolutions
 
 FAST = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 

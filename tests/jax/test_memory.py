@@ -1,5 +1,6 @@
 """micro_batch="auto" and plan: by the compiler's account, once for each shape, and an out-of-memory costs only time."""
 
+import importlib
 import os
 import runpy
 import subprocess
@@ -13,7 +14,8 @@ from jax import lax
 
 import bigbatch.jax as bb
 from bigbatch.host import Memory
-from bigbatch.jax import memory
+
+planning = importlib.import_module("bigbatch.jax.plan")  # the package has its function under this name
 
 WORKER = Path(__file__).parent / "peak_of_a_window.py"
 
@@ -39,7 +41,7 @@ def room(monkeypatch):
     keep = 2 * 8 * (16 * 128 + 128 * 128 + 128)
 
     def room(size):
-        monkeypatch.setattr(memory, "device_memory", lambda: Memory(0, (size + keep) * 10 // 9 + 2, "the test"))
+        monkeypatch.setattr(planning, "device_memory", lambda: Memory(0, (size + keep) * 10 // 9 + 2, "the test"))
 
     return room
 
@@ -135,12 +137,12 @@ def test_out_of_memory_costs_only_time(arguments, caplog, part, at):
     auto = bb.value_and_grad(dropout, **options, micro_batch="auto")
     # Planned while a compiled program is made to need what only micro-batches of 4 do.
     with pytest.MonkeyPatch.context() as patch:
-        whole = memory.choose
+        whole = planning.choose
 
         def choose(needs, *args, **kwargs):
             return whole(lambda size: 1 << 62 if size > 4 else 1, *args, **{**kwargs, "enough": 9e9, "tries": 99})
 
-        patch.setattr(memory, "choose", choose)
+        patch.setattr(planning, "choose", choose)
         auto(*given)
     fault.count, fault.at = 0, at
 

@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import bigbatch.jax as bb
-from bigbatch.engines import jax_products
+from bigbatch.fused import jax_deferred
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(8, 3, 40)))
@@ -106,8 +106,8 @@ def in_a_row(function, *args):
 @pytest.fixture
 def in_pieces(monkeypatch):
     """No product is kept until the end, and none is too small to be added in pieces."""
-    monkeypatch.setattr(jax_products, "SMALLER", 1e9)
-    monkeypatch.setattr(jax_products, "LARGE", 0)
+    monkeypatch.setattr(jax_deferred, "SMALLER", 1e9)
+    monkeypatch.setattr(jax_deferred, "LARGE", 0)
 
 
 @pytest.fixture(params=["until the end", "in pieces"])
@@ -157,7 +157,7 @@ def test_as_many_in_a_row_as_there_is_room_for(examples, few, in_pieces):
 
 
 def test_a_huge_product_is_added_in_pieces_whatever_its_factors_take(monkeypatch):
-    monkeypatch.setattr(jax_products, "HUGE", W.nbytes)
+    monkeypatch.setattr(jax_deferred, "HUGE", W.nbytes)
     x = jnp.asarray(RNG.normal(size=(8 * 16, 3, 40)))  # of sixteen examples the factors take nearly as much
     found = door(last, micro_batch=16)
     pieces = [loop.params["length"] for loop in scans(jax.make_jaxpr(found)(PARAMS, x).jaxpr)]
@@ -221,7 +221,7 @@ def test_a_gradient_that_is_read_as_well_is_made():
         return (grad, None), count + (grad**2).sum(), None
 
     x = X[:, :1]
-    sums, squares, _ = jax_products.scan(micro, jnp.zeros_like(W), 0.0, x)
+    sums, squares, _ = jax_deferred.scan(micro, jnp.zeros_like(W), 0.0, x)
     each = [jax.grad(loss_fn)(W, one) for one in x]
     close((sums, squares), (sum(each), sum((g**2).sum() for g in each)))
 
@@ -243,7 +243,7 @@ def test_grad_and_vmap_of_it(factors_kept):
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 6])
 def test_memory_is_no_more_than_the_scan_by_hands(depth, clipped, monkeypatch):
-    monkeypatch.setattr(jax_products, "LARGE", 1 << 20)
+    monkeypatch.setattr(jax_deferred, "LARGE", 1 << 20)
     params = [jnp.ones((512, 512), jnp.float32) / 512] * depth
 
     def loss_fn(params, x):

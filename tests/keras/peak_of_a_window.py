@@ -4,6 +4,7 @@ python peak_of_a_window.py mlp|convnet MICRO_BATCH MICRO_BATCHES          with K
 """
 
 import gc
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import keras
 import numpy as np
 
 import bigbatch.keras as bb
-from bigbatch.keras import memory
+
+planning = importlib.import_module("bigbatch.keras.plan")  # the package has its function under this name
 
 layers = keras.layers
 
@@ -38,7 +40,7 @@ def status(name):
 
 def main(name, micro_batch, micro_batches):
     model, (x, y) = job(name, micro_batch * micro_batches)
-    predictions = memory._own().Predictions(model, (x, y))
+    predictions = planning._own().Predictions(model, (x, y))
     needs = predictions.needs(micro_batch)
     if keras.backend.backend() == "jax":
         import jax

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import bigbatch.keras as bb
-from bigbatch.keras import carried
+from bigbatch.keras import checkpoint
 from conformance.keras_driver import array
 from conformance.keras_parity import data, float64, mlp
 
@@ -95,7 +95,7 @@ def resumed(folder, state, monkeypatch, model=None, **options):
     for name, content in state.items():
         (folder / name).write_bytes(content)
     said = []
-    monkeypatch.setattr(carried.logger, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(checkpoint.logger, "warning", lambda text, *args: said.append(text % args))
     model = model or made()
     model._initial_epoch = None
     model.fit(**arguments(), callbacks=[keras.callbacks.BackupAndRestore(folder, **options)])
@@ -176,7 +176,7 @@ def test_what_the_file_holds_is_checked_whole_before_anything_is_touched(tmp_pat
     folder = tmp_path / "backup"
     stopped(folder)
     with h5py.File(folder / "latest.weights.h5", "a") as file:
-        group = file[carried.GROUP]
+        group = file[checkpoint.GROUP]
         if damage == "a count":
             del group.attrs["updates"]
         elif damage == "a negative count":
@@ -228,8 +228,8 @@ def test_arrays_of_every_kind_come_back_as_they_were(tmp_path):
         np.array([b"one", "zwölf".encode()], object),
         np.ones((2, 2), "bfloat16" if "bfloat16" in np.sctypeDict else "float16"),
     ]
-    carried.write(path, carried.Saved(1, 2, 3, [arrays, arrays]))
-    saved = carried.read(path)
+    checkpoint.write(path, checkpoint.Saved(1, 2, 3, [arrays, arrays]))
+    saved = checkpoint.read(path)
     assert saved[:3] == (1, 2, 3)
     for back in saved.micro_batches:
         for a, b in zip(arrays, back, strict=True):

@@ -43,7 +43,7 @@ def test_a_window_is_the_big_batch(options, micro_batch):
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
-    from bigbatch.keras.tensorflow_window import build, micro_step
+    from bigbatch.keras.backends.tensorflow.window import build, micro_step
 
     @pytest.mark.parametrize("by_xla", [False, True])
     def test_the_loop_is_over_fast_ones(by_xla):

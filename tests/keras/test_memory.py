@@ -1,5 +1,6 @@
 """micro_batch="auto" and plan: predicted and not tried, once for each shape; an out-of-memory costs only time."""
 
+import importlib
 import logging
 import math
 import os
@@ -17,12 +18,13 @@ from keras import ops
 
 import bigbatch.keras as bb
 from bigbatch.host import Memory
-from bigbatch.keras import memory
 from conformance.keras_driver import BACKEND, array
+
+planning = importlib.import_module("bigbatch.keras.plan")  # the package has its function under this name
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "peak_of_a_window.py"
-Predictions = memory._own().Predictions
+Predictions = planning._own().Predictions
 HOW = {
     "tensorflow": "predicted from the traced graph", "jax": "by the compiler's account of ",
     "torch": "predicted from fake tensors",
@@ -51,14 +53,14 @@ def planned_for(monkeypatch):
     """The micro-batch that is planned, whatever is needed."""
 
     def planned_for(most):
-        whole = memory.choose
+        whole = planning.choose
 
         def choose(needs, *args, **kwargs):
             needs(min(args[0], most))  # as it would be asked
             needed = lambda size: 1 << 62 if size > most else 1  # noqa: E731
             return whole(needed, *args, **{**kwargs, "enough": 9e9, "tries": 99})
 
-        monkeypatch.setattr(memory, "choose", choose)
+        monkeypatch.setattr(planning, "choose", choose)
 
     return planned_for
 
@@ -324,7 +326,7 @@ class Training:
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_out_of_memory_costs_only_time(planned_for, caplog, monkeypatch, part):
     fittings, fault = [], Fault()
-    monkeypatch.setattr(memory, "Fitting", lambda made=memory.Fitting: fittings.append(made()) or fittings[-1])
+    monkeypatch.setattr(planning, "Fitting", lambda made=planning.Fitting: fittings.append(made()) or fittings[-1])
     fault.part = part
     planned_for(8)
     auto = Training(fault, "auto")
@@ -375,7 +377,7 @@ def test_not_even_one_example(planned_for, caplog):
     before = array(model.layers[0].kernel)
     with pytest.raises(Exception, match=r"(?i)out of memory") as caught:
         model.fit(*data(8), batch_size=8, verbose=0)
-    assert memory._own().is_out_of_memory(caught.value)
+    assert planning._own().is_out_of_memory(caught.value)
     assert caught.value.__notes__[-1].startswith('micro_batch="auto": not even one example at a time fits. Planned was')
     assert [line.split(": ")[1][:16] for line in said(caplog)[1:]] == ["out of memory at"] * 3
     np.testing.assert_array_equal(array(model.layers[0].kernel), before)

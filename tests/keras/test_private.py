@@ -17,7 +17,7 @@ from keras.src.models import cloning
 from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
-from bigbatch.keras import carried, loss, stream
+from bigbatch.keras import checkpoint, losses, stream
 from conformance.keras_driver import array
 from conformance.keras_parity import BACKEND, data, float64, mlp
 
@@ -83,7 +83,7 @@ def test_a_compiled_loss_keeps_its_losses_and_calls_copies_of_them():
             called.append(y_pred)
             return ops.sum(y_pred)
 
-    twin = loss._twin(compiled)
+    twin = losses._twin(compiled)
     twin._flat_losses = [compiled._flat_losses[0]._replace(loss=Noting())]
     one = ops.ones((1, 3))
     assert array(twin(one, one)) == 6
@@ -92,7 +92,7 @@ def test_a_compiled_loss_keeps_its_losses_and_calls_copies_of_them():
 
 
 def test_a_loss_calls_the_call_of_its_own_dictionary():
-    twin = loss._twin(keras.losses.MeanSquaredError())
+    twin = losses._twin(keras.losses.MeanSquaredError())
     twin.call = lambda y, y_pred: y_pred * 7
     assert array(twin(ops.zeros((2,)), ops.ones((2,)))) == 7
     assert keras.losses.MeanSquaredError(reduction="mean").reduction == "mean"
@@ -231,7 +231,7 @@ def test_a_group_beside_keras_own_is_not_read_with_the_weights(tmp_path):
     path = tmp_path / "some.weights.h5"
     model.save_weights(path)
     with h5py.File(path, "a") as file:
-        file.create_group(carried.GROUP).attrs["epoch"] = 1
+        file.create_group(checkpoint.GROUP).attrs["epoch"] = 1
     model.load_weights(path)
 
 

@@ -33,20 +33,20 @@ def deep(loss="mse", **options):
 
 
 if BACKEND == "tensorflow":
-    from bigbatch.keras import tensorflow_window
+    from bigbatch.keras.backends.tensorflow import window
 
     @pytest.fixture
     def seen(monkeypatch):
         """The shapes of the products that were found."""
         shapes = []
-        look = tensorflow_window.product_of
+        look = window.product_of
 
         def noting(gradient):
             product = look(gradient)
             shapes.extend([] if product is None else [product.shape])
             return product
 
-        monkeypatch.setattr(tensorflow_window, "product_of", noting)
+        monkeypatch.setattr(window, "product_of", noting)
         return shapes
 
     def test_the_laws_run_with_products_and_without(seen):
@@ -190,8 +190,8 @@ if BACKEND == "tensorflow":
         plain = trained(ours=False)
         for w, v in zip(trained(ours=True), plain, strict=True):
             np.testing.assert_array_equal(w, v)
-        turn = tensorflow_window.turn
-        monkeypatch.setattr(tensorflow_window, "turn", lambda graph, several, gradients: turn(graph, True, gradients))
+        turn = window.turn
+        monkeypatch.setattr(window, "turn", lambda graph, several, gradients: turn(graph, True, gradients))
         assert any(np.any(w != v) for w, v in zip(trained(ours=True), plain, strict=True))
 
     def test_there_are_never_two_copies_of_the_gradients():
@@ -202,21 +202,21 @@ if BACKEND == "tensorflow":
 
 
 if BACKEND == "jax":
-    from bigbatch.engines import jax_products
+    from bigbatch.fused import jax_deferred
 
     @pytest.fixture
     def seen(monkeypatch):
         """For each window that is traced, the shapes of the products that were found."""
         shapes = []
-        look = jax_products._parts
+        look = jax_deferred._parts
 
         def noting(traced, zeros, count):
             parts, group, program = look(traced, zeros, count)
-            products = [part for several in parts for part in several if isinstance(part, jax_products.Product)]
+            products = [part for several in parts for part in several if isinstance(part, jax_deferred.Product)]
             shapes.append([tuple(sorted(part.dot.outvars[0].aval.shape)) for part in products])
             return parts, group, program
 
-        monkeypatch.setattr(jax_products, "_parts", noting)
+        monkeypatch.setattr(jax_deferred, "_parts", noting)
         return shapes
 
     # Of micro-batches of 2, fourteen take three quarters of the larger gradient's memory, and twelve the smaller's.

@@ -80,20 +80,20 @@ def test_where_plain_keras_is_wrong_the_page_says_so():
 
 
 if BACKEND == "tensorflow":
-    from bigbatch.keras import tensorflow_window
+    from bigbatch.keras.backends.tensorflow import window
 
     @pytest.mark.parametrize(("tied", "terms"), [(False, 1), (True, 2)])
     @pytest.mark.parametrize("door", DOORS)
     def test_the_tables_gradient_is_taken_apart(monkeypatch, tied, terms, door):
         found = []
-        look = tensorflow_window.apart
+        look = window.apart
 
         def noting(gradient, shape):
             taken = look(gradient, shape)
             found.extend([] if taken is None else [len(taken.terms)])
             return taken
 
-        monkeypatch.setattr(tensorflow_window, "apart", noting)
+        monkeypatch.setattr(window, "apart", noting)
         options, batch_size = DOORS[door]
         bb.accumulate(model(tied), **options).fit(TOKENS[:30], NEXT[:30], batch_size=batch_size, verbose=0)
         assert found
@@ -103,7 +103,7 @@ if BACKEND == "tensorflow":
         scales = []
         for large in (4, 1000):  # the second leaves the table whole
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("bigbatch.engines.tensorflow_rows.LARGE", large)
+                patch.setattr("bigbatch.fused.tensorflow_lookups.LARGE", large)
                 one = bb.accumulate(model(tied=True), micro_batch=MICRO, noise=True)
                 one.fit(TOKENS, NEXT, batch_size=30, shuffle=False, verbose=0)
                 scales.append(bb.noise_scale(one))

@@ -13,8 +13,8 @@ RNG = np.random.default_rng(0)
 X, Y = RNG.integers(11, size=(23, 5)), RNG.normal(size=(23, 2))
 
 if BACKEND == "torch":
-    from bigbatch.engines import torch_graph, torch_products
-    from bigbatch.keras.torch import Products
+    from bigbatch.fused import torch_deferred, torch_graph
+    from bigbatch.keras.backends.torch.window import Products
 
     @pytest.fixture
     def taken(monkeypatch):
@@ -30,10 +30,10 @@ if BACKEND == "torch":
                 shapes.append(tuple(weight.shape))
                 super().rows(weight, indices, gradients, padding)
 
-        monkeypatch.setattr("bigbatch.keras.torch.Products", Noting)
+        monkeypatch.setattr("bigbatch.keras.backends.torch.window.Products", Noting)
         monkeypatch.setattr(torch_graph, "is_worth", lambda *_: True)
-        monkeypatch.setattr(torch_products, "ROWS", 32)
-        monkeypatch.setattr(torch_products, "SMALL", 0)
+        monkeypatch.setattr(torch_deferred, "ROWS", 32)
+        monkeypatch.setattr(torch_deferred, "SMALL", 0)
         float64()
         return shapes
 

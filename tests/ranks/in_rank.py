@@ -18,9 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_graph
-from bigbatch.torch import collectives, replicas
-from bigbatch.torch.shards import whole
+from bigbatch.fused import torch_graph
+from bigbatch.torch import collectives, ddp
+from bigbatch.torch.fsdp import whole
 
 WORDS, WIDTH, LENGTH = 11, 6, 9
 PAD = -100
@@ -358,7 +358,7 @@ class Wire(torch.utils._python_dispatch.TorchDispatchMode):
 def wire(every: int, bucket: int, kind: str = "ddp", flush: bool = False) -> list[tuple[str, int]]:
     """What one window puts on the wire, closed by its last micro-batch or early."""
     model, given = wrapped(kind)
-    with setting(replicas, "BUCKET", bucket):
+    with setting(ddp, "BUCKET", bucket):
         acc = bb.Accumulator(sgd(model), every=every + flush, model=model, **given)
         for _ in range(2):  # FSDP is not itself before its first forward is over
             with Wire() as seen:

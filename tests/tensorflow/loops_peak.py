@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_graph import peak
+from bigbatch.engines.tensorflow_estimate import peak
 
 EXAMPLES, STEPS, INPUTS, WIDTH = 256, 60, 64, 128
 

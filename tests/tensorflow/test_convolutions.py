@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.engines.tensorflow_convolutions import with_fast_convolutions
+from bigbatch.fused.tensorflow_conv_layout import with_fast_convolutions
 
 FAST = {"b01f_01io->b01f", "b012f_012io->b012f"}
 

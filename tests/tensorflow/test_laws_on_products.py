@@ -1,7 +1,7 @@
 """The laws run with gradients that wait as products, and without: that they do."""
 
-from bigbatch.tensorflow import parts
-from bigbatch.tensorflow.sums import ProductSum
+from bigbatch.tensorflow import window
+from bigbatch.tensorflow.accumulators import ProductSum
 from conformance import jobs
 from conformance.adapters import tensorflow as adapters
 from conformance.jobs import Spec
@@ -9,14 +9,14 @@ from conformance.wide import WIDTH
 
 
 def test_the_wide_adapter_has_products_and_the_other_has_none(monkeypatch):
-    seen, look = [], parts.product_of
+    seen, look = [], window.product_of
 
     def noting(gradient):
         product = look(gradient)
         seen.extend([] if product is None else [product.shape])
         return product
 
-    monkeypatch.setattr(parts, "product_of", noting)
+    monkeypatch.setattr(window, "product_of", noting)
     for job, products in (("net", 2), ("mean", 1)):
         for run, expected in ((adapters.Split, 0), (adapters.SplitProducts, products)):
             seen.clear()

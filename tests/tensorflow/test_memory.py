@@ -1,5 +1,6 @@
 """micro_batch="auto" and plan: read off the traced graph, once for each shape; an out-of-memory costs only time."""
 
+import importlib
 import os
 import runpy
 import subprocess
@@ -11,9 +12,10 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.engines.tensorflow_graph import is_out_of_memory, peak
+from bigbatch.engines.tensorflow_estimate import is_out_of_memory, peak
 from bigbatch.host import Memory
-from bigbatch.tensorflow import memory
+
+planning = importlib.import_module("bigbatch.tensorflow.plan")  # the package has its function under this name
 
 
 @pytest.fixture
@@ -31,10 +33,10 @@ def batch():
 def room(monkeypatch, variables):
     """As much memory as one says, beside twice the variables."""
     keep = 2 * sum(4 * v.shape.num_elements() for v in variables)
-    monkeypatch.setattr(memory, "RESERVE", 0.0)
+    monkeypatch.setattr(planning, "RESERVE", 0.0)
 
     def room(size):
-        monkeypatch.setattr(memory, "device_memory", lambda given: Memory(0, size + keep, "the test"))
+        monkeypatch.setattr(planning, "device_memory", lambda given: Memory(0, size + keep, "the test"))
 
     return room
 
@@ -161,7 +163,7 @@ def test_auto_with_a_loop_in_the_loss(name, graph, monkeypatch):
     np.testing.assert_allclose(value, right, rtol=1e-5)
     for got, expected in zip(gradients, rights, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5 * float(tf.norm(expected)) + 1e-9)
-    assert bb.plan(loss, x, variables, memory="1TiB").micro_batch == 6
+    assert bb.plan(loss, x, variables).micro_batch == 6
 
 
 OUT_OF_MEMORY = [
@@ -209,7 +211,7 @@ def test_what_counts_as_an_out_of_memory(error, variables, batch, caplog):
 
 
 def test_it_grows_with_the_micro_batch(variables, batch):
-    traces = memory._Traces(loss_of(variables), batch, variables, tf.float32)
+    traces = planning._Traces(loss_of(variables), batch, variables, tf.float32)
     small, large = traces.needs(64), traces.needs(2048)
     # x and what two tanh leave, 64 wide, for the backward, and up to two more at once there.
     assert 3 * 64 * 4 * 1984 <= large - small <= 6 * 64 * 4 * 1984
@@ -303,7 +305,7 @@ def test_out_of_memory_costs_only_time(variables, batch, caplog, part, at):
         return loss, [v.read_value() for v in variables], moving.read_value(), generator.state.read_value()
 
     trained("auto")
-    (choice,) = memory._remembered[loss_fn].values()
+    (choice,) = planning._remembered[loss_fn].values()
     assert {id(v) for v in choice.assigned} == {id(moving), id(generator.state)}
     choice.micro_batch = 4
     count[0], fails[0] = 0, at
@@ -339,7 +341,7 @@ def test_a_gpu_wants_a_size(variables, batch, monkeypatch):
     with pytest.raises(NotImplementedError, match="Pass memory as a size to plan"):
         bb.plan(loss_of(variables), batch, variables)
     plan = bb.plan(loss_of(variables), batch, variables, memory="4MiB")
-    assert plan.budget.held == 1 << 20
+    assert plan.budget.in_use == 1 << 20
     assert 100 < plan.micro_batch < 4096
 
 

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.tensorflow.sums import DenseSum, ProductSum
+from bigbatch.tensorflow.accumulators import DenseSum, ProductSum
 
 WIDTHS = (96, 64, 64, 2)
 RNG = np.random.default_rng(0)

@@ -343,7 +343,7 @@ def test_an_output_that_has_a_loss_may_be_returned(with_items, data, weights):
 def test_words_at_the_split_api(door, data, weights):
     def call(loss_fn, **options):
         if door == "plan":
-            return bb.plan(loss_fn, data[0], [weights], memory="1TiB", **options)
+            return bb.plan(loss_fn, data[0], [weights], **options)
         options = {"micro_batch": "auto" if door == "auto" else 3, **options}
         return bb.value_and_grad(loss_fn, data[0], [weights], **options)
 

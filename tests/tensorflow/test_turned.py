@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.engines import tensorflow_turned
+from bigbatch.fused import tensorflow_transposes
 
 ROWS, WIDTH = 7, 300  # TensorFlow's two ways round 7 rows differently
 
@@ -103,7 +103,7 @@ def test_a_window_of_one_is_bit_for_bit_what_it_is_without_us(monkeypatch):
     for g, h in zip(model.step(known=False)(one)[1], plain, strict=True):
         np.testing.assert_array_equal(g, h)
     # And this could fail:
-    turn = tensorflow_turned.turn
+    turn = tensorflow_transposes.turn
     monkeypatch.setattr(
         "bigbatch.tensorflow.split.turn", lambda graph, several, gradients: turn(graph, True, gradients)
     )
@@ -153,7 +153,7 @@ def test_a_flushed_window_of_one_is_the_plain_step_to_the_bit(turned, monkeypatc
 
     assert all(after_one())
     # And this could fail:
-    turn = tensorflow_turned.turn
+    turn = tensorflow_transposes.turn
     monkeypatch.setattr(
         "bigbatch.tensorflow.stream.turn", lambda graph, several, gradients: turn(graph, True, gradients)
     )

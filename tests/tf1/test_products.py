@@ -6,7 +6,7 @@ import tensorflow as tf
 from tensorflow.python.grappler import tf_optimizer
 
 import bigbatch.tf1 as bb
-from bigbatch.tf1.sums import DenseSum, ProductSum
+from bigbatch.tf1.accumulators import DenseSum, ProductSum
 from conformance import jobs
 from conformance.adapters import tf1 as adapters
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch.torch as bb
-from bigbatch.torch.auto import _rehearsals
+from bigbatch.torch.plan import _rehearsals
 
 
 class Transformer(nn.Module):

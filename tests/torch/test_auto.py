@@ -1,6 +1,7 @@
 """micro_batch="auto": what it chooses and remembers, and that an out-of-memory costs time and nothing else."""
 
 import functools
+import importlib
 import logging
 import resource
 import subprocess
@@ -17,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigbatch.torch as bb
 from bigbatch.host import Memory
-from bigbatch.torch import auto
+
+planning = importlib.import_module("bigbatch.torch.plan")  # the package has its function under this name
 
 EXAMPLE = Path(__file__).parents[2] / "examples/torch_auto.py"
 LENGTH = 24
@@ -78,7 +80,7 @@ class Training:
         return [*losses, *self.model.state_dict().values(), torch.get_rng_state()]
 
     def choice(self):
-        (choice,) = auto._remembered[Training.loss.__code__].values()
+        (choice,) = planning._remembered[Training.loss.__code__].values()
         return choice
 
 
@@ -88,7 +90,7 @@ def same(a, b):
 
 @pytest.fixture(autouse=True)
 def _forget():
-    auto._remembered.clear()
+    planning._remembered.clear()
 
 
 @pytest.fixture
@@ -109,10 +111,10 @@ def test_it_is_the_micro_batch_that_fits(monkeypatch, caplog):
         sizes.append(len(part))
         return model(part).square().mean()
 
-    room = auto._rehearsals(loss_fn, x, 4096, torch.float32).needs(820)
+    room = planning._rehearsals(loss_fn, x, 4096, torch.float32).needs(820)
     keep = 2 * sum(p.nbytes for p in model.parameters())
-    monkeypatch.setattr(auto, "device_memory", lambda device: Memory(0, room + keep, "the test"))
-    monkeypatch.setattr(auto, "reserve", lambda device: 0.0)
+    monkeypatch.setattr(planning, "device_memory", lambda device: Memory(0, room + keep, "the test"))
+    monkeypatch.setattr(planning, "reserve", lambda device: 0.0)
     loss = bb.backward(loss_fn, x, micro_batch="auto")
     assert sizes[-5:] == [820, 820, 820, 820, 816]
     found = [p.grad for p in model.parameters()]
@@ -205,7 +207,7 @@ def test_with_sums_that_do_not_round_the_size_does_not_matter():
         with fault:
             bb.backward(loss_fn, x, micro_batch=micro_batch)
         gradients.append(model.weight.grad)
-        for choice in auto._remembered.get(loss_fn.__code__, {}).values():
+        for choice in planning._remembered.get(loss_fn.__code__, {}).values():
             choice.micro_batch = 8
     assert fault.count > 20
     assert torch.equal(gradients[0], gradients[1])
@@ -292,7 +294,7 @@ def test_other_errors_are_not_caught(training):
 
 def test_no_memory_for_one_example(monkeypatch):
     training = Training()
-    monkeypatch.setattr(auto, "device_memory", lambda device: Memory(0, 1000, "the test"))
+    monkeypatch.setattr(planning, "device_memory", lambda device: Memory(0, 1000, "the test"))
     with pytest.raises(MemoryError, match=r"No micro-batch fits in memory\. A micro-batch of 24 needs .* may be taken"):
         bb.backward(training.loss, training.batch, micro_batch="auto")
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_graph, torch_products
+from bigbatch.fused import torch_deferred, torch_graph
 
 WIDTH = 512
 
@@ -90,7 +90,7 @@ def test_factors_of_16_bits_are_multiplied_into_float32_sums(door, narrow):
         return [((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)], len(wide)
 
     (fused, calls), (plain, none) = error(True), error(False)
-    assert (calls, none) == (2 * 15, 0) if torch_products._HAS_WIDE_PRODUCTS else (0, 0)
+    assert (calls, none) == (2 * 15, 0) if torch_deferred._HAS_WIDE_PRODUCTS else (0, 0)
     assert all(f < 1.05 * p for f, p in zip(fused, plain, strict=True)), (fused, plain)
     assert max(fused) < 0.02
 

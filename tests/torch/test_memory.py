@@ -14,7 +14,7 @@ from torch import nn
 
 import bigbatch.torch as bb
 from bigbatch.engines.torch_memory import PeakMemory
-from bigbatch.torch.auto import _rehearsals
+from bigbatch.torch.plan import _rehearsals
 
 WORKER = Path(__file__).parent / "peak_of_a_window.py"
 
@@ -45,7 +45,7 @@ def predicted(loss_fn, batch, size, dtype=torch.float32):
 
 @pytest.mark.parametrize(("size", "length"), [(64, 64), (64, 128), (10, 64), (1, 2)])
 def test_fake_tensors_need_what_real_ones_do(size, length, monkeypatch):
-    monkeypatch.setattr("bigbatch.engines.torch_rehearsal._workspace", lambda *args: 0)  # which PeakMemory does not see
+    monkeypatch.setattr("bigbatch.engines.torch_dry_run._workspace", lambda *args: 0)  # which PeakMemory does not see
     model, batch = network(), images(length)
     needs = predicted(loss_of(model), batch, size)
     with PeakMemory() as memory:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_graph
-from bigbatch.engines.torch_proof import Proof
+from bigbatch.fused import torch_graph
+from bigbatch.fused.torch_proof import Proof
 from bigbatch.noise import Noise, NoiseScale
 from bigbatch.torch.window import numbers
 from conformance.adapters.torch import Waits
@@ -130,7 +130,7 @@ def test_beside_fused_weight_gradients():
     model = network()
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.0), every=4, noise=2)
     updates, taken = [], []
-    with mock.patch("bigbatch.engines.torch_graph.is_worth", return_value=True):
+    with mock.patch("bigbatch.fused.torch_graph.is_worth", return_value=True):
         for part in parts(SIZES) * 3:
             loss = loss_of(model, part)
             taken.append(torch_graph.read(loss, Proof()).has_products)

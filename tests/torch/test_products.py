@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_graph
 from bigbatch.engines.torch_hooks import has_hooks
-from bigbatch.engines.torch_proof import Proof, signed
+from bigbatch.fused import torch_graph
+from bigbatch.fused.torch_proof import Proof, signed
 from conformance.torch_products import small_ones_too, takes_products
 
 from .products import ROOM, Tied, agree, by, gradients, language

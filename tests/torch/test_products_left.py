@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_graph
-from bigbatch.engines.torch_products import Products
+from bigbatch.fused import torch_graph
+from bigbatch.fused.torch_deferred import Products
 from conformance.torch_products import small_ones_too
 
 from .products import ROOM, Tied, agree, by, called, language

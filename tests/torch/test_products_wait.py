@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_products
 from bigbatch.engines.torch_memory import PeakMemory
+from bigbatch.fused import torch_deferred
 from conformance.torch_products import small_ones_too, takes_products
 
 from .products import ROOM, agree, called, gradients, prove
 
-rows_for, SMALL = torch_products.rows_for, torch_products.SMALL
+rows_for, SMALL = torch_deferred.rows_for, torch_deferred.SMALL
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_products_of_many_rows_do_not_wait():
 @takes_products
 @pytest.mark.parametrize(("width", "waits"), [(31, False), (32, True)])
 def test_rows_wait_where_they_are_an_eighth_of_the_weight(width, waits, monkeypatch):
-    monkeypatch.setattr(torch_products, "SMALL", SMALL)
+    monkeypatch.setattr(torch_deferred, "SMALL", SMALL)
     model = nn.Linear(width, width, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
     acc.backward(model(torch.randn(2, width)).square().mean(), items=2)
@@ -52,7 +52,7 @@ def test_rows_wait_where_they_are_an_eighth_of_the_weight(width, waits, monkeypa
 
 
 def test_what_waits_takes_less_than_the_largest_weight(monkeypatch):
-    monkeypatch.setattr(torch_products, "ROWS", 256)
+    monkeypatch.setattr(torch_deferred, "ROWS", 256)
     weights = [torch.empty(1024, 784), torch.empty(1024, 1024)]
     assert rows_for(weights) == 7 * 1024 * 1024 // (8 * (1024 + 784 + 2 * 1024)) == 237
     assert rows_for(weights[:1]) == 256, "more gain nothing"
@@ -166,8 +166,8 @@ def test_inputs_may_be_written_over_while_their_rows_wait():
 @takes_products
 @pytest.mark.parametrize("door", ["split", "stream"])
 def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_loops(door, monkeypatch):
-    monkeypatch.setattr(torch_products, "ROWS", 256)
-    monkeypatch.setattr(torch_products, "rows_for", rows_for)
+    monkeypatch.setattr(torch_deferred, "ROWS", 256)
+    monkeypatch.setattr(torch_deferred, "rows_for", rows_for)
     torch.manual_seed(0)
     model = nn.Linear(128, 128, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -192,5 +192,5 @@ def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_lo
 
     assert peak(1024, door) <= 1.02 * peak(2, door)
     assert peak(16, door) < peak(16, "hand-written")
-    monkeypatch.setattr(torch_products, "rows_for", lambda weights: 4)
+    monkeypatch.setattr(torch_deferred, "rows_for", lambda weights: 4)
     assert peak(16, door) < 0.7 * peak(16, "hand-written"), "but for what waits there is one sum"

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 import bigbatch.torch as bb
-from bigbatch.engines import torch_graph, torch_proof
 from bigbatch.engines.torch_hooks import foreign_hooks, has_hooks, register
-from bigbatch.engines.torch_products import Products
-from bigbatch.engines.torch_proof import Proof, Use, is_product
+from bigbatch.fused import torch_graph, torch_proof
+from bigbatch.fused.torch_deferred import Products
+from bigbatch.fused.torch_proof import Proof, Use, is_product
 from conformance import jobs
 from conformance.adapters.torch import ADAPTERS
 from conformance.torch_products import small_ones_too, takes_products

@@ -5,10 +5,10 @@ from bigbatch import errors as _errors
 try:
     from bigbatch.every import items as items
     from bigbatch.jax.audit import audit as audit
-    from bigbatch.jax.aux import carry as carry
+    from bigbatch.jax.aux_outputs import carry as carry
     from bigbatch.jax.checks import check_state as check_state
-    from bigbatch.jax.memory import plan as plan
     from bigbatch.jax.noise import noise_scale as noise_scale
+    from bigbatch.jax.plan import plan as plan
     from bigbatch.jax.split import value_and_grad as value_and_grad
     from bigbatch.jax.state import AccumulateState as AccumulateState
     from bigbatch.jax.state import Update as Update

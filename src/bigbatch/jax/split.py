@@ -10,10 +10,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
-from bigbatch.engines import jax_products
-from bigbatch.jax.aux import Aux, finish, stack
+from bigbatch.fused import jax_deferred
+from bigbatch.jax.aux_outputs import Aux, finish, stack
 from bigbatch.jax.batch import Batch, check_in_axes
-from bigbatch.jax.devices import are_bound, averaged, by_device, check_same, placed_as, spread, summed
+from bigbatch.jax.distributed import are_bound, averaged, by_device, check_same, placed_as, spread, summed
 from bigbatch.jax.terms import Terms, as_terms, split_aux
 from bigbatch.jax.window import check_dtype, widened
 
@@ -78,7 +78,7 @@ def value_and_grad(
         TypeError, ValueError: an argument, the batch, a loss or its items are not as described; while tracing.
     """
     if isinstance(micro_batch, str) and micro_batch == "auto":
-        from bigbatch.jax.memory import fitting  # which compiles this function
+        from bigbatch.jax.plan import fitting  # which compiles this function
 
         options = {"has_items": has_items, "in_axes": in_axes, "aux": aux, "dtype": dtype, "axis_name": axis_name}
         return fitting(loss_fn, argnums, has_aux, holomorphic, **options)
@@ -136,7 +136,7 @@ def value_and_grad(
             kept, carried = words.split(outputs)
             return (grads, None if several else terms.items), carried, (terms, kept)
 
-        sums, carried, (terms, kept) = jax_products.scan(
+        sums, carried, (terms, kept) = jax_deferred.scan(
             lambda carried, i: micro(carried, batch.take(i), batch.size),
             jax.tree.map(lambda p: jnp.zeros_like(p, widened(jnp.result_type(p), dtype)), params),
             {k: args[k] for k in words.argnums},

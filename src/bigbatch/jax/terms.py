@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bigbatch import errors
-from bigbatch.jax.devices import summed
+from bigbatch.jax.distributed import summed
 from bigbatch.jax.window import as_items, at_hand
 
 

@@ -6,8 +6,8 @@ try:
     from bigbatch.every import items as items
     from bigbatch.keras.accumulate import accumulate as accumulate
     from bigbatch.keras.audit import audit as audit
-    from bigbatch.keras.memory import plan as plan
     from bigbatch.keras.noise import noise_scale as noise_scale
+    from bigbatch.keras.plan import plan as plan
     from bigbatch.noise import NoiseScale as NoiseScale
     from bigbatch.noise import advice as advice
 except ModuleNotFoundError as error:

@@ -6,9 +6,10 @@ import keras
 
 from bigbatch import errors
 from bigbatch.every import Every, as_every
-from bigbatch.keras import copies, memory, split, stream
+from bigbatch.keras import copies, split, stream
 from bigbatch.keras import noise as noisy
 from bigbatch.keras.checks import check_calls, check_cut, check_model
+from bigbatch.keras.plan import check_one_device
 from bigbatch.noise import one_in
 
 _NOT_GIVEN: Any = object()
@@ -78,7 +79,7 @@ def accumulate(
     if "micro_batch" in given:
         check_cut(model)
     if given.get("micro_batch") == "auto":
-        memory.check_one_device(model)
+        check_one_device(model)
     _restore(model)
     noisy.attach(model, measured)
     if "every" in given:

@@ -24,7 +24,7 @@ from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Rows, Run
-from bigbatch.keras import batch, loss, noise, randomness, watch
+from bigbatch.keras import batch, layer_calls, losses, noise, randomness
 from bigbatch.keras.checks import check_cut, check_model
 
 # What to do about each cause in Keras, where `fit` has the loss and no loss function says its items.
@@ -103,7 +103,7 @@ class Bench:
         self.model, self.data = model, data
         self.leaves = [np.asarray(leaf) for leaf in batch.leaves(data)]
         self.length, self.micro_batch = length, micro_batch
-        self.layers = watch.named(model)
+        self.layers = layer_calls.named(model)
         dtypes = {v.dtype for v in model.trainable_variables} | {layer.compute_dtype for layer in self.layers.values()}
         self.dtype = next((d for d in ("float16", "bfloat16", "float32") if d in dtypes), "float64")
         self.names = [v.path for v in model.trainable_variables]
@@ -194,14 +194,14 @@ class Bench:
     def taken_apart(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
         """What a window differentiates: (loss, items) for each kind of items; None for a sum."""
         x, y, y_pred, sample_weight = self.forward(leaves)
-        terms = loss.terms(self.model, x, y, y_pred, sample_weight, examined=False)
-        means = loss.quotients(terms)[1]
-        return [(value, n if mean else None) for (value, n), mean in zip(loss.kinds(terms), means, strict=True)]
+        terms = losses.terms(self.model, x, y, y_pred, sample_weight, examined=False)
+        means = losses.quotients(terms)[1]
+        return [(value, n if mean else None) for (value, n), mean in zip(losses.kinds(terms), means, strict=True)]
 
     def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
         """The layers where the run over the first rows leaves the whole batch's."""
         allowed = 1e-4 if self.dtype in ("float64", "float32") else 5e-2  # parts may be computed in less
-        watching = watch.Watch(self.layers, len(rows) == self.length, allowed)
+        watching = layer_calls.Watch(self.layers, len(rows) == self.length, allowed)
         for run, chosen, with_seed in ((watching.first, range(self.length), 0), (watching.second, rows, seed)):
             with self.at_rest(with_seed, quiet), run():
                 self.taken_apart(self.take(chosen))
@@ -221,15 +221,15 @@ class Bench:
         np.random.seed(seed)
         _own().seed_chance(seed)
         try:
-            with watch.resting({name: self.layers[name] for name in quiet}):
+            with layer_calls.resting({name: self.layers[name] for name in quiet}):
                 reset()
                 yield reset
         finally:
             for variable, value in self.state:
                 variable.assign(value)
             self.model._clear_losses()
-            for layer, losses in self.losses:
-                layer._losses[:] = losses
+            for layer, added in self.losses:
+                layer._losses[:] = added
 
 
 def _number(x: Any) -> float:
@@ -239,4 +239,4 @@ def _number(x: Any) -> float:
 
 def _own() -> Any:
     """The half of this that belongs to the backend that Keras runs on."""
-    return importlib.import_module(f"bigbatch.keras.audit_{keras.backend.backend()}")
+    return importlib.import_module(f"bigbatch.keras.backends.{keras.backend.backend()}.audit")

@@ -8,7 +8,8 @@ from typing import Any
 
 import keras
 
-from bigbatch.keras import batch, noise, split
+from bigbatch.keras import batch, noise
+from bigbatch.keras.backends import select
 
 _IN_A_TRAIN_STEP = {
     "tensorflow": "bigbatch.tensorflow.value_and_grad, in the place of tf.GradientTape,",
@@ -78,12 +79,12 @@ def check_calls(model: Any, cuts: bool) -> None:
                     noise.check_devices(model)
                 if not warned:
                     warned = _warn_of_batch_norm(model)
-            kept = split.backend().keep(model) if keras.backend.backend() == "jax" and model.compiled else None
+            kept = select.backend().keep(model) if keras.backend.backend() == "jax" and model.compiled else None
             try:
                 return method(*args, **kwargs)
             except BaseException as error:
                 if kept is not None:
-                    split.backend().give_back(kept)
+                    select.backend().give_back(kept)
                 if isinstance(error, Exception):
                     # TensorFlow may keep what an error cut short while it was traced, and run it at the next call.
                     model.train_function = None

@@ -1,8 +1,8 @@
 """The noise scale in `fit` (see `bigbatch.noise`): a metric of the model's, so that Keras carries it under every `jit`.
 
 A micro-batch's gradient is there for a moment, weighed and scaled for the sum: γ = (n/u)·s·g for each kind of items
-(`bigbatch.keras.loss`). Its part in the window's mean gradient is Σ γ·f over the kinds, where f = u/(s·Σn) is known at
-the window's end. So the kinds' inner products are added up, and f comes last; with one kind this is one norm.
+(`bigbatch.keras.losses`). Its part in the window's mean gradient is Σ γ·f over the kinds, where f = u/(s·Σn) is known
+at the window's end. So the kinds' inner products are added up, and f comes last; with one kind this is one norm.
 """
 
 from typing import Any, NamedTuple

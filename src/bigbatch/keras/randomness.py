@@ -17,7 +17,7 @@ from keras.src.random import seed_generator
 @contextlib.contextmanager
 def kept(model: Any) -> Iterator[None]:
     """What random numbers are drawn from is afterwards what it was."""
-    own = importlib.import_module(f"bigbatch.keras.audit_{keras.backend.backend()}")
+    own = importlib.import_module(f"bigbatch.keras.backends.{keras.backend.backend()}.audit")
     python, numpy = random.getstate(), np.random.get_state()
     generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
     try:

@@ -5,18 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from bigbatch.keras import loss
+from bigbatch.keras import losses
 
 logger = logging.getLogger("bigbatch.keras")
 
 
-def counted(described: list[loss.Term], items: list[Any]) -> list[Any]:
+def counted(described: list[losses.Term], items: list[Any]) -> list[Any]:
     """The window's items, of each kind that is a sum of weights or masks, where nothing else makes an update.
 
     Examples are always there, and a sum needs no items: with either, the list is empty.
     """
     kinds = list(dict.fromkeys(term.kind for term in described))
-    return [] if {loss.EXAMPLES, loss.SUM} & set(kinds) else items
+    return [] if {losses.EXAMPLES, losses.SUM} & set(kinds) else items
 
 
 def say(*items: Any) -> None:

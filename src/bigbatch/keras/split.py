@@ -1,15 +1,14 @@
 """The split door: `fit`'s `batch_size` is the batch, and `train_step` takes it one micro-batch at a time."""
 
-import importlib
 from typing import Any, Literal
 
-import keras
+from bigbatch.keras.backends.select import backend
 
 
 def open_door(model: Any, micro_batch: int | Literal["auto"]) -> None:
     """Gives the model a `train_step` of its own; all that `fit` builds around it stays Keras's."""
     if micro_batch == "auto":
-        from bigbatch.keras.memory import open_door  # which cuts as this door does
+        from bigbatch.keras.plan import open_door  # which cuts as this door does
 
         open_door(model)
     else:
@@ -22,8 +21,3 @@ def open_door(model: Any, micro_batch: int | Literal["auto"]) -> None:
                 type(model).make_train_function(model, force=True)
 
         model.make_train_function = make_train_function
-
-
-def backend() -> Any:
-    """This room's file for the backend that Keras runs on."""
-    return importlib.import_module(f"bigbatch.keras.{keras.backend.backend()}")

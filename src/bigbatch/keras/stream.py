@@ -18,8 +18,8 @@ import numpy as np
 
 from bigbatch.every import Every, Items, planned
 from bigbatch.keras import batch
-from bigbatch.keras.carried import Checkpoints, updates_of
-from bigbatch.keras.split import backend
+from bigbatch.keras.backends.select import backend
+from bigbatch.keras.checkpoint import Checkpoints, updates_of
 
 logger = logging.getLogger("bigbatch.keras")
 

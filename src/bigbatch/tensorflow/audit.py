@@ -16,7 +16,7 @@ from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Rows, Run
-from bigbatch.engines import tensorflow_chance
+from bigbatch.engines import tensorflow_rng
 from bigbatch.tensorflow.batch import length_of, tensors
 from bigbatch.tensorflow.checks import as_items, loss_and_items
 
@@ -155,7 +155,7 @@ def _chance_kept() -> Iterator[None]:
     """The random state of TensorFlow, NumPy and Python."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with tensorflow_chance.kept():
+        with tensorflow_rng.kept():
             yield
     finally:
         random.setstate(python)

@@ -100,12 +100,8 @@ def name_of(variable: Any) -> str:
 
 def loss_and_items(result: Any) -> tuple[tf.Tensor, Any]:
     """What loss_fn may return: the mean loss, an output that has it as its `.loss`, or one of these with its items."""
-    output, items = result, None
-    if isinstance(result, tuple) and not hasattr(result, "loss"):
-        if len(result) != 2:
-            raise errors.not_a_loss(result)
-        output, items = result
-    return check_loss(output if tf.is_tensor(output) else getattr(output, "loss", output)), items
+    loss, items = errors.loss_and_items(result)
+    return check_loss(loss), items
 
 
 def check_loss(loss: Any) -> tf.Tensor:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_rows import merged
+from bigbatch.fused.tensorflow_lookups import merged
 from bigbatch.noise import EMPTY, NoiseScale, UntilNoise, averaged, estimate, one_in
+from bigbatch.tensorflow.accumulators import Gradient
 from bigbatch.tensorflow.checks import COUNT, under_xla
-from bigbatch.tensorflow.sums import Gradient
 
 DECAY = NoiseScale().decay
 

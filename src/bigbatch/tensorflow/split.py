@@ -6,15 +6,15 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
-from bigbatch.engines.tensorflow_convolutions import with_fast_convolutions
-from bigbatch.engines.tensorflow_products import Kept, Product, in_turn, room_for
-from bigbatch.engines.tensorflow_rows import Rows, zeros
-from bigbatch.engines.tensorflow_turned import turn
+from bigbatch.fused.tensorflow_conv_layout import with_fast_convolutions
+from bigbatch.fused.tensorflow_deferred import Kept, Product, in_turn, room_for
+from bigbatch.fused.tensorflow_lookups import Rows, zeros
+from bigbatch.fused.tensorflow_transposes import turn
+from bigbatch.tensorflow.accumulators import Gradient, scaled, widened
 from bigbatch.tensorflow.batch import length_of, slice_of, spec_of, tensors
 from bigbatch.tensorflow.checks import COUNT, as_items, check_dtype, checked, loss_and_items, under_xla
 from bigbatch.tensorflow.guard import bits_of, check_unmoved, check_unwritten
-from bigbatch.tensorflow.parts import Window, add, finished, joined, part_of
-from bigbatch.tensorflow.sums import Gradient, scaled, widened
+from bigbatch.tensorflow.window import Window, add, finished, joined, part_of
 
 
 @tf.autograph.experimental.do_not_convert  # loss_fn is converted where `_graph` traces it
@@ -65,7 +65,7 @@ def value_and_grad(
     """
     variables, dtype = list(variables), check_dtype(dtype)
     if isinstance(micro_batch, str) and micro_batch == "auto":
-        from bigbatch.tensorflow.memory import fitting  # which traces this door
+        from bigbatch.tensorflow.plan import fitting  # which traces this door
 
         def run(size: int) -> tuple[tf.Tensor, list[Gradient | None]]:
             return value_and_grad(loss_fn, batch, variables, micro_batch=size, dtype=dtype)

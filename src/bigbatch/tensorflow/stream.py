@@ -9,11 +9,12 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
-from bigbatch.engines.tensorflow_products import in_turn
-from bigbatch.engines.tensorflow_turned import turn
 from bigbatch.every import Every, Items, as_every
+from bigbatch.fused.tensorflow_deferred import in_turn
+from bigbatch.fused.tensorflow_transposes import turn
 from bigbatch.noise import NoiseScale, UntilNoise, one_in
-from bigbatch.tensorflow import replicas
+from bigbatch.tensorflow import distributed
+from bigbatch.tensorflow.accumulators import LOCAL, DenseSum, Gradient, SparseSum, after, cast, done, kind, widened
 from bigbatch.tensorflow.checks import (
     COUNT,
     as_items,
@@ -32,7 +33,6 @@ from bigbatch.tensorflow.checks import (
 from bigbatch.tensorflow.guard import Guard
 from bigbatch.tensorflow.noise import Meter, WindowNoise, looked_at, nothing
 from bigbatch.tensorflow.seal import Seal, check_sum
-from bigbatch.tensorflow.sums import LOCAL, DenseSum, Gradient, SparseSum, after, cast, done, kind, widened
 from bigbatch.tensorflow.update import CARRIED, CUT_SHORT, DROPPED, EMPTY, MADE, MOVED, NOT_FINITE, NOT_ITEMS, OPEN
 from bigbatch.tensorflow.update import Update as Update
 
@@ -473,8 +473,8 @@ class Accumulator(tf.Module):
 
     def _closed(self, held: tf.Tensor, moved: tf.Tensor) -> Update:
         if self._distributed:
-            whole = replicas.clips(self.optimizer)
-            items, loss, factor, norm, finite, share = replicas.reduced(self._sums, self._items, self._loss, whole)
+            whole = distributed.clips(self.optimizer)
+            items, loss, factor, norm, finite, share = distributed.reduced(self._sums, self._items, self._loss, whole)
             apply = functools.partial(share, self._apply_means)
         else:
             items, loss, factor = tf.identity(self._items), tf.identity(self._loss), self._unit / self._items

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from bigbatch.tf1 import checks
-from bigbatch.tf1.order import only_if
+from bigbatch.tf1.control_flow import only_if
 
 v1 = tf.compat.v1
 

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
-from bigbatch.engines.tensorflow_products import in_turn
 from bigbatch.every import Every, Items, as_every
+from bigbatch.fused.tensorflow_deferred import in_turn
 from bigbatch.tf1 import checks
+from bigbatch.tf1.accumulators import SparseSum, make_sum
+from bigbatch.tf1.control_flow import only_if
 from bigbatch.tf1.fingerprint import fingerprint, require_unchanged
-from bigbatch.tf1.order import only_if
 from bigbatch.tf1.step import Step, one_train_op
-from bigbatch.tf1.sums import SparseSum, make_sum
 from bigbatch.tf1.window import (
     APPLIED,
     CARRIED,

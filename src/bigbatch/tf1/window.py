@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from bigbatch.tf1.checks import require
-from bigbatch.tf1.order import Turn, only_if
+from bigbatch.tf1.control_flow import Turn, only_if
 
 v1 = tf.compat.v1
 

@@ -16,9 +16,9 @@ from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Rows, Run
-from bigbatch.engines import torch_chance
+from bigbatch.engines import torch_rng
 from bigbatch.torch.batch import children_of, leaves, mapped
-from bigbatch.torch.checks import check_items, check_loss, split_result
+from bigbatch.torch.checks import check_items, check_loss
 from bigbatch.torch.window import exact
 
 
@@ -150,7 +150,7 @@ class Bench:
         def chosen(leaf: Any) -> Any:
             return leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else [leaf[i] for i in rows]
 
-        loss, items = split_result(self.loss_fn(mapped(self.batch, chosen)))
+        loss, items = errors.loss_and_items(self.loss_fn(mapped(self.batch, chosen)))
         if torch.is_grad_enabled():
             loss = check_loss(loss)
         return getattr(loss, "loss", loss), float(check_items(len(rows) if items is None else items))
@@ -250,7 +250,7 @@ def _kept(parameters: Iterable[Any]) -> Iterator[None]:
     try:
         for p in parameters:
             p.grad = p._backward_hooks = None
-        with torch_chance.kept(parameters):
+        with torch_rng.kept(parameters):
             yield
     finally:
         random.setstate(python)

@@ -14,15 +14,6 @@ from bigbatch.torch.several import Optimizers, Schedulers
 from bigbatch.torch.window import exact
 
 
-def split_result(result: Any) -> tuple[Any, Any]:
-    """What a loss_fn returned as (loss, items); items is None where it returned only a loss, or an output with one."""
-    if isinstance(result, tuple) and not hasattr(result, "loss"):
-        if len(result) != 2:
-            raise errors.not_a_loss(result)
-        return result
-    return result, None
-
-
 def check_loss(loss: Any) -> Tensor:
     """Accepts a real scalar tensor that autograd can differentiate, or a model's output that has one as `.loss`."""
     if not isinstance(loss, Tensor) and hasattr(loss, "loss"):

@@ -2,7 +2,7 @@
 
 The gradients add up in `.grad`, so a micro-batch's own is there only for a moment: a hook on each parameter sees it
 before it is added, while it is still in the cache, and takes its norm. The norms stay on the device until the window
-closes. A weight with a hook is left to autograd (`bigbatch.engines.torch_graph`), and so a measured window is.
+closes. A weight with a hook is left to autograd (`bigbatch.fused.torch_graph`), and so a measured window is.
 """
 
 import weakref
@@ -18,7 +18,7 @@ from bigbatch.noise import Noise, NoiseScale, UntilNoise, one_in
 from bigbatch.torch.window import Sums, Window, exact, numbers
 
 if TYPE_CHECKING:
-    from bigbatch.torch.ranks import Ranks
+    from bigbatch.torch.distributed import Ranks
 
 
 class Meter:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from bigbatch import errors
-from bigbatch.engines import torch_graph
-from bigbatch.engines.torch_graph import gradient_dtype
-from bigbatch.engines.torch_products import Products
-from bigbatch.engines.torch_proof import Known, Proof
+from bigbatch.fused import torch_graph
+from bigbatch.fused.torch_deferred import Products
+from bigbatch.fused.torch_graph import gradient_dtype
+from bigbatch.fused.torch_proof import Known, Proof
 from bigbatch.torch.batch import cut, leaves
-from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss, split_result
+from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
 from bigbatch.torch.collectives import SPLIT
+from bigbatch.torch.distributed import Ranks
 from bigbatch.torch.ownership import Ownership
-from bigbatch.torch.ranks import Ranks
 from bigbatch.torch.window import Window, is_wide, scale_
 from bigbatch.torch.wrapped import Sync, ranks_of
 
@@ -97,7 +97,7 @@ def backward(
     # A rank that runs out of memory does its own part again, and the others wait for it where all meet.
     with nullcontext() if ranks is None else ranks.working():
         if micro_batch == "auto" and length:
-            from bigbatch.torch.auto import fitting  # which rehearses this door
+            from bigbatch.torch.plan import fitting  # which rehearses this door
 
             opened, mean = fitting(run, loss_fn, batch, length, dtype)
         else:
@@ -143,7 +143,7 @@ def _window(
     owned = Ownership("bb.backward", lambda: None, in_grad=not sharded)
     try:
         for start, stop in cuts:
-            loss, items = split_result(loss_fn(cut(batch, start, max(stop, start + 1))))
+            loss, items = errors.loss_and_items(loss_fn(cut(batch, start, max(stop, start + 1))))
             loss = check_loss(loss)
             if start == stop:
                 items = loss.new_zeros(())  # a forward for the other ranks' sake, which counts for nothing

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bigbatch import errors
-from bigbatch.engines import torch_graph
-from bigbatch.engines.torch_graph import gradient_dtype
-from bigbatch.engines.torch_products import Products
-from bigbatch.engines.torch_proof import Proof
 from bigbatch.every import Every, Items, as_every, planned
+from bigbatch.fused import torch_graph
+from bigbatch.fused.torch_deferred import Products
+from bigbatch.fused.torch_graph import gradient_dtype
+from bigbatch.fused.torch_proof import Proof
 from bigbatch.noise import Noise, NoiseScale, UntilNoise
+from bigbatch.torch.checkpoint import check_state, held, restore
 from bigbatch.torch.checks import (
     check_dtype,
     check_flag,
@@ -30,12 +31,11 @@ from bigbatch.torch.checks import (
     check_scheduler,
 )
 from bigbatch.torch.collectives import BACKWARD, FLUSH, LOAD, MAKING, Met
+from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.fsdp import whole
 from bigbatch.torch.noise import Meter
 from bigbatch.torch.ownership import Ownership
-from bigbatch.torch.ranks import Ranks
-from bigbatch.torch.saved import check_state, held, restore
 from bigbatch.torch.several import name_of
-from bigbatch.torch.shards import whole
 from bigbatch.torch.terms import made_with, window_terms
 from bigbatch.torch.window import Sums, Window, is_wide, scale_
 from bigbatch.torch.wrapped import Sync, ranks_of
@@ -102,8 +102,9 @@ class Accumulator:
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
         model: the DistributedDataParallel or fully_shard model that the losses come from, where several ranks train
             one model; its own reduction is put off from here on. `every` then counts each rank's micro-batches, or
-            with `bb.items` the items of all; see `bigbatch.torch.ranks`. Making the Accumulator, closing a window,
-            `flush` and `load_state_dict` are then collective, and an error that one rank raises there is one on all.
+            with `bb.items` the items of all; see `bigbatch.torch.distributed`. Making the Accumulator, closing a
+            window, `flush` and `load_state_dict` are then collective, and an error that one rank raises there is one on
+            all.
         sync: when a fully_shard model adds up over the ranks: once a "window" (fewest bytes, the default), or every
             "micro_batch" (least memory). Refused with other models, which do so once a window.
         fused: whether the gradients of weights that inputs are multiplied by, or rows are looked up in, go straight

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bigbatch.torch.replicas import Replicas
+from bigbatch.torch.ddp import Replicas
 from bigbatch.torch.several import name_of
 
 if TYPE_CHECKING:
-    from bigbatch.torch.ranks import Ranks
+    from bigbatch.torch.distributed import Ranks
 
 
 def made_with(acc: Any, ranks: "Ranks", sync: Any, noise: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Parameters narrower than the accumulation's dtype cannot: bf16 has eight bits, a
 is wrong by 18 %. Then every gradient is taken out of `.grad` after its backward and added to a wide accumulator,
 and the weight is applied there, where it can neither round nor underflow.
 
-Where `bigbatch.engines.torch_graph` finds that a weight's gradient is a product, the sum takes its factors instead.
+Where `bigbatch.fused.torch_graph` finds that a weight's gradient is a product, the sum takes its factors instead.
 """
 
 import math
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bigbatch.engines import torch_graph
-from bigbatch.engines.torch_graph import gradient_dtype
-from bigbatch.engines.torch_products import Products, add_product, add_rows, product, table
+from bigbatch.fused import torch_graph
+from bigbatch.fused.torch_deferred import Products, add_product, add_rows, product, table
+from bigbatch.fused.torch_graph import gradient_dtype
 
 
 def is_wide(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> bool:

@@ -8,9 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch import errors
 from bigbatch.torch.collectives import Meetings
-from bigbatch.torch.ranks import Ranks
-from bigbatch.torch.replicas import Replicas
-from bigbatch.torch.shards import Shards, is_spread, shards_in
+from bigbatch.torch.ddp import Replicas
+from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.fsdp import Shards, is_spread, shards_in
 
 Sync = Literal["window", "micro_batch"]
 

@@ -85,7 +85,7 @@ def split(job: str, micro_batch: int, params: Any, batch: Any, key: jax.Array) -
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def split_with_products(*args: Any) -> Any:
     """Where every product is kept, however small what it comes to."""
-    with mock.patch.multiple("bigbatch.engines.jax_products", SMALL=0, SMALLER=0, ROOM=math.inf, FEWEST=2):
+    with mock.patch.multiple("bigbatch.fused.jax_deferred", SMALL=0, SMALLER=0, ROOM=math.inf, FEWEST=2):
         return split.__wrapped__(*args)
 
 
@@ -93,7 +93,7 @@ def split_with_products(*args: Any) -> Any:
 def split_with_cut_products(*args: Any) -> Any:
     """Where every product is added to the sum in pieces, once for all micro-batches of full size."""
     always = {"SMALL": 0, "SMALLER": math.inf, "LARGE": 0, "PIECES": 1, "FEWEST": 2}
-    with mock.patch.multiple("bigbatch.engines.jax_products", **always, _group=lambda *args: args[-1]):
+    with mock.patch.multiple("bigbatch.fused.jax_deferred", **always, _group=lambda *args: args[-1]):
         return split.__wrapped__(*args)
 
 

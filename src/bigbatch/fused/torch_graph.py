@@ -22,7 +22,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bigbatch.engines.torch_hooks import register
-from bigbatch.engines.torch_proof import Proof, Sums, Trial, Use, log
+from bigbatch.fused.torch_proof import Proof, Sums, Trial, Use, log
 
 
 class Graph(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bigbatch import errors
-from bigbatch.engines.torch_graph import gradient_dtype
+from bigbatch.fused.torch_graph import gradient_dtype
 from bigbatch.noise import NoiseScale
-from bigbatch.torch.ranks import Ranks
-from bigbatch.torch.shards import local, spread_like
+from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.fsdp import local, spread_like
 from bigbatch.torch.window import Window, widened
 
 

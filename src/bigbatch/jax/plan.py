@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bigbatch.engines.jax_account import ENOUGH, TRIES, device_memory, is_out_of_memory, needs_of
+from bigbatch.engines.jax_estimate import ENOUGH, TRIES, device_memory, is_out_of_memory, needs_of
 from bigbatch.jax.batch import Batch
-from bigbatch.jax.devices import are_bound
+from bigbatch.jax.distributed import are_bound
 from bigbatch.jax.split import value_and_grad
 from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
 

@@ -6,12 +6,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import in_turn
-from bigbatch.keras import loss, noise, skips
-from bigbatch.keras.tensorflow_window import Owed, Sums, dense
+from bigbatch.fused.tensorflow_deferred import in_turn
+from bigbatch.keras import losses, noise, skips
+from bigbatch.keras.backends.tensorflow.window import Owed, Sums, dense
 
 
-def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) -> dict[str, Any]:
+def update(model: Any, sums: Sums, unit: list[Any], described: list[losses.Term]) -> dict[str, Any]:
     """Makes the update, and returns the model's logs.
 
     Args:
@@ -21,19 +21,19 @@ def update(model: Any, sums: Sums, unit: list[Any], described: list[loss.Term]) 
         described: the terms of any micro-batch's loss.
     """
     context = tf.distribute.get_replica_context()
-    items, losses = sums.items, sums.losses
+    items, totals = sums.items, sums.losses
     if model.distribute_strategy.num_replicas_in_sync > 1:
-        items, losses = context.all_reduce(tf.distribute.ReduceOp.SUM, (items, losses))
-    terms_divide, kinds_divide = loss.quotients(described)
+        items, totals = context.all_reduce(tf.distribute.ReduceOp.SUM, (items, totals))
+    terms_divide, kinds_divide = losses.quotients(described)
     means = [
         tf.math.divide_no_nan(total, count) if divide else total
-        for (total, count), divide in zip(map(tf.unstack, losses), terms_divide, strict=True)
+        for (total, count), divide in zip(map(tf.unstack, totals), terms_divide, strict=True)
     ]
     factors = [
         tf.math.divide_no_nan(u, n) if divide else tf.ones_like(u)
         for u, n, divide in zip(unit, items, kinds_divide, strict=True)
     ]
-    total = loss.report(model, described, means, sums.examples)
+    total = losses.report(model, described, means, sums.examples)
     # Before the optimizer counts the update, and does what it likes with the gradients.
     found = dense(sums.gradients, model.trainable_variables)
     noise_logs = noise.closed(noise.opened(model), sums.noise, found, factors, sums.examples, total)

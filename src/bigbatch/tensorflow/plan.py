@@ -10,13 +10,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_graph import RESERVE, bytes_of, device_memory, is_out_of_memory, peak
+from bigbatch.engines.tensorflow_estimate import RESERVE, bytes_of, device_memory, is_out_of_memory, peak
 from bigbatch.plan import Choice, Plan, budget, choose, timed
 from bigbatch.plan import fitting as plan_again
 from bigbatch.tensorflow.batch import length_of, slice_of, spec_of, tensors
 from bigbatch.tensorflow.checks import COUNT, check_dtype
-from bigbatch.tensorflow.parts import Window
 from bigbatch.tensorflow.split import _part
+from bigbatch.tensorflow.window import Window
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
 # decides how fast training is, and was made on the user's behalf.

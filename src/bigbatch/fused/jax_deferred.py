@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun, primitives
 
-from bigbatch.engines.jax_convolutions import fast
+from bigbatch.fused.jax_conv_layout import fast
 
 # How much smaller than their product one micro-batch's factors have to be, and how much smaller all that are kept.
 SMALL, SMALLER = 8, 4 / 3

@@ -1,17 +1,17 @@
 """What a window of the split door is made of while it is open: a loss, its items, and gradients in several forms.
 
-They are dense, sparse, or products that wait to be multiplied out (see `bigbatch.engines.tensorflow_products`); one
-micro-batch's may also be taken apart (see `bigbatch.engines.tensorflow_rows`).
+They are dense, sparse, or products that wait to be multiplied out (see `bigbatch.fused.tensorflow_deferred`); one
+micro-batch's may also be taken apart (see `bigbatch.fused.tensorflow_lookups`).
 """
 
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import Product, product_of
-from bigbatch.engines.tensorflow_rows import Apart, Rows, apart, merged
+from bigbatch.fused.tensorflow_deferred import Product, product_of
+from bigbatch.fused.tensorflow_lookups import Apart, Rows, apart, merged
+from bigbatch.tensorflow.accumulators import Gradient, cast, scaled
 from bigbatch.tensorflow.checks import under_xla
-from bigbatch.tensorflow.sums import Gradient, cast, scaled
 
 # None where the loss does not depend on the variable, a dense tensor, Rows, a Product, or Apart.
 Part = Any

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_readers import read, replace
+from bigbatch.fused.tensorflow_rewrite import read, replace
 
 
 @tf.autograph.experimental.do_not_convert

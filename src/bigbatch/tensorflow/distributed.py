@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from bigbatch.tensorflow.accumulators import DenseSum, Gradient, scaled
 from bigbatch.tensorflow.checks import COUNT
-from bigbatch.tensorflow.sums import DenseSum, Gradient, scaled
 
 
 class Reduced(NamedTuple):

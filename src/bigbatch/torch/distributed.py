@@ -22,8 +22,8 @@ from bigbatch import errors
 from bigbatch.every import Items
 from bigbatch.noise import UntilNoise
 from bigbatch.torch.collectives import BACKWARD, FLUSH, JOIN, SPLIT, Met, digest_of
-from bigbatch.torch.replicas import Replicas, at_least_float32
-from bigbatch.torch.shards import Shards, power_of_two
+from bigbatch.torch.ddp import Replicas, at_least_float32
+from bigbatch.torch.fsdp import Shards, power_of_two
 from bigbatch.torch.window import Sums, Window
 
 

@@ -96,7 +96,7 @@ def open_door(model: Any) -> None:
 
 def _own() -> Any:
     """The half of this that belongs to the backend that Keras runs on."""
-    return importlib.import_module(f"bigbatch.keras.memory_{keras.backend.backend()}")
+    return importlib.import_module(f"bigbatch.keras.backends.{keras.backend.backend()}.plan")
 
 
 def check_one_device(model: Any) -> None:

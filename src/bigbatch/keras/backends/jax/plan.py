@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from bigbatch import host
-from bigbatch.engines import jax_account
-from bigbatch.engines.jax_account import is_out_of_memory as is_out_of_memory
-from bigbatch.keras import batch, loss
-from bigbatch.keras.jax import _update, add_up, cut
+from bigbatch.engines import jax_estimate
+from bigbatch.engines.jax_estimate import is_out_of_memory as is_out_of_memory
+from bigbatch.keras import batch, losses
+from bigbatch.keras.backends.jax.window import _update, add_up, cut
 from bigbatch.plan import RESERVE
 
 
@@ -25,7 +25,7 @@ class Programs:
     """A window's two programs: the sums of a batch's micro-batches, and the update, which the state is donated to."""
 
     def __init__(self, model: Any):
-        described: list[loss.Term] = []
+        described: list[losses.Term] = []
 
         def sums(size: int, state: Any, data: Any) -> Any:
             return add_up(model, state, data, cut(data, size), described)
@@ -64,7 +64,7 @@ def auto_step(model: Any, fitting: Any) -> Callable[[Any, Any], tuple[dict[str, 
 class Predictions:
     """What the sizes of one batch's micro-batches need."""
 
-    search = {"tries": jax_account.TRIES, "enough": jax_account.ENOUGH}  # noqa: RUF012
+    search = {"tries": jax_estimate.TRIES, "enough": jax_estimate.ENOUGH}  # noqa: RUF012
     reserve = RESERVE
 
     def __init__(self, model: Any, data: Any, state: Any = None, programs: Programs | None = None):
@@ -79,7 +79,7 @@ class Predictions:
 
     def device_memory(self, memory: Any) -> host.Memory:
         """What is held and free."""
-        return jax_account.device_memory()
+        return jax_estimate.device_memory()
 
     def needs(self, size: int) -> int:
         """Bytes that an update with micro-batches of `size` examples takes beside what is held."""
@@ -91,7 +91,7 @@ class Predictions:
         trainable, _, optimizer_variables, _ = state
         state = trainable, non_trainable, optimizer_variables, metrics
         update = self.programs.update.trace(state, found, self.length)
-        return max(jax_account.needs_of(sums), between + jax_account.needs_of(update))
+        return max(jax_estimate.needs_of(sums), between + jax_estimate.needs_of(update))
 
     def how(self) -> str:
         """Where the predictions come from."""

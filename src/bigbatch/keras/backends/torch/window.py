@@ -1,7 +1,7 @@
 """A window on the PyTorch backend: one loop over its micro-batches, one `optimizer.apply`.
 
 The gradients add up where autograd puts them, in `.grad`, with each micro-batch's weight folded into its backward.
-Those of dense layers' weights and of tables are added there by `bigbatch.engines.torch_graph`, without a temporary.
+Those of dense layers' weights and of tables are added there by `bigbatch.fused.torch_graph`, without a temporary.
 Where the variables are narrower than float32, or the losses count different items, all are taken out after each.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 import keras
 import torch
 
-from bigbatch.engines import torch_graph
-from bigbatch.engines.torch_products import Products
-from bigbatch.engines.torch_proof import Known, Proof
-from bigbatch.keras import batch, loss, noise, skips
+from bigbatch.fused import torch_graph
+from bigbatch.fused.torch_deferred import Products
+from bigbatch.fused.torch_proof import Known, Proof
+from bigbatch.keras import batch, losses, noise, skips
 from bigbatch.keras.alone import Gradients, alone
 
 
@@ -79,7 +79,7 @@ class _Sums:
                     totals[p] = totals[p].add_(grad) if p in totals else grad
 
 
-def window(model: Any, added: Callable[[], tuple[_Sums, list[loss.Term]]]) -> dict[str, Any]:
+def window(model: Any, added: Callable[[], tuple[_Sums, list[losses.Term]]]) -> dict[str, Any]:
     """One update from what `add_up` found. `.grad` is free again afterwards, whatever happened."""
     try:
         found = added()
@@ -89,14 +89,14 @@ def window(model: Any, added: Callable[[], tuple[_Sums, list[loss.Term]]]) -> di
         model.zero_grad()
 
 
-def add_up(model: Any, micro_batches: list[Any], known: Known | None = None) -> tuple[_Sums, list[loss.Term]]:
+def add_up(model: Any, micro_batches: list[Any], known: Known | None = None) -> tuple[_Sums, list[losses.Term]]:
     """Forward and backward of all micro-batches. The gradients are in `.grad`, or in the sums."""
     parameters = [v.value for v in model.trainable_variables]
     sums = _Sums(noise.opened(model), len(micro_batches))
     weights = torch_graph.may_take(parameters)
     if weights and len(micro_batches) > 1 and torch_graph.is_alone():  # one adds nothing up
         sums.products, sums.proof = Products(weights), Proof(known, started=True)
-    described: list[loss.Term] = []
+    described: list[losses.Term] = []
     model.zero_grad()
     several = len(micro_batches) > 1
     with alone(model, several):
@@ -107,12 +107,12 @@ def add_up(model: Any, micro_batches: list[Any], known: Known | None = None) -> 
     return sums, described
 
 
-def _take(model: Any, data: Any, gradients: Gradients, sums: _Sums) -> list[loss.Term]:
+def _take(model: Any, data: Any, gradients: Gradients, sums: _Sums) -> list[losses.Term]:
     parameters = gradients.parameters
     x, y, sample_weight = batch.unpack(data)
     y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-    terms = loss.terms(model, x, y, y_pred, sample_weight)
-    kinds = loss.kinds(terms)
+    terms = losses.terms(model, x, y, y_pred, sample_weight)
+    kinds = losses.kinds(terms)
     measured = sums.noisy is not None and sums.noisy.measured
     with torch.no_grad():
         items = [count for _, count in kinds]
@@ -122,15 +122,15 @@ def _take(model: Any, data: Any, gradients: Gradients, sums: _Sums) -> list[loss
                 sums.gradients, sums.products = [{} for _ in kinds], None
             # As in `bigbatch.torch.window`: where the plan comes true, what `.grad` holds at the end are the means.
             planned = sums.planned if sums.gradients is None else 1
-            divided = loss.quotients(terms)[1]
+            divided = losses.quotients(terms)[1]
             sums.unit = [torch.where(n > 0, n, 1) * (planned if d else 1) for n, d in zip(items, divided, strict=True)]
-            sums.first = loss.length(x)
+            sums.first = losses.length(x)
         weights = [n / unit for n, unit in zip(items, sums.unit, strict=True)]
         for found, n in zip(sums.items, items, strict=True):
             found.append(n)
         for found, term in zip(sums.losses, terms, strict=True):
             found.append((term.value.detach(), term.items))
-        sums.examples += loss.length(x)
+        sums.examples += losses.length(x)
     gradients.check()
     if parameters:
         own: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in kinds]
@@ -148,10 +148,10 @@ def _take(model: Any, data: Any, gradients: Gradients, sums: _Sums) -> list[loss
             if sums.gradients is not None:
                 _move(parameters, own[k] if measured else sums.gradients[k])
         if measured:
-            sums.measure(parameters, own, loss.length(x))
+            sums.measure(parameters, own, losses.length(x))
     gradients.note()
     with torch.no_grad():
-        loss.update_metrics(model, x, y, y_pred, sample_weight)
+        losses.update_metrics(model, x, y, y_pred, sample_weight)
     return terms
 
 
@@ -164,16 +164,16 @@ def _move(parameters: list[torch.Tensor], totals: dict[torch.Tensor, torch.Tenso
         totals[p] = totals[p].add_(grad) if p in totals else grad
 
 
-def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, Any]:
+def _update(model: Any, sums: _Sums, described: list[losses.Term]) -> dict[str, Any]:
     variables = model.trainable_variables
     parameters = [v.value for v in variables]
-    terms_divide, kinds_divide = loss.quotients(described)
+    terms_divide, kinds_divide = losses.quotients(described)
     means = []
     for found, divide in zip(sums.losses, terms_divide, strict=True):
         values, items = map(torch.stack, zip(*found, strict=True))
         total, n = (values * items).sum(), items.sum()
         means.append(total / torch.where(n == 0, 1, n) if divide else total)
-    total = loss.report(model, described, means, sums.examples)
+    total = losses.report(model, described, means, sums.examples)
     if not parameters:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return model.get_metrics_result()
@@ -187,7 +187,7 @@ def _update(model: Any, sums: _Sums, described: list[loss.Term]) -> dict[str, An
     if sums.gradients is None:
         gradients = [p.grad for p in parameters]
         present = [g for g in gradients if g is not None]
-        planned = sums.examples == sums.first * sums.planned and all(t.kind == loss.EXAMPLES for t in described)
+        planned = sums.examples == sums.first * sums.planned and all(t.kind == losses.EXAMPLES for t in described)
         if present and not planned:
             # In torch's public list of foreach functions, underscore and all.
             torch._foreach_mul_(present, factors[0])  # pyright: ignore[reportPrivateImportUsage]

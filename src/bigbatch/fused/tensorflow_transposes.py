@@ -13,8 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import factors_of
-from bigbatch.engines.tensorflow_readers import read, replace
+from bigbatch.fused.tensorflow_deferred import factors_of
+from bigbatch.fused.tensorflow_rewrite import read, replace
 
 # Where the other way round was quicker: not for a single row, nor for small matrices, which the transposing would cost.
 LEAST = 1 << 16  # numbers in the matrix

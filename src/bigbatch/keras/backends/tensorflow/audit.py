@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines import tensorflow_chance
+from bigbatch.engines import tensorflow_rng
 
 Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
 
@@ -30,7 +30,7 @@ def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple
 
 def chance_kept(model: Any) -> AbstractContextManager[None]:
     """What TensorFlow draws from is afterwards what it was."""
-    return tensorflow_chance.kept()
+    return tensorflow_rng.kept()
 
 
 def seed_chance(seed: int) -> None:

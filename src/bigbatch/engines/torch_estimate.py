@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigbatch import host
-from bigbatch.engines.torch_rehearsal import FakeTensorMode, Watch, rehearse
+from bigbatch.engines.torch_dry_run import FakeTensorMode, Watch, rehearse
 from bigbatch.plan import NEVER
 
 

@@ -1,7 +1,7 @@
 """A window on the TensorFlow backend: its sums, over one micro-batch after another.
 
 In a graph it is loops from nothing: tracing a micro-batch beforehand tells which gradients there are and which kinds of
-items. Dense layers' weight gradients are then kept as products (see `bigbatch.engines.tensorflow_products`) and
+items. Dense layers' weight gradients are then kept as products (see `bigbatch.fused.tensorflow_deferred`) and
 multiplied out once for many micro-batches.
 
 Run eagerly, or for XLA, which puts such things together in its own way, the first micro-batch stands before the loop.
@@ -15,11 +15,11 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from bigbatch.engines.tensorflow_convolutions import with_fast_convolutions
-from bigbatch.engines.tensorflow_products import Kept, Product, product_of, room_for
-from bigbatch.engines.tensorflow_rows import Apart, apart, zeros
-from bigbatch.engines.tensorflow_turned import turn
-from bigbatch.keras import batch, loss, noise
+from bigbatch.fused.tensorflow_conv_layout import with_fast_convolutions
+from bigbatch.fused.tensorflow_deferred import Kept, Product, product_of, room_for
+from bigbatch.fused.tensorflow_lookups import Apart, apart, zeros
+from bigbatch.fused.tensorflow_transposes import turn
+from bigbatch.keras import batch, losses, noise
 from bigbatch.keras.alone import alone
 
 Take = Callable[[list[Any], Any], "Sums"]
@@ -91,10 +91,10 @@ class Open(NamedTuple):
     unit: tf.Tensor  # shape=(kinds,); 0 until there are items
 
 
-def add_up(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], list[loss.Term]]:
+def add_up(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], list[losses.Term]]:
     """Forward and backward of all micro-batches: the sums, what the items are weighed in, and the loss's terms."""
     build(model, batch.nest(like, runs[0].pull(0)))
-    described: list[loss.Term] = []
+    described: list[losses.Term] = []
     single = len(runs) == 1 and isinstance(runs[0].count, int) and runs[0].count == 1
     in_loops = not (single or model.run_eagerly or model.jit_compile)
     several = sum(run.count for run in runs) > 1
@@ -274,7 +274,7 @@ def _while(body: Callable[..., Any], start: Any, stop: Any, state: Open) -> Open
 def micro_step(
     model: Any,
     like: Any,
-    described: list[loss.Term],
+    described: list[losses.Term],
     products: bool = False,
     several: Any = False,
     by_xla: bool = False,
@@ -283,7 +283,7 @@ def micro_step(
 
     With `products`, a gradient that is one of small factors comes as a `Product`, and one of a table's few rows as
     `Apart`. Where the window has `several` micro-batches, slow products are turned (see
-    `bigbatch.engines.tensorflow_turned`), or `by_xla` convolutions (`bigbatch.engines.tensorflow_convolutions`).
+    `bigbatch.fused.tensorflow_transposes`), or `by_xla` convolutions (`bigbatch.fused.tensorflow_conv_layout`).
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
     variables = [v.value for v in model.trainable_variables]
@@ -293,8 +293,8 @@ def micro_step(
         x, y, sample_weight = batch.unpack(batch.nest(like, leaves))
         with tf.GradientTape(persistent=True) as tape:
             y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-            terms = loss.terms(model, x, y, y_pred, sample_weight, replicas, _check_values)
-            kinds = loss.kinds(terms)
+            terms = losses.terms(model, x, y, y_pred, sample_weight, replicas, _check_values)
+            kinds = losses.kinds(terms)
             scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
         described[:] = terms
         # The first micro-batch comes without a unit, and weighs 1.
@@ -306,22 +306,22 @@ def micro_step(
             gradients.append([_kept_as(g, v.shape, products) for g, v in zip(found, variables, strict=True)])
         graph = tf.compat.v1.get_default_graph()
         gradients = with_fast_convolutions(graph, gradients) if by_xla else turn(graph, several, gradients)
-        loss.update_metrics(model, x, y, y_pred, sample_weight)
+        losses.update_metrics(model, x, y, y_pred, sample_weight)
         return Sums(
             gradients,
             [tf.cast(items, unit.dtype) for _, items in kinds],
             [tf.stack([term.value * term.items, term.items]) for term in terms],
-            loss.length(x),
-            noise.part(noisy, dense(gradients, variables), loss.length(x)),
+            losses.length(x),
+            noise.part(noisy, dense(gradients, variables), losses.length(x)),
         )
 
     return take
 
 
 def _check_values(values: Any, x: Any, compiled: Any, y: Any, y_pred: Any) -> None:
-    """`loss.check_values`, also where the graph does not know how many examples there are."""
-    if isinstance(loss.length(x), int):
-        loss.check_values(values, x, compiled, y, y_pred)
+    """`losses.check_values`, also where the graph does not know how many examples there are."""
+    if isinstance(losses.length(x), int):
+        losses.check_values(values, x, compiled, y, y_pred)
         return
     if all(tensor.shape.rank and tensor.shape[0] is None for tensor in tree.flatten((y, y_pred))):
         # What would the loss make of so many? A trace tells, which computes nothing.
@@ -330,10 +330,10 @@ def _check_values(values: Any, x: Any, compiled: Any, y: Any, y_pred: Any) -> No
         asked = tf.function(compiled.call, autograph=False).get_concrete_function(*specs).structured_outputs
         if asked.shape[0] is not None:
             if asked.shape[0] != many:
-                raise loss.lost_the_batch(asked, f"say {many}")
+                raise losses.lost_the_batch(asked, f"say {many}")
             return
     # Only the data can tell. An error in the graph comes before the update.
-    tf.debugging.assert_equal(tf.shape(values)[0], loss.length(x), "A loss must return one value an example.")
+    tf.debugging.assert_equal(tf.shape(values)[0], losses.length(x), "A loss must return one value an example.")
 
 
 def dense(gradients: list[list[Any]], variables: list[Any]) -> list[list[Any]]:

@@ -4,8 +4,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import FEW, Product, factors_of, of_any_shape, room_of
-from bigbatch.engines.tensorflow_rows import Rows, apart, merged
+from bigbatch.fused.tensorflow_deferred import FEW, Product, factors_of, of_any_shape, room_of
+from bigbatch.fused.tensorflow_lookups import Rows, apart, merged
 from bigbatch.tensorflow.checks import under_xla
 
 Gradient = tf.Tensor | tf.IndexedSlices

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch import errors
-from bigbatch.engines.torch_predictions import Rehearsals, State, device_memory, is_out_of_memory, release, reserve
+from bigbatch.engines.torch_estimate import Rehearsals, State, device_memory, is_out_of_memory, release, reserve
 from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
 from bigbatch.torch.batch import cut, is_text, leaves
-from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss, split_result
+from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
 from bigbatch.torch.split import parameters_of
 
 Result = TypeVar("Result")
@@ -110,7 +110,7 @@ def _rehearsals(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: t
     def checked(micro_batch: Any) -> tuple[Tensor, Any]:
         """The loss, and all that is there during the backward beside it."""
         result = loss_fn(micro_batch)
-        loss, items = split_result(result)
+        loss, items = errors.loss_and_items(result)
         if items is not None:
             check_items(items)
         return check_loss(loss), result

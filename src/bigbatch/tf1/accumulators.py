@@ -7,9 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.engines.tensorflow_products import FEW, Product, factors_of, of_any_shape, room_of
-from bigbatch.engines.tensorflow_rows import Rows, apart, merged
-from bigbatch.tf1.order import done
+from bigbatch.fused.tensorflow_deferred import FEW, Product, factors_of, of_any_shape, room_of
+from bigbatch.fused.tensorflow_lookups import Rows, apart, merged
+from bigbatch.tf1.control_flow import done
 
 v1 = tf.compat.v1
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
 from bigbatch.jax.batch import Batch
-from bigbatch.jax.devices import summed
+from bigbatch.jax.distributed import summed
 from bigbatch.jax.terms import weighted_mean
 
 WORDS = ("mean", "sum", "concatenate")

@@ -10,18 +10,18 @@ import keras
 import tensorflow as tf
 
 from bigbatch import host
-from bigbatch.engines import tensorflow_graph
-from bigbatch.engines.tensorflow_graph import bytes_of, peak
-from bigbatch.engines.tensorflow_graph import is_out_of_memory as is_out_of_memory
-from bigbatch.keras import batch, loss
-from bigbatch.keras.tensorflow import split_step
-from bigbatch.keras.tensorflow_update import update
-from bigbatch.keras.tensorflow_window import add_up, build, micro_step
+from bigbatch.engines import tensorflow_estimate
+from bigbatch.engines.tensorflow_estimate import bytes_of, peak
+from bigbatch.engines.tensorflow_estimate import is_out_of_memory as is_out_of_memory
+from bigbatch.keras import batch, losses
+from bigbatch.keras.backends.tensorflow.steps import split_step
+from bigbatch.keras.backends.tensorflow.update import update
+from bigbatch.keras.backends.tensorflow.window import add_up, build, micro_step
 
 
 def auto_step(model: Any, fitting: Any) -> Callable[[Any], dict[str, Any]]:
     """A step on one batch, cut by `fitting`: one graph adds up, and another makes the update."""
-    described: list[loss.Term] = []
+    described: list[losses.Term] = []
     graph: Any = functools.partial(tf.function, jit_compile=model.jit_compile, autograph=False)
 
     @functools.cache
@@ -58,7 +58,7 @@ class Predictions:
     """What the sizes of one batch's micro-batches need."""
 
     search: dict[str, Any] = {}  # noqa: RUF012
-    reserve = tensorflow_graph.RESERVE
+    reserve = tensorflow_estimate.RESERVE
 
     def __init__(self, model: Any, data: Any):
         self.model, self.data = model, _tensors(data)
@@ -69,7 +69,7 @@ class Predictions:
 
     def device_memory(self, memory: Any) -> host.Memory:
         """What is held and free."""
-        return tensorflow_graph.device_memory(memory)
+        return tensorflow_estimate.device_memory(memory)
 
     def needs(self, size: int) -> int:
         """Bytes that a window of micro-batches of `size` examples takes beside what is held."""

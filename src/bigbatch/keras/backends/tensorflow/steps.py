@@ -7,9 +7,9 @@ from typing import Any
 import tensorflow as tf
 from keras import ops
 
-from bigbatch.keras import batch, loss
-from bigbatch.keras.tensorflow_update import update
-from bigbatch.keras.tensorflow_window import Run, add_up
+from bigbatch.keras import batch, losses
+from bigbatch.keras.backends.tensorflow.update import update
+from bigbatch.keras.backends.tensorflow.window import Run, add_up
 
 
 def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None = None) -> Callable[[Any], Any]:
@@ -19,7 +19,7 @@ def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None =
     def train_step(data: Any) -> Any:
         static = batch.check(data)
         leaves = [tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)]
-        length = loss.length(leaves)
+        length = losses.length(leaves)
         # XLA wants static shapes, and products are seen in them: full micro-batches, then the shorter last one.
         size = min(micro_batch, micro_batch if static is None else static)
         if static is None and model.jit_compile:
@@ -101,7 +101,7 @@ def stream_step(model: Any) -> Callable[[Any], dict[str, Any]]:
 def _run(data: Any, lengths: Any) -> Run:
     leaves = batch.leaves(data)
     if lengths is None:
-        return Run(loss.length(leaves), lambda i: [leaf[i] for leaf in leaves])
+        return Run(losses.length(leaves), lambda i: [leaf[i] for leaf in leaves])
     stops = tf.cumsum(lengths)
     return Run(tf.size(lengths), lambda i: [leaf[stops[i] - lengths[i] : stops[i]] for leaf in leaves])
 

@@ -8,11 +8,11 @@ import keras
 import torch
 
 from bigbatch import host
-from bigbatch.engines import torch_predictions
-from bigbatch.engines.torch_predictions import Rehearsals, State, release
-from bigbatch.engines.torch_predictions import is_out_of_memory as is_out_of_memory
-from bigbatch.keras import batch, loss, noise
-from bigbatch.keras.torch import add_up, cut, window
+from bigbatch.engines import torch_estimate
+from bigbatch.engines.torch_estimate import Rehearsals, State, release
+from bigbatch.engines.torch_estimate import is_out_of_memory as is_out_of_memory
+from bigbatch.keras import batch, losses, noise
+from bigbatch.keras.backends.torch.window import add_up, cut, window
 
 
 def auto_step(model: Any, fitting: Any) -> Callable[[Any], dict[str, Any]]:
@@ -53,12 +53,12 @@ class Predictions:
             "the model",
         )
         self.rehearsals.device = leaves[0].device
-        self.reserve = torch_predictions.reserve(leaves[0].device)
+        self.reserve = torch_estimate.reserve(leaves[0].device)
         self.seconds, self.how, self.notes = self.rehearsals.seconds, self.rehearsals.how, self.rehearsals.notes
 
     def device_memory(self, memory: Any) -> host.Memory:
         """What is held and free."""
-        return torch_predictions.device_memory(self.rehearsals.device)
+        return torch_estimate.device_memory(self.rehearsals.device)
 
     def needs(self, size: int) -> int:
         """Bytes that an update with micro-batches of `size` examples takes beside what is held."""
@@ -89,10 +89,10 @@ class Predictions:
         """A micro-batch's loss, and what else is there during its backward."""
         x, y, sample_weight = batch.unpack(data)
         y_pred = self.model(x, training=True) if self.model._call_has_training_arg else self.model(x)
-        found = loss.terms(self.model, x, y, y_pred, sample_weight, examined=False)
+        found = losses.terms(self.model, x, y, y_pred, sample_weight, examined=False)
         with torch.no_grad():
-            loss.update_metrics(self.model, x, y, y_pred, sample_weight)
-        values = [self.model.optimizer.scale_loss(value) for value, _ in loss.kinds(found)]
+            losses.update_metrics(self.model, x, y, y_pred, sample_weight)
+        values = [self.model.optimizer.scale_loss(value) for value, _ in losses.kinds(found)]
         for layer in self.model._flatten_layers():
             layer._clear_losses()  # what add_loss was told, which would be kept until the next call
         return sum(values[1:], values[0]), (y_pred, found)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bigbatch.engines import torch_chance
+from bigbatch.engines import torch_rng
 
 Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
 
@@ -39,7 +39,7 @@ def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple
 
 def chance_kept(model: Any) -> AbstractContextManager[None]:
     """What PyTorch draws from is afterwards what it was."""
-    return torch_chance.kept([v.value for v in model.variables])
+    return torch_rng.kept([v.value for v in model.variables])
 
 
 def seed_chance(seed: int) -> None:

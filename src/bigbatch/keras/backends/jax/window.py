@@ -2,7 +2,7 @@
 
 The scan carries the sums and the state that a forward changes: seeds, moving statistics, metrics. Micro-batches of one
 shape make one scan; a shorter last one is a step of its own. All of it is one compiled function, as in plain `fit`.
-Gradients of large weights are not made in the first scan (see `bigbatch.engines.jax_products`).
+Gradients of large weights are not made in the first scan (see `bigbatch.fused.jax_deferred`).
 """
 
 import functools
@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 from keras import distribution
 
-from bigbatch.engines import jax_products
-from bigbatch.engines.jax_convolutions import with_fast_convolutions
-from bigbatch.keras import batch, loss, noise, skips
+from bigbatch.fused import jax_deferred
+from bigbatch.fused.jax_conv_layout import with_fast_convolutions
+from bigbatch.keras import batch, losses, noise, skips
 from bigbatch.keras.alone import alone
 
 Step = Callable[[Any, Any], tuple[dict[str, Any], Any]]
@@ -113,14 +113,14 @@ def give_back(kept: list[tuple[Any, Any]]) -> None:
 def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[dict[str, Any], Any]:
     """One update from the micro-batches of `runs`: leaves of equal shape, stacked along a new first dimension."""
     trainable, _, optimizer_variables, _ = state
-    described: list[loss.Term] = []
+    described: list[losses.Term] = []
     examples = sum(run[0].shape[0] * run[0].shape[1] for run in runs)
     found = add_up(model, state, like, runs, described)
     return _update(model, described, examples, trainable, optimizer_variables, *found)
 
 
 def add_up(
-    model: Any, state: Any, like: Any, runs: list[list[Any]], described: list[loss.Term]
+    model: Any, state: Any, like: Any, runs: list[list[Any]], described: list[losses.Term]
 ) -> tuple[Sums, Any, Any]:
     """Forward and backward of all micro-batches: the sums, the non-trainable variables and the metrics'.
 
@@ -137,7 +137,7 @@ def add_up(
 
 
 def _added_up(
-    model: Any, state: Any, like: Any, runs: list[list[Any]], described: list[loss.Term]
+    model: Any, state: Any, like: Any, runs: list[list[Any]], described: list[losses.Term]
 ) -> tuple[Sums, Any, Any]:
     trainable, non_trainable, optimizer_variables, metrics = state
     micro_step = _micro_step(model, like, trainable, optimizer_variables, described)
@@ -159,7 +159,7 @@ def _added_up(
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     state = nothing._replace(gradients=[]), non_trainable, metrics
-    gradients, (sums, *rest), _ = jax_products.scan(micro, nothing.gradients, state, runs[0])
+    gradients, (sums, *rest), _ = jax_deferred.scan(micro, nothing.gradients, state, runs[0])
     carry = (sums._replace(gradients=gradients), *rest)
     for run in runs[1:]:
         carry, _ = lax.scan(with_fast_convolutions(body), carry, run)
@@ -172,7 +172,7 @@ def _added(sums: Sums, more: Sums) -> Sums:
 
 def _update(
     model: Any,
-    described: list[loss.Term],
+    described: list[losses.Term],
     examples: Any,
     trainable: Any,
     optimizer_variables: Any,
@@ -180,7 +180,7 @@ def _update(
     non_trainable: Any,
     metrics: Any,
 ) -> tuple[dict[str, Any], Any]:
-    terms_divide, kinds_divide = loss.quotients(described)
+    terms_divide, kinds_divide = losses.quotients(described)
     means = [
         total / jnp.where(items == 0, 1, items) if divide else total
         for (total, items), divide in zip(sums.losses, terms_divide, strict=True)
@@ -191,7 +191,7 @@ def _update(
     ]
     noisy = _noise_opened(model, optimizer_variables)
     with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
-        total = loss.report(model, described, means, examples)
+        total = losses.report(model, described, means, examples)
         noise_logs = noise.closed(noisy, sums.noise, sums.gradients, factors, examples, total)
         logs = {**model.get_metrics_result(), **noise_logs}
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
@@ -231,28 +231,26 @@ def _noise_opened(model: Any, optimizer_variables: Any) -> noise.Window | None:
 
 
 def _micro_step(
-    model: Any, like: Any, trainable: Any, optimizer_variables: Any, described: list[loss.Term]
+    model: Any, like: Any, trainable: Any, optimizer_variables: Any, described: list[losses.Term]
 ) -> Callable[..., tuple[Sums, Any, Any]]:
     noisy = _noise_opened(model, optimizer_variables)
 
     def forward(trainable: Any, data: Any, non_trainable: Any, metrics: Any) -> tuple[list[Any], Any]:
         x, y, sample_weight = data
         training = {"training": True} if model._call_has_training_arg else {}
-        y_pred, non_trainable, losses = model.stateless_call(
-            trainable, non_trainable, x, return_losses=True, **training
-        )
-        if losses:
-            model._losses_override = losses  # where compute_loss finds them, as in Keras's own train_step
+        y_pred, non_trainable, added = model.stateless_call(trainable, non_trainable, x, return_losses=True, **training)
+        if added:
+            model._losses_override = added  # where compute_loss finds them, as in Keras's own train_step
         mapping = [
             *zip(model.trainable_variables, trainable, strict=True),
             *zip(model.non_trainable_variables, non_trainable, strict=True),
             *zip(model.metrics_variables, metrics, strict=True),
         ]
         with keras.StatelessScope(mapping) as scope:
-            terms = loss.terms(model, x, y, y_pred, sample_weight)
+            terms = losses.terms(model, x, y, y_pred, sample_weight)
             model._losses_override = []
-            kinds = loss.kinds(terms)
-            loss.update_metrics(model, x, y, y_pred, sample_weight)
+            kinds = losses.kinds(terms)
+            losses.update_metrics(model, x, y, y_pred, sample_weight)
         non_trainable, metrics = (
             [scope.get_current_value(v) for v in variables]
             for variables in (model.non_trainable_variables, model.metrics_variables)
@@ -260,12 +258,12 @@ def _micro_step(
         described[:] = terms
         with keras.StatelessScope(list(zip(model.optimizer.variables, optimizer_variables, strict=True))):
             scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
-        losses = [(term.value * term.items, term.items) for term in terms]
-        return scaled, ([items for _, items in kinds], losses, non_trainable, metrics)
+        sums = [(term.value * term.items, term.items) for term in terms]
+        return scaled, ([items for _, items in kinds], sums, non_trainable, metrics)
 
     def micro_step(sums: Sums | None, leaves: list[Any], non_trainable: Any, metrics: Any) -> tuple[Sums, Any, Any]:
         data = batch.unpack(batch.nest(like, leaves))
-        values, back, (items, losses, non_trainable, metrics) = jax.vjp(
+        values, back, (items, totals, non_trainable, metrics) = jax.vjp(
             lambda trainable: forward(trainable, data, non_trainable, metrics), trainable, has_aux=True
         )
         unit = [jnp.where(n > 0, n, 1) for n in items]
@@ -278,7 +276,7 @@ def _micro_step(
                 for j, value in enumerate(values)
             ]
             gradients.append([g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in back(weights)[0]])
-        part = noise.part(noisy, gradients, loss.length(data[0]))
-        return Sums(gradients, unit, items, losses, part), non_trainable, metrics
+        part = noise.part(noisy, gradients, losses.length(data[0]))
+        return Sums(gradients, unit, items, totals, part), non_trainable, metrics
 
     return micro_step

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bigbatch.engines.torch_graph import gradient_dtype
+from bigbatch.fused.torch_graph import gradient_dtype
 from bigbatch.torch.collectives import Meetings, Met
 from bigbatch.torch.window import Window, widened
 

@@ -1,0 +1,1 @@
+"""What only one of Keras's backends has."""

@@ -1,0 +1,15 @@
+"""The file of the backend that Keras runs on."""
+
+import importlib
+from typing import Any
+
+import keras
+
+# The file in which each backend's steps stand.
+_STEPS = {"jax": "window", "tensorflow": "steps", "torch": "window"}
+
+
+def backend() -> Any:
+    """The module with the steps for the backend that Keras runs on."""
+    name = keras.backend.backend()
+    return importlib.import_module(f"bigbatch.keras.backends.{name}.{_STEPS[name]}")
