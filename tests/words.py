@@ -17,7 +17,7 @@ INSTEAD = {
     r"\bturn(s|ed|ing)?[ _]over\b|\b(is_)?turned\b": "transpose, transposed",
     r"\bput(s|ting)?[ _]off\b|\brows that wait\b": "deferred",
     r"\bmultipl(y|ies|ied)[ _]out\b|\bsettled?\b": "flush the deferred products, compute as one matmul",
-    r"\b(?-i:Kept|Owed|Growing)\b|\bput_together\b": "FactorBuffer, DeferredSum, DeferredAccumulator, concat",
+    r"\b(?-i:Kept|Owed|Growing|Rows)\b|\bput_together\b": "FactorBuffer, DeferredSum, DeferredAccumulator, concat",
     r"\bvery update\b": "the same update that the full batch would give",
     r"\b(leaves|leave|left|without a|no) trace\b": "has no effect on later windows",
     r"\bnobody waits\b": "needs no device synchronisation",
