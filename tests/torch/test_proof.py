@@ -271,6 +271,20 @@ def test_rounding_is_no_difference_and_a_difference_is_none_of_rounding(dtype, s
     assert is_product(weight, given, gradient * torch.nan) is None
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e-30, 1e24, 1e30])
+def test_numbers_whose_squares_float32_does_not_hold_are_compared_too(size):
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(50, 20, generator=generator) for _ in range(2))
+    left *= size
+    given, gradient = (
+        [(Use(None, nn.Parameter(torch.zeros(20, 20)), 1, False, [], None, ()), (left, right))],
+        left.t() @ right,
+    )
+    assert is_product(given[0][0].weight, given, gradient)
+    gradient[3] *= 1 + 1e-3
+    assert not is_product(given[0][0].weight, given, gradient)
+
+
 @takes_products
 @pytest.mark.parametrize("door", ["split", "stream"])
 @pytest.mark.parametrize("hook", ["register_hook", "register_prehook"])

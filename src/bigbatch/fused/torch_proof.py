@@ -27,6 +27,9 @@ _Grads = tuple[Tensor | None, ...]
 # How many standard deviations off a sum may be. A normal one is further off once in 10⁹.
 DEVIATIONS = 6.0
 
+# How many numbers are copied into a wider dtype at once: as many as a core keeps near.
+_AT_ONCE = 1 << 18
+
 # The units of what a device may round float32 factors to, by the name of the setting.
 _REDUCED = {"tf32": 2.0**-11, "bf16": 2.0**-9}
 
@@ -241,9 +244,10 @@ class Trial(TorchDispatchMode):
         def add(*_: Any) -> None:
             # Only now, when autograd's own gradient is gone.
             given = self._given[weight]
-            while given:
-                use, parts = given.pop(0)
-                use.add(parts, self._sums)
+            with no_dispatch():
+                while given:
+                    use, parts = given.pop(0)
+                    use.add(parts, self._sums)
 
         return add
 
@@ -268,30 +272,44 @@ def is_product(weight: Tensor, given: list[_Given], gradient: Tensor) -> bool | 
     shape = (weight.shape[1], 1 if gradient.dtype.itemsize >= 4 else 4)
     vectors = torch.randn(shape, generator=generator, device=weight.device, dtype=dtype)
     image = vectors.new_zeros(len(weight), shape[1])
-    squares = image.new_zeros(len(weight), dtype=wide)  # Σᵣ |leftᵣᵢ|²·‖rightᵣ‖², of what the partial sums are like
     columns = weight.shape[1]
     terms, unit, single, least = columns, _unit(dtype), 0.0, 0.0
     for use, parts in given:
+        left, right = parts if use.place else _looked_up(*parts)
+        product = right.to(dtype) @ vectors
         if use.place:
-            left, right = parts
-            image += left.t().to(dtype) @ (right.to(dtype) @ vectors)
-            norms = torch.linalg.vector_norm(right, dim=1, keepdim=True, dtype=dtype)
-            for part in (left * norms).split(1024):  # so many rows at once are copied into the wider dtype
-                squares += part.to(wide).square_().sum(0)
+            image += left.t().to(dtype) @ product
         else:
-            indices, right = _looked_up(*parts)
-            image.index_add_(0, indices, right.to(dtype) @ vectors)
-            squares.index_add_(0, indices, torch.linalg.vector_norm(right, dim=1, dtype=wide).square_())
+            image.index_add_(0, left, product)
         terms += len(right)
         unit = max(unit, _unit(torch.promote_types(right.dtype, torch.float32)))
         for rounded in (gradient.dtype, right.dtype, *use.casts()):
             single, least = max(single, _unit(rounded)), max(least, _least(rounded))
         single = max(single, _reduced(right))
-    size = squares.sqrt() + image.abs().amax(1)
-    bound = DEVIATIONS * ((len(given) + 2) * single + DEVIATIONS * (2 * terms) ** 0.5 * unit) * size
-    bound += DEVIATIONS * columns**0.5 * least + torch.finfo(gradient.dtype).tiny
-    excess = ((_times(gradient, vectors) - image).abs().amax(1) - bound).amax().item()
-    return excess <= 0 if math.isfinite(excess) else None
+    relative = DEVIATIONS * ((len(given) + 2) * single + DEVIATIONS * (2 * terms) ** 0.5 * unit)
+    absolute = DEVIATIONS * columns**0.5 * least + torch.finfo(gradient.dtype).tiny
+    difference, size = (_times(gradient, vectors) - image).abs().amax(1), image.abs().amax(1)
+    # Their squares may be too small or too large for float32, which a first pass in it, four times as fast, shows.
+    for precision in dict.fromkeys((dtype, wide)):
+        squares = image.new_zeros(len(weight), dtype=precision)  # Σᵣ |leftᵣᵢ|²·‖rightᵣ‖², as the partial sums are
+        for use, parts in given:
+            _add_squares(squares, use, parts)
+        excess = (difference - relative * (squares.sqrt() + size)).amax().item() - absolute
+        if excess <= 0 and math.isfinite(excess):
+            return True
+    return False if math.isfinite(excess) else None
+
+
+def _add_squares(squares: Tensor, use: Use, parts: tuple[Any, ...]) -> None:
+    """Adds Σᵣ |leftᵣᵢ|²·‖rightᵣ‖² for each row i of the weight."""
+    left, right = parts if use.place else _looked_up(*parts)
+    norms = torch.linalg.vector_norm(right, dim=1, dtype=squares.dtype).square_()
+    if not use.place:
+        squares.index_add_(0, left, norms)
+        return
+    rows = max(1, _AT_ONCE // left.shape[1])
+    for part, weights in zip(left.split(rows), norms.split(rows), strict=True):
+        squares.addmv_(part.to(squares.dtype).square().t(), weights)
 
 
 def _looked_up(indices: Tensor, gradients: Tensor, padding: int) -> tuple[Tensor, Tensor]:
@@ -303,7 +321,7 @@ def _looked_up(indices: Tensor, gradients: Tensor, padding: int) -> tuple[Tensor
 def _times(gradient: Tensor, vectors: Tensor) -> Tensor:
     if gradient.dtype == vectors.dtype:
         return gradient @ vectors
-    rows = max(1, (1 << 20) // gradient.shape[1])  # so many at once are copied into the wider dtype
+    rows = max(1, _AT_ONCE // gradient.shape[1])
     return torch.cat([part.to(vectors.dtype) @ vectors for part in gradient.split(rows)])
 
 
