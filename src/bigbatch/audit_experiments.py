@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from bigbatch import errors
 from bigbatch.audit import COARSE, FINE, LOOSE, Audit, Cause, Compared, compared, differing, floor_of, rank
-from bigbatch.audit_probe import Probe, Rows, Run
+from bigbatch.audit_probe import Probe, Examples, Run
 
 
 class Bench(Protocol):
@@ -23,7 +23,7 @@ class Bench(Protocol):
 
     def gradient(
         self,
-        parts: Sequence[Rows],
+        parts: Sequence[Examples],
         *,
         seed: int,
         quiet: frozenset[str],
@@ -43,11 +43,11 @@ class Bench(Protocol):
         """
         ...
 
-    def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
+    def loss(self, rows: Examples, *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows."""
         ...
 
-    def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
+    def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:
         """The modules where a run over the batch's first rows, with this seed, first leaves the whole batch's (seed 0).
 
         Those whose inputs agree on these rows and whose outputs do not. Empty where modules cannot be watched.
@@ -211,7 +211,7 @@ class _Examination:
         )
         return Cause("module", tuple(modules), evidence, remedy)
 
-    def loss(self, rows: Rows) -> Run:
+    def loss(self, rows: Examples) -> Run:
         return self.bench.loss(rows, seed=0, quiet=self.quiet)
 
     def blame_loss(self) -> Cause:
@@ -287,7 +287,7 @@ class _Examination:
         return weights
 
 
-def _pairs(parts: Sequence[Rows]) -> list[tuple[Rows, Rows]]:
+def _pairs(parts: Sequence[Examples]) -> list[tuple[Examples, Examples]]:
     """Pairs of blocks to probe: different examples, of different sizes where there are enough."""
     rows = [row for part in parts for row in part]
     size = max(1, min(len(parts[0]), len(rows) // 3))

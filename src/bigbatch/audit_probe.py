@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-Rows = Sequence[int]
+Examples = Sequence[int]
 
 
 class Run(NamedTuple):
@@ -39,7 +39,7 @@ class Probe:
         self.weight: float | None = None
 
     @classmethod
-    def of(cls, loss: Any, first: Rows, second: Rows, allowed: float) -> "Probe | None":
+    def of(cls, loss: Any, first: Examples, second: Examples, allowed: float) -> "Probe | None":
         """From a loss of rows; None where it is not finite on these blocks, or the same on both."""
         losses = {(a, b): loss([*first] * a + [*second] * b) for a, b in cls.POINTS}
         values = [run.loss for run in losses.values()]

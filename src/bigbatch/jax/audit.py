@@ -14,7 +14,7 @@ import numpy as np
 from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
-from bigbatch.audit_probe import Rows, Run
+from bigbatch.audit_probe import Examples, Run
 from bigbatch.jax.batch import Batch, check_in_axes
 from bigbatch.jax.terms import as_terms, split_aux
 
@@ -124,7 +124,7 @@ class Bench:
             return False
         return True
 
-    def take(self, rows: Rows, seed: int, part: int) -> Any:
+    def take(self, rows: Examples, seed: int, part: int) -> Any:
         """The arguments for these rows. PRNG keys given whole are folded, as `bb.value_and_grad` does."""
         index = np.asarray(list(rows))
 
@@ -141,7 +141,7 @@ class Bench:
 
     def gradient(
         self,
-        parts: Sequence[Rows],
+        parts: Sequence[Examples],
         *,
         seed: int,
         quiet: frozenset[str],
@@ -163,12 +163,12 @@ class Bench:
         means = [[g / (counts[name] * scale) for g in several] for name, several in sums.items()]
         return {name: np.asarray(sum(g)) for name, *g in zip(self.names, *means, strict=True)}
 
-    def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
+    def loss(self, rows: Examples, *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows; of several terms, their sum and the first one's items."""
         losses, items = self._losses(self.take(rows, seed, 0), len(rows))
         return Run(sum(map(float, losses.values())), float(next(iter(items.values()))))
 
-    def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
+    def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:
         """A function has no modules."""
         return []
 

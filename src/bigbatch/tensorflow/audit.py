@@ -15,7 +15,7 @@ import tensorflow as tf
 from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
-from bigbatch.audit_probe import Rows, Run
+from bigbatch.audit_probe import Examples, Run
 from bigbatch.engines import tensorflow_rng
 from bigbatch.tensorflow.batch import length_of, tensors
 from bigbatch.tensorflow.checks import as_items, loss_and_items
@@ -84,7 +84,7 @@ class Bench:
 
     def gradient(
         self,
-        parts: Sequence[Rows],
+        parts: Sequence[Examples],
         *,
         seed: int,
         quiet: frozenset[str],
@@ -112,20 +112,20 @@ class Bench:
                         sums[name] += n * tf.cast(tf.convert_to_tensor(grad), tf.float64).numpy()
         return {name: total / (count * scale) for name, total in sums.items()}
 
-    def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
+    def loss(self, rows: Examples, *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows."""
         with self.at_rest(seed):
             loss, items = self.forward(rows)
             return Run(float(loss), items)
 
-    def forward(self, rows: Rows) -> tuple[tf.Tensor, float]:
+    def forward(self, rows: Examples) -> tuple[tf.Tensor, float]:
         """The mean loss of these rows, and its items."""
         index = tf.constant(list(rows))
         result = self.loss_fn(tf.nest.map_structure(lambda x: None if x is None else tf.gather(x, index), self.batch))
         loss, items = loss_and_items(result)
         return loss, float(tf.reshape(as_items(len(rows) if items is None else items), ()))
 
-    def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
+    def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:
         """Layers are not watched."""
         return []
 

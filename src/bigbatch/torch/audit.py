@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
-from bigbatch.audit_probe import Rows, Run
+from bigbatch.audit_probe import Examples, Run
 from bigbatch.engines import torch_rng
 from bigbatch.torch.batch import children_of, leaves, mapped
 from bigbatch.torch.checks import check_items, check_loss
@@ -113,7 +113,7 @@ class Bench:
 
     def gradient(
         self,
-        parts: Sequence[Rows],
+        parts: Sequence[Examples],
         *,
         seed: int,
         quiet: frozenset[str],
@@ -137,13 +137,13 @@ class Bench:
                         sums[name] += n * grad.to_dense().to(sums[name].dtype)
         return {name: total / (count * scale) for name, total in sums.items()}
 
-    def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
+    def loss(self, rows: Examples, *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows."""
         with self.at_rest(seed, quiet), torch.no_grad():
             loss, items = self.forward(rows)
             return Run(float(loss), items)
 
-    def forward(self, rows: Rows) -> tuple[Tensor, float]:
+    def forward(self, rows: Examples) -> tuple[Tensor, float]:
         """The mean loss of these rows, and its items."""
         index = torch.tensor(list(rows))
 
@@ -155,7 +155,7 @@ class Bench:
             loss = check_loss(loss)
         return getattr(loss, "loss", loss), float(check_items(len(rows) if items is None else items))
 
-    def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
+    def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:
         """The modules where the run over the first rows leaves the whole batch's."""
         whole = len(rows) == self.length
         allowed = 1e-4 if self.dtype in ("float64", "float32") else 5e-2  # parts may be computed in less
