@@ -39,14 +39,14 @@ if BACKEND == "tensorflow":
     def seen(monkeypatch):
         """The shapes of the products that were found."""
         shapes = []
-        look = window.product_of
+        look = window.factored_grad
 
         def noting(gradient):
             product = look(gradient)
             shapes.extend([] if product is None else [product.shape])
             return product
 
-        monkeypatch.setattr(window, "product_of", noting)
+        monkeypatch.setattr(window, "factored_grad", noting)
         return shapes
 
     def test_the_laws_run_with_products_and_without(seen):
@@ -190,8 +190,8 @@ if BACKEND == "tensorflow":
         plain = trained(ours=False)
         for w, v in zip(trained(ours=True), plain, strict=True):
             np.testing.assert_array_equal(w, v)
-        turn = window.turn
-        monkeypatch.setattr(window, "turn", lambda graph, several, gradients: turn(graph, True, gradients))
+        fast = window.with_fast_products
+        monkeypatch.setattr(window, "with_fast_products", lambda graph, several, found: fast(graph, True, found))
         assert any(np.any(w != v) for w, v in zip(trained(ours=True), plain, strict=True))
 
     def test_there_are_never_two_copies_of_the_gradients():

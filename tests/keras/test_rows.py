@@ -86,14 +86,14 @@ if BACKEND == "tensorflow":
     @pytest.mark.parametrize("door", DOORS)
     def test_the_tables_gradient_is_taken_apart(monkeypatch, tied, terms, door):
         found = []
-        look = window.apart
+        look = window.split_gradient
 
         def noting(gradient, shape):
             taken = look(gradient, shape)
             found.extend([] if taken is None else [len(taken.terms)])
             return taken
 
-        monkeypatch.setattr(window, "apart", noting)
+        monkeypatch.setattr(window, "split_gradient", noting)
         options, batch_size = DOORS[door]
         bb.accumulate(model(tied), **options).fit(TOKENS[:30], NEXT[:30], batch_size=batch_size, verbose=0)
         assert found

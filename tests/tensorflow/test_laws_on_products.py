@@ -9,14 +9,14 @@ from conformance.wide import WIDTH
 
 
 def test_the_wide_adapter_has_products_and_the_other_has_none(monkeypatch):
-    seen, look = [], window.product_of
+    seen, look = [], window.factored_grad
 
     def noting(gradient):
         product = look(gradient)
         seen.extend([] if product is None else [product.shape])
         return product
 
-    monkeypatch.setattr(window, "product_of", noting)
+    monkeypatch.setattr(window, "factored_grad", noting)
     for job, products in (("net", 2), ("mean", 1)):
         for run, expected in ((adapters.Split, 0), (adapters.SplitProducts, products)):
             seen.clear()

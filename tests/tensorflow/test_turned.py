@@ -103,9 +103,9 @@ def test_a_window_of_one_is_bit_for_bit_what_it_is_without_us(monkeypatch):
     for g, h in zip(model.step(known=False)(one)[1], plain, strict=True):
         np.testing.assert_array_equal(g, h)
     # And this could fail:
-    turn = tensorflow_transposes.turn
+    turn = tensorflow_transposes.with_fast_products
     monkeypatch.setattr(
-        "bigbatch.tensorflow.split.turn", lambda graph, several, gradients: turn(graph, True, gradients)
+        "bigbatch.tensorflow.split.with_fast_products", lambda graph, several, gradients: turn(graph, True, gradients)
     )
     assert any(np.any(g != h) for g, h in zip(model.step(known=False)(one)[1], plain, strict=True))
 
@@ -153,9 +153,9 @@ def test_a_flushed_window_of_one_is_the_plain_step_to_the_bit(turned, monkeypatc
 
     assert all(after_one())
     # And this could fail:
-    turn = tensorflow_transposes.turn
+    turn = tensorflow_transposes.with_fast_products
     monkeypatch.setattr(
-        "bigbatch.tensorflow.stream.turn", lambda graph, several, gradients: turn(graph, True, gradients)
+        "bigbatch.tensorflow.stream.with_fast_products", lambda graph, several, gradients: turn(graph, True, gradients)
     )
     assert not all(after_one())
 

@@ -1,131 +1,117 @@
-"""Gradients of dense layers' weights as the products that they are, to be multiplied out once for many micro-batches.
+"""Gradients of dense layers' weights as two factors, multiplied as one matmul for many micro-batches.
 
-Such a gradient is leftᵀ · right, of the layer's inputs and its outputs' gradients, and the sum over micro-batches is
-the product of the same with their rows put together. So where the two are much smaller than what they come to, they
-are what is kept: one multiplication a window takes the place of one a micro-batch, and of a pass through memory with
-each to add it up.
+The gradient of such a weight is leftᵀ · right, where left are the layer's inputs and right its outputs' gradients. The
+sum over micro-batches is the product of all left rows and all right rows. Where the factors are much smaller than the
+gradient, they are stored in its place. That saves all matmuls but one, and a pass over memory to add up each.
+
+Measured in benchmarks/tensorflow_window.md, tf1.md and keras_fit.md (multilayer perceptrons and the transformer). It
+does nothing outside a graph, for large micro-batches and small weights, and for gradients that are clipped, cast or
+scaled before bigbatch sees them.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# How much smaller than the gradient the two have to be.
+# How much smaller than the gradient the two factors have to be.
 SMALL = 8
 
-# Where they wait in variables, a quarter of the gradient's memory has to have room for those of so many micro-batches.
+# A sum in variables stores factors only if a quarter of its memory holds those of so many micro-batches.
 FEW = 4
 
 
-class Product(NamedTuple):
-    """A gradient that is not multiplied out."""
+class FactoredGrad(NamedTuple):
+    """A gradient leftᵀ · right that is not multiplied yet."""
 
     left: tf.Tensor  # shape=(rows, inputs)
     right: tf.Tensor  # shape=(rows, outputs)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of what it comes to."""
-        (_, rows), (_, columns) = self._shapes()
-        return rows, columns
+        """Of the product."""
+        (_, inputs), (_, outputs) = self._shapes()
+        return inputs, outputs
 
     @property
     def size(self) -> int:
-        """Of what is kept, in numbers."""
+        """How many numbers both factors have."""
         return sum(math.prod(shape) for shape in self._shapes())
 
     def _shapes(self) -> list[Any]:
         return [side.shape.as_list() for side in self]
 
-    def times(self, factor: tf.Tensor) -> tf.Tensor:
-        """Multiplied out, times a scalar of any dtype."""
-        return Product(self.left, self.right * tf.cast(factor, self.right.dtype)).multiplied()
-
-    def multiplied(self) -> tf.Tensor:
-        """As a dense tensor."""
+    def to_dense(self) -> tf.Tensor:
+        """The product."""
         return tf.linalg.matmul(self.left, self.right, transpose_a=True)
 
+    def times(self, factor: tf.Tensor) -> tf.Tensor:
+        """The product times a scalar of any dtype."""
+        return FactoredGrad(self.left, self.right * tf.cast(factor, self.right.dtype)).to_dense()
 
-def room_of(rows: int, columns: int, quarters: int = 1) -> int:
-    """How many rows of both factors so many quarters of a matrix's memory hold."""
-    return quarters * rows * columns // (4 * (rows + columns))
-
-
-def in_turn(work: Callable[..., Any], *several: Iterable[Any]) -> list[Any]:
-    """`map`, each after the one before: TensorFlow would multiply all products out before it adds the first."""
-    made: list[Any] = []
-    for each in zip(*several, strict=True):
-        before = tf.nest.flatten(made[-1:], expand_composites=True)
-        with tf.control_dependencies([x for x in before if x is not None]):
-            made.append(work(*each))
-    return made
+    def concat(self, other: "FactoredGrad") -> "FactoredGrad":
+        """The sum of two products, as one product of the rows of both."""
+        return FactoredGrad(*(tf.concat(sides, 0) for sides in zip(self, other, strict=True)))
 
 
-def of_any_shape(x: Any) -> Any:
-    """The same tensor, whose shape no graph knows: for all that is assigned to a variable that grows.
-
-    Grappler takes a variable and what is assigned to it for of one shape. Where one thing's is known it folds
-    `tf.shape` of the variable to that. Where those of two differ it forgets what it knew of the whole graph, and
-    oneDNN's rewriting of a convolution then aborts the process. What a placeholder defaults to is the one value of
-    which it makes no shape.
-    """
-    if tf.executing_eagerly():
-        return x
-    return tf.reshape(x, tf.compat.v1.placeholder_with_default(tf.shape(x), [x.shape.rank]))
+def row_capacity(inputs: int, outputs: int, quarters: int = 1) -> int:
+    """How many rows of both factors fit into so many quarters of the gradient's memory."""
+    return quarters * inputs * outputs // (4 * (inputs + outputs))
 
 
-def product_of(gradient: Any) -> Product | None:
+def factored_grad(gradient: Any) -> FactoredGrad | None:
     """The two factors, where a graph shows that the gradient is their product and that they are small."""
-    product = factors_of(gradient)
-    if product is None or not all(side.shape.is_fully_defined() for side in product):
+    factors = factors_of(gradient)
+    if factors is None or not all(side.shape.is_fully_defined() for side in factors):
         return None
-    return product if SMALL * product.size <= math.prod(product.shape) else None
+    return factors if SMALL * factors.size <= math.prod(factors.shape) else None
 
 
-def factors_of(gradient: Any) -> Product | None:
+def factors_of(gradient: Any) -> FactoredGrad | None:
     """The two factors, where a graph shows that the gradient is their product."""
     if tf.executing_eagerly() or not isinstance(gradient, tf.Tensor) or gradient.op.type != "MatMul":
         return None
-    turned = gradient.op.get_attr("transpose_a"), gradient.op.get_attr("transpose_b")
-    return Product(*gradient.op.inputs) if turned == (True, False) else None
+    transposed = gradient.op.get_attr("transpose_a"), gradient.op.get_attr("transpose_b")
+    return FactoredGrad(*gradient.op.inputs) if transposed == (True, False) else None
 
 
-class Kept(NamedTuple):
-    """The products of a group of micro-batches while they come, in the order in which they come."""
+class FactorBuffer(NamedTuple):
+    """The factors of some micro-batches inside a loop, one entry a micro-batch."""
 
     left: tf.TensorArray
     right: tf.TensorArray
 
     @classmethod
-    def room_for(cls, size: Any, like: Product) -> "Kept":
-        """None yet, of so many; of any number where `size` is None, which XLA has no room for."""
+    def empty(cls, size: Any, like: FactoredGrad) -> "FactorBuffer":
+        """For so many micro-batches; for any number where `size` is None, which XLA cannot allocate."""
         options = {"size": 0, "dynamic_size": True} if size is None else {"size": size}
         return cls(*(tf.TensorArray(side.dtype, **options, element_shape=side.shape) for side in like))
 
-    def emptied(self) -> "Kept":
-        """Room for any number of others like these."""
-        return Kept(*(tf.TensorArray(t.dtype, 0, dynamic_size=True, element_shape=t.element_shape) for t in self))
+    def emptied(self) -> "FactorBuffer":
+        """An empty buffer for any number of micro-batches like these."""
+        return FactorBuffer(
+            *(tf.TensorArray(t.dtype, 0, dynamic_size=True, element_shape=t.element_shape) for t in self)
+        )
 
-    def with_one_more(self, place: tf.Tensor, product: Any) -> "Kept":
-        """And this one."""
-        return Kept(self.left.write(place, product.left), self.right.write(place, product.right))
+    def write(self, place: tf.Tensor, factors: Any) -> "FactorBuffer":
+        """With one micro-batch's factors at this place."""
+        return FactorBuffer(self.left.write(place, factors.left), self.right.write(place, factors.right))
 
-    def put_together(self) -> Product:
-        """One product of all rows; where none came, they are zero."""
-        return Product(*(tf.reshape(side.stack(), [-1, side.element_shape[1]]) for side in self))
-
-
-class Room(NamedTuple):
-    """For how many micro-batches products are kept, in parts of the memory that the gradients take."""
-
-    alone: int  # where no sums are there until they are multiplied out: three quarters
-    beside_sums: int  # a quarter
+    def concat(self) -> FactoredGrad:
+        """One product of all rows; the rows of places that were not written are zero."""
+        return FactoredGrad(*(tf.reshape(side.stack(), [-1, side.element_shape[1]]) for side in self))
 
 
-def room_for(parts: Iterable[Any]) -> Room | None:
-    """None where there are no products."""
-    products = [part for part in parts if isinstance(part, Product)]
-    kept, whole = sum(p.size for p in products), sum(math.prod(p.shape) for p in products)
-    return Room(3 * whole // (4 * kept), whole // (4 * kept)) if products else None
+class Capacity(NamedTuple):
+    """For how many micro-batches factors are stored, as a part of the memory that the gradients take."""
+
+    alone: int  # three quarters: no sum is there until the factors are multiplied
+    beside_sums: int  # one quarter
+
+
+def capacity(gradients: Iterable[Any]) -> Capacity | None:
+    """Of a loop over micro-batches with these gradients; None where none is factored."""
+    factored = [gradient for gradient in gradients if isinstance(gradient, FactoredGrad)]
+    stored, dense = sum(g.size for g in factored), sum(math.prod(g.shape) for g in factored)
+    return Capacity(3 * dense // (4 * stored), dense // (4 * stored)) if factored else None

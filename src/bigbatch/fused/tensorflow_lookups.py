@@ -1,47 +1,45 @@
-"""Gradients of tables that are looked up, taken apart: the few rows that were, and what is dense.
+"""Gradients of lookup tables, split into the few rows that were looked up and what is dense.
 
-TensorFlow makes one dense gradient of a table's lookups by adding their rows to a table of zeros, and where the table
-is multiplied with as well, as a language model's words are at both ends, adds that to the product's. Apart, the rows
-are added to a sum where they belong, and nothing of the table's size is made or read for them.
+TensorFlow makes one dense gradient of a table's lookups by adding their rows to a table of zeros. Where the table is
+also multiplied with, such as an embedding that is tied to the last layer, it adds that to the product. Here the rows
+and the product are added to the sum one after the other, and no other tensor of the table's size is made or read.
+
+Measured in benchmarks/tensorflow_window.md, tf1.md and keras_fit.md (the transformer). It does nothing on a GPU, where
+nobody has measured it, outside a graph, and for tables with few more rows than were looked up.
 """
 
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# As many terms TensorFlow's AddN adds up from the first to the last.
+from bigbatch.engines.tensorflow_sparse import SparseRows, merged
+
+# Up to so many terms TensorFlow's AddN adds in order, from the first to the last.
 IN_ORDER = 8
 
-# How many times as many rows a table has to have as it was looked up in, where the graph knows that.
+# How many times as many rows as were looked up a table must have, where the graph knows both.
 LARGE = 4
 
 
-class Rows(NamedTuple):
-    """Of a table, each once."""
-
-    indices: tf.Tensor  # shape=(rows,)
-    values: tf.Tensor  # shape=(rows, …)
-
-
-class Apart(NamedTuple):
-    """A gradient as its terms, dense ones and `Rows`, in the order that makes their sum what it was bit for bit."""
+class SplitGradient(NamedTuple):
+    """A gradient as its terms, dense ones and `SparseRows`; their sum in this order is the gradient bit for bit."""
 
     terms: list[Any]
 
     @property
     def dtype(self) -> tf.DType:
-        """Of what they come to."""
+        """Of the sum."""
         return tf.nest.flatten(self)[-1].dtype
 
     def added_to(self, total: tf.Tensor) -> tf.Tensor:
-        """A sum that began with `zeros`, and this: it is written over `total`, which nobody else may read."""
+        """The sum of `total`, which began with `zeros`, and this. It overwrites `total`; nothing else may read that."""
         for term in self.terms:
-            total = _added_in_place(total, *term) if isinstance(term, Rows) else total + term
+            total = _added_in_place(total, *term) if isinstance(term, SparseRows) else total + term
         return total
 
 
 def zeros(shape: Any, dtype: tf.DType) -> tf.Tensor:
-    """What to begin a sum with: as tf.zeros, but never a constant, which the next run would find written over."""
+    """As `tf.zeros`, for a sum that is overwritten: never a constant, which would keep what one run wrote."""
     return tf.raw_ops.Empty(shape=tf.TensorShape(shape).as_list(), dtype=dtype, init=True)
 
 
@@ -52,31 +50,26 @@ def _added_in_place(total: tf.Tensor, indices: tf.Tensor, values: tf.Tensor) -> 
     return added, lambda upstream: (upstream, None, tf.gather(upstream, indices))
 
 
-def merged(indices: tf.Tensor, values: tf.Tensor) -> Rows:
-    """Each row once: the values of rows that are named several times are added up."""
-    rows, place = tf.unique(indices)
-    return Rows(rows, tf.math.unsorted_segment_sum(values, place, tf.size(rows)))
-
-
-def apart(gradient: Any, shape: Any) -> Apart | None:
+def split_gradient(gradient: Any, shape: Any) -> SplitGradient | None:
     """The terms of a dense gradient of a variable of that shape, where a graph shows that some are few rows."""
-    # One that was made before the graph has no operation. What all this comes to on a GPU nobody has measured.
+    # A tensor from outside the graph has no operation.
     if not hasattr(gradient, "op") or tf.config.list_logical_devices("GPU"):
         return None
-    made = gradient.op
-    while made.type == "Identity":  # as v1's `gate_gradients` puts one after it
-        made = made.inputs[0].op
-    several = made.type == "AddN" and len(made.inputs) <= IN_ORDER
-    terms = [_looked_up(term, shape) for term in (made.inputs if several else made.outputs)]
-    if not any(isinstance(term, Rows) for term in terms):
+    operation = gradient.op
+    while operation.type == "Identity":  # TensorFlow 1's `gate_gradients` adds one
+        operation = operation.inputs[0].op
+    is_sum = operation.type == "AddN" and len(operation.inputs) <= IN_ORDER
+    terms = [_looked_up(term, shape) for term in (operation.inputs if is_sum else operation.outputs)]
+    if not any(isinstance(term, SparseRows) for term in terms):
         return None
-    return Apart([merged(*term) if isinstance(term, Rows) else term for term in terms])
+    return SplitGradient([merged(*term) if isinstance(term, SparseRows) else term for term in terms])
 
 
 def _looked_up(term: tf.Tensor, shape: Any) -> Any:
+    """The rows, where the term is few rows added to a table of zeros; else the term."""
     if term.op.type != "UnsortedSegmentSum" or not term.shape.is_compatible_with(shape):
         return term
     values, indices, _ = term.op.inputs
     rows: Any = values.shape[0]
     few = rows is None or LARGE * rows <= shape[0]
-    return Rows(indices, values) if few and indices.shape.rank == 1 else term
+    return SparseRows(indices, values) if few and indices.shape.rank == 1 else term

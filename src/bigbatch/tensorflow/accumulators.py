@@ -4,23 +4,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.fused.tensorflow_deferred import FEW, Product, factors_of, of_any_shape, room_of
-from bigbatch.fused.tensorflow_lookups import Rows, apart, merged
+from bigbatch.engines.tensorflow_ordering import done, of_any_shape
+from bigbatch.engines.tensorflow_sparse import Gradient, SparseRows, cast, merged, scaled
+from bigbatch.fused.tensorflow_deferred import FEW, FactoredGrad, factors_of, row_capacity
+from bigbatch.fused.tensorflow_lookups import split_gradient
 from bigbatch.tensorflow.checks import under_xla
-
-Gradient = tf.Tensor | tf.IndexedSlices
-
-
-def after(*operations: Any) -> Any:
-    """What runs after these, nested in any way; an operation that was run at once is None."""
-    return tf.control_dependencies([operation for operation in tf.nest.flatten(operations) if operation is not None])
-
-
-def done(*operations: Any) -> tf.Tensor:
-    """A tensor that is there once these have run: what leaves a conditional must be one, to be waited for."""
-    with after(*operations):
-        return tf.identity(tf.constant(True))
-
 
 # Each replica of a strategy keeps its own sum, and a checkpoint holds the sum over them.
 LOCAL = {
@@ -34,21 +22,6 @@ def widened(dtype: Any, narrowest: Any) -> tf.DType:
     """The dtype to accumulate in: a variable's own, or `narrowest` where that is wider."""
     dtype = tf.as_dtype(dtype)
     return dtype if narrowest is None or dtype.size >= tf.as_dtype(narrowest).size else tf.as_dtype(narrowest)
-
-
-def cast(gradient: Gradient, dtype: tf.DType) -> Any:
-    """The gradient in another dtype, sparse if it was."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
-    return tf.cast(gradient, dtype)
-
-
-def scaled(gradient: Gradient, factor: tf.Tensor) -> Any:
-    """The gradient times a scalar of any dtype, sparse if it was."""
-    factor = tf.cast(factor, gradient.dtype)
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
-    return gradient * factor
 
 
 class DenseSum(tf.Module):
@@ -65,10 +38,12 @@ class DenseSum(tf.Module):
     def add(self, gradient: Gradient, weight: tf.Tensor) -> Any:
         """Adds weight · gradient. Returns the operations that do, in order."""
         weight = tf.cast(weight, self.total.dtype)
-        found = None if under_xla() or gradient.dtype != self.total.dtype else apart(gradient, self.total.shape)
+        found = (
+            None if under_xla() or gradient.dtype != self.total.dtype else split_gradient(gradient, self.total.shape)
+        )
         added: list[Any] = []
         for term in found.terms if found else [cast(gradient, self.total.dtype)]:
-            if isinstance(term, Rows | tf.IndexedSlices):
+            if isinstance(term, SparseRows | tf.IndexedSlices):
                 one = tf.raw_ops.ResourceScatterAdd(
                     resource=self.total.handle, indices=term.indices, updates=term.values * weight
                 )
@@ -96,7 +71,7 @@ class ProductSum(DenseSum):
         rows, columns = sides
         self.left = tf.Variable(tf.zeros([0, rows], dtype), shape=[None, rows], **LOCAL)
         self.right = tf.Variable(tf.zeros([0, columns], dtype), shape=[None, columns], **LOCAL)
-        self._room = room_of(rows, columns)
+        self._room = row_capacity(rows, columns)
 
     def clear(self) -> list[Any]:
         """Assigns zeros, and forgets the rows. Returns the operations that do."""
@@ -114,7 +89,7 @@ class ProductSum(DenseSum):
             return super().add(gradient, weight)
 
         def now() -> tf.Tensor:
-            return done(super(ProductSum, self).add(product.multiplied(), weight))
+            return done(super(ProductSum, self).add(product.to_dense(), weight))
 
         # By what the micro-batch holds, not by whether the graph knows it: the same rows give the same bits.
         known = product.left.shape[0]
@@ -123,7 +98,7 @@ class ProductSum(DenseSum):
             return tf.cond(few, lambda: self._wait(product, weight), now)
         return self._wait(product, weight) if few else now()
 
-    def _wait(self, product: Product, weight: tf.Tensor) -> tf.Tensor:
+    def _wait(self, product: FactoredGrad, weight: tf.Tensor) -> tf.Tensor:
         left = tf.concat([self.left, product.left], 0)
         right = tf.concat([self.right, product.right * tf.cast(weight, product.right.dtype)], 0)
 
@@ -134,7 +109,7 @@ class ProductSum(DenseSum):
             )
 
         def multiply() -> tf.Tensor:
-            added = self.total.assign_add(Product(left, right).multiplied(), read_value=False)
+            added = self.total.assign_add(FactoredGrad(left, right).to_dense(), read_value=False)
             return done(added, keep(left[:0], right[:0]))
 
         return tf.cond(tf.shape(left)[0] <= self._room, keep, multiply)
@@ -142,7 +117,7 @@ class ProductSum(DenseSum):
     def mean(self, factor: tf.Tensor) -> Gradient:
         """The sum times `factor`."""
         mean: Any = super().mean(factor)
-        product = Product(tf.identity(self.left), tf.identity(self.right))
+        product = FactoredGrad(tf.identity(self.left), tf.identity(self.right))
         return tf.cond(tf.shape(product.left)[0] > 0, lambda: mean + product.times(factor), lambda: mean)
 
 
@@ -185,5 +160,5 @@ class SparseSum(tf.Module):
 def kind(variable: Any, sparse: bool) -> Any:
     """Which of the three sums a variable's gradients have."""
     shape = variable.shape.as_list()
-    large = len(shape) == 2 and room_of(*shape) >= FEW
+    large = len(shape) == 2 and row_capacity(*shape) >= FEW
     return SparseSum if sparse else ProductSum if large else DenseSum

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from bigbatch.tensorflow.accumulators import DenseSum, Gradient, scaled
+from bigbatch.engines.tensorflow_sparse import Gradient, scaled
+from bigbatch.tensorflow.accumulators import DenseSum
 from bigbatch.tensorflow.checks import COUNT
 
 

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from bigbatch.fused.tensorflow_lookups import merged
+from bigbatch.engines.tensorflow_sparse import Gradient, merged
 from bigbatch.noise import EMPTY, NoiseScale, UntilNoise, averaged, estimate, one_in
-from bigbatch.tensorflow.accumulators import Gradient
 from bigbatch.tensorflow.checks import COUNT, under_xla
 
 DECAY = NoiseScale().decay

@@ -6,11 +6,13 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
+from bigbatch.engines.tensorflow_ordering import in_turn
+from bigbatch.engines.tensorflow_sparse import Gradient, SparseRows, scaled
 from bigbatch.fused.tensorflow_conv_layout import with_fast_convolutions
-from bigbatch.fused.tensorflow_deferred import Kept, Product, in_turn, room_for
-from bigbatch.fused.tensorflow_lookups import Rows, zeros
-from bigbatch.fused.tensorflow_transposes import turn
-from bigbatch.tensorflow.accumulators import Gradient, scaled, widened
+from bigbatch.fused.tensorflow_deferred import FactorBuffer, FactoredGrad, capacity
+from bigbatch.fused.tensorflow_lookups import zeros
+from bigbatch.fused.tensorflow_transposes import with_fast_products
+from bigbatch.tensorflow.accumulators import widened
 from bigbatch.tensorflow.batch import length_of, slice_of, spec_of, tensors
 from bigbatch.tensorflow.checks import COUNT, as_items, check_dtype, checked, loss_and_items, under_xla
 from bigbatch.tensorflow.guard import bits_of, check_unmoved, check_unwritten
@@ -143,7 +145,7 @@ def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: in
     def quick(cut: Any, unit: tf.Tensor) -> Window:
         window, graph = part(cut, unit), tf.compat.v1.get_default_graph()
         if not under_xla():
-            return window._replace(gradients=turn(graph, several, window.gradients))
+            return window._replace(gradients=with_fast_products(graph, several, window.gradients))
         if several is False:
             return window
         return window._replace(gradients=with_fast_convolutions(graph, window.gradients))
@@ -176,7 +178,7 @@ def _graph(part: Callable[..., Window], batch: Any, length: Any, micro_batch: in
 
 def _loop(one: Callable[[tf.Tensor, tf.Tensor], Window], like: Window, shapes: list[Any], full: Any) -> Window:
     """The micro-batches of full size in turn; `one` takes a number and the unit, and returns one `like` that."""
-    room = room_for(like.gradients)
+    room = capacity(like.gradients)
     if room is None or (isinstance(full, int) and full <= room.alone):
         return _group(one, like, _nothing(like, shapes, of_products=False), tf.constant(0), full, full)
 
@@ -195,16 +197,19 @@ def _group(
     def body(i: tf.Tensor, window: Window) -> tuple[tf.Tensor, Window]:
         more = one(i, window.unit)
         gradients = [
-            g.with_one_more(i - start, h) if isinstance(g, Kept) else add(g, h)
+            g.write(i - start, h) if isinstance(g, FactorBuffer) else add(g, h)
             for g, h in zip(window.gradients, more.gradients, strict=True)
         ]
         return i + 1, joined(window._replace(gradients=[]), more._replace(gradients=[]))._replace(gradients=gradients)
 
     def multiplied_out(total: Any, h: Any) -> Any:
-        return add(total, h.put_together()) if isinstance(h, Kept) else h
+        return add(total, h.concat()) if isinstance(h, FactorBuffer) else h
 
     sums = window.gradients
-    parts = [Kept.room_for(room, p) if isinstance(p, Product) else g for g, p in zip(sums, like.gradients, strict=True)]
+    parts = [
+        FactorBuffer.empty(room, p) if isinstance(p, FactoredGrad) else g
+        for g, p in zip(sums, like.gradients, strict=True)
+    ]
     window = _while(body, stop, start, window._replace(gradients=parts))
     return window._replace(gradients=in_turn(multiplied_out, sums, window.gradients))
 
@@ -235,12 +240,12 @@ def _nothing(like: Window, shapes: list[Any], of_products: bool) -> Window:
     """A window before its first micro-batch, for variables of these shapes; with or without sums for products."""
 
     def zero(part: Any, shape: Any) -> Any:
-        if isinstance(part, Rows):
+        if isinstance(part, SparseRows):
             empty = [0, *part.values.shape[1:]]
-            return Rows(tf.zeros([0], part.indices.dtype), tf.zeros(empty, part.values.dtype))
-        if isinstance(part, Product) and not of_products:
+            return SparseRows(tf.zeros([0], part.indices.dtype), tf.zeros(empty, part.values.dtype))
+        if isinstance(part, FactoredGrad) and not of_products:
             return None
-        return zeros(shape, part.left.dtype if isinstance(part, Product) else part.dtype)
+        return zeros(shape, part.left.dtype if isinstance(part, FactoredGrad) else part.dtype)
 
     none = tf.zeros((), COUNT)
     sums = [zero(part, shape) for part, shape in zip(like.gradients, shapes, strict=True)]

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
+from bigbatch.engines.tensorflow_ordering import after, done, in_turn
+from bigbatch.engines.tensorflow_sparse import Gradient, cast
 from bigbatch.every import Every, Items, as_every
-from bigbatch.fused.tensorflow_deferred import in_turn
-from bigbatch.fused.tensorflow_transposes import turn
+from bigbatch.fused.tensorflow_transposes import with_fast_products
 from bigbatch.noise import NoiseScale, UntilNoise, one_in
 from bigbatch.tensorflow import distributed
-from bigbatch.tensorflow.accumulators import LOCAL, DenseSum, Gradient, SparseSum, after, cast, done, kind, widened
+from bigbatch.tensorflow.accumulators import LOCAL, DenseSum, SparseSum, kind, widened
 from bigbatch.tensorflow.checks import (
     COUNT,
     as_items,
@@ -328,7 +329,7 @@ class Accumulator(tf.Module):
         if self.every != 1 and not self._distributed and not under_xla():
             with tf.control_dependencies(None):
                 # A window's first micro-batch stays as it is, so that a flushed window of one is the plain step.
-                turn(tf.compat.v1.get_default_graph(), several, [])
+                with_fast_products(tf.compat.v1.get_default_graph(), several, [])
         if self._distributed:
             return tf.distribute.get_replica_context().merge_call(self._advance_all, args=(items,))
         with after(*taken):

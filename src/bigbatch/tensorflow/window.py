@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from bigbatch.fused.tensorflow_deferred import Product, product_of
-from bigbatch.fused.tensorflow_lookups import Apart, Rows, apart, merged
-from bigbatch.tensorflow.accumulators import Gradient, cast, scaled
+from bigbatch.engines.tensorflow_sparse import Gradient, SparseRows, cast, merged, scaled
+from bigbatch.fused.tensorflow_deferred import FactoredGrad, factored_grad
+from bigbatch.fused.tensorflow_lookups import SplitGradient, split_gradient
 from bigbatch.tensorflow.checks import under_xla
 
-# None where the loss does not depend on the variable, a dense tensor, Rows, a Product, or Apart.
+# None where the loss does not depend on the variable, a dense tensor, SparseRows, a FactoredGrad, or SplitGradient.
 Part = Any
 
 
@@ -35,14 +35,14 @@ def part_of(gradient: Gradient | None, weight: tf.Tensor | None, dtype: tf.DType
     if gradient is None:
         return None
     if weight is None and gradient.dtype == dtype:
-        found = product_of(gradient) or (None if under_xla() else apart(gradient, shape))
+        found = factored_grad(gradient) or (None if under_xla() else split_gradient(gradient, shape))
         if found is not None:
             return found
     if isinstance(gradient, tf.IndexedSlices) and under_xla():
         gradient = tf.convert_to_tensor(gradient)
     wide = cast(gradient, dtype)
     wide = wide if weight is None else scaled(wide, weight)
-    return Rows(wide.indices, wide.values) if isinstance(wide, tf.IndexedSlices) else wide
+    return SparseRows(wide.indices, wide.values) if isinstance(wide, tf.IndexedSlices) else wide
 
 
 def joined(a: Window, b: Window) -> Window:
@@ -55,25 +55,25 @@ def add(a: Part, b: Part) -> Part:
     """The sum of two gradients, either of which may be missing."""
     if a is None or b is None:
         return b if a is None else a
-    if isinstance(a, Rows):
-        return Rows(*merged(tf.concat([a.indices, b.indices], 0), tf.concat([a.values, b.values], 0)))
-    if isinstance(a, Product) and isinstance(b, Product):
-        return Product(tf.concat([a.left, b.left], 0), tf.concat([a.right, b.right], 0))
-    return b.added_to(multiplied(a)) if isinstance(b, Apart) else multiplied(a) + multiplied(b)
+    if isinstance(a, SparseRows):
+        return SparseRows(*merged(tf.concat([a.indices, b.indices], 0), tf.concat([a.values, b.values], 0)))
+    if isinstance(a, FactoredGrad) and isinstance(b, FactoredGrad):
+        return FactoredGrad(tf.concat([a.left, b.left], 0), tf.concat([a.right, b.right], 0))
+    return b.added_to(multiplied(a)) if isinstance(b, SplitGradient) else multiplied(a) + multiplied(b)
 
 
 def multiplied(a: Part) -> tf.Tensor:
     """As a dense tensor."""
-    return a.multiplied() if isinstance(a, Product) else a
+    return a.to_dense() if isinstance(a, FactoredGrad) else a
 
 
 def finished(gradient: Part, factor: tf.Tensor, variable: Any) -> Gradient | None:
     """The mean, as GradientTape would have returned it; a sparse one names each row once."""
     if gradient is None:
         return None
-    if isinstance(gradient, Product):
+    if isinstance(gradient, FactoredGrad):
         return gradient.times(factor)
-    if isinstance(gradient, Rows):
+    if isinstance(gradient, SparseRows):
         rows, values = merged(*gradient)
         gradient = tf.IndexedSlices(values, rows, tf.constant(tuple(variable.shape), rows.dtype))
     return cast(scaled(gradient, factor), tf.as_dtype(variable.dtype))

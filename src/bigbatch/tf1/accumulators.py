@@ -7,8 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from bigbatch.fused.tensorflow_deferred import FEW, Product, factors_of, of_any_shape, room_of
-from bigbatch.fused.tensorflow_lookups import Rows, apart, merged
+from bigbatch.engines.tensorflow_ordering import of_any_shape
+from bigbatch.engines.tensorflow_sparse import SparseRows, merged
+from bigbatch.fused.tensorflow_deferred import FEW, FactoredGrad, factors_of, row_capacity
+from bigbatch.fused.tensorflow_lookups import split_gradient
 from bigbatch.tf1.control_flow import done
 
 v1 = tf.compat.v1
@@ -25,7 +27,7 @@ def make_sum(grad: tf.Tensor | tf.IndexedSlices, variable: Any, dtype: tf.DType 
         return DenseSum(grad, variable, wide) if product is None else ProductSum(product, variable)
 
 
-def _product(grad: tf.Tensor) -> Product | None:
+def _product(grad: tf.Tensor) -> FactoredGrad | None:
     """A dense layer's inputs and its outputs' gradients, where one example's are much smaller than their product."""
     while grad.op.type == "Identity":  # as `gate_gradients` puts one after it
         grad = grad.op.inputs[0]
@@ -33,14 +35,14 @@ def _product(grad: tf.Tensor) -> Product | None:
     if product is None or any(side.shape.rank is None for side in product):
         return None
     widths: list[Any] = [side.shape.as_list()[1] for side in product]
-    return product if None not in widths and room_of(*widths) >= FEW else None
+    return product if None not in widths and row_capacity(*widths) >= FEW else None
 
 
 class DenseSum:
     """One variable as large as the gradient."""
 
     def __init__(self, grad: tf.Tensor, variable: Any, dtype: tf.DType):
-        found = apart(grad, variable.shape) if grad.dtype == dtype else None
+        found = split_gradient(grad, variable.shape) if grad.dtype == dtype else None
         self._terms: list[Any] = [grad] if found is None else found.terms
         self.grad, self.dtype = tf.nest.flatten(self._terms)[-1], dtype
         self.total = _variable(lambda: tf.zeros(variable.shape, dtype), f"{variable.op.name}/sum")
@@ -52,7 +54,7 @@ class DenseSum:
 
     def start(self, weight: tf.Tensor) -> tf.Operation:
         """Begins a window with the gradient times `weight`."""
-        if isinstance(self._terms[0], Rows):
+        if isinstance(self._terms[0], SparseRows):
             return self._added(self._terms, weight, [self._set(tf.zeros(self.total.shape, self.dtype))])
         # A product even where the weight is 1: assigning a fed array itself would keep the caller's own memory.
         begun = self._set(self._wide(self._terms[0]) * self._wide(weight))
@@ -81,7 +83,7 @@ class DenseSum:
 
     def _added_one(self, term: Any, weight: tf.Tensor) -> tf.Operation:
         handle = self.total.handle
-        if isinstance(term, Rows):
+        if isinstance(term, SparseRows):
             return tf.raw_ops.ResourceScatterAdd(resource=handle, indices=term.indices, updates=term.values * weight)
         # total -= (−w)·g in one pass and without a temporary; assign_add(w·g) would need both.
         return tf.raw_ops.ResourceApplyGradientDescent(
@@ -99,7 +101,7 @@ class ProductSum:
     later, beside the total, more than a quarter.
     """
 
-    def __init__(self, product: Product, variable: Any):
+    def __init__(self, product: FactoredGrad, variable: Any):
         self.product, self.shape, self.dtype = product, variable.shape.as_list(), product.right.dtype
         self.grad = product.right  # with which the other is there too
         names = (f"{variable.op.name}/sum_{side}" for side in ("left", "right", "total"))
@@ -146,7 +148,7 @@ class ProductSum:
 
     def _assign(self, left: tf.Tensor, right: tf.Tensor, total: tf.Tensor, new: bool) -> tf.Operation:
         """Takes these rows, all of the window that are not in the total, which is a 1×1 zero where it holds none."""
-        alone, beside_total = room_of(*self.shape, quarters=3), room_of(*self.shape)
+        alone, beside_total = row_capacity(*self.shape, quarters=3), row_capacity(*self.shape)
         room = alone if new else tf.where(tf.equal(tf.size(total), 1), alone, beside_total)
 
         def keep() -> tf.Tensor:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from bigbatch import errors
+from bigbatch.engines.tensorflow_ordering import in_turn
 from bigbatch.every import Every, Items, as_every
-from bigbatch.fused.tensorflow_deferred import in_turn
 from bigbatch.tf1 import checks
 from bigbatch.tf1.accumulators import SparseSum, make_sum
 from bigbatch.tf1.control_flow import only_if

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bigbatch.fused.tensorflow_deferred import in_turn
+from bigbatch.engines.tensorflow_ordering import in_turn
 from bigbatch.keras import losses, noise, skips
 from bigbatch.keras.backends.tensorflow.window import Owed, Sums, dense
 

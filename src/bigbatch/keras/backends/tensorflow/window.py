@@ -16,9 +16,9 @@ import tensorflow as tf
 from keras import tree
 
 from bigbatch.fused.tensorflow_conv_layout import with_fast_convolutions
-from bigbatch.fused.tensorflow_deferred import Kept, Product, product_of, room_for
-from bigbatch.fused.tensorflow_lookups import Apart, apart, zeros
-from bigbatch.fused.tensorflow_transposes import turn
+from bigbatch.fused.tensorflow_deferred import FactorBuffer, FactoredGrad, capacity, factored_grad
+from bigbatch.fused.tensorflow_lookups import SplitGradient, split_gradient, zeros
+from bigbatch.fused.tensorflow_transposes import with_fast_products
 from bigbatch.keras import batch, losses, noise
 from bigbatch.keras.alone import alone
 
@@ -54,9 +54,9 @@ class Owed(NamedTuple):
     """A sum of gradients of which the last products are not multiplied out."""
 
     total: tf.Tensor  # of those that are, and of dense ones; a 1×1 zero before any
-    product: Product
+    product: FactoredGrad
 
-    def multiplied(self) -> tf.Tensor:
+    def to_dense(self) -> tf.Tensor:
         """As a dense tensor."""
         return self.times(tf.ones([], self.total.dtype))
 
@@ -65,7 +65,7 @@ class Owed(NamedTuple):
         return tf.cond(
             tf.equal(tf.size(self.total), 1),
             lambda: self.product.times(factor),
-            lambda: (self.total + self.product.multiplied()) * tf.cast(factor, self.total.dtype),
+            lambda: (self.total + self.product.to_dense()) * tf.cast(factor, self.total.dtype),
         )
 
 
@@ -73,13 +73,13 @@ class Growing(NamedTuple):
     """The same inside a loop, where more products come."""
 
     total: tf.Tensor
-    kept: Kept
+    kept: FactorBuffer
 
     def multiplied_out(self) -> "Growing":
         """With all that were kept in the total."""
 
         def total() -> tf.Tensor:
-            return self.total + self.kept.put_together().multiplied()
+            return self.total + self.kept.concat().to_dense()
 
         return Growing(tf.cond(self.kept.left.size() > 0, total, lambda: self.total), self.kept.emptied())
 
@@ -87,7 +87,7 @@ class Growing(NamedTuple):
 class Open(NamedTuple):
     """A window inside a loop, which knows no None: where there is no gradient stands ()."""
 
-    sums: Sums  # with a `Growing` for each `Product` of the micro-batches
+    sums: Sums  # with a `Growing` for each `FactoredGrad` of the micro-batches
     unit: tf.Tensor  # shape=(kinds,); 0 until there are items
 
 
@@ -140,7 +140,7 @@ def _after_the_first(take: Take, runs: list[Run], none: tf.Tensor, single: bool)
 def _in_loops(take: Take, runs: list[Run], none: tf.Tensor, shapes: list[Any]) -> tuple[Sums, list[Any]]:
     steps = _traced(take, runs, none)
     like = steps[0].get_concrete_function().structured_outputs
-    room = room_for(g for several in like.gradients for g in several)
+    room = capacity(g for several in like.gradients for g in several)
     state = _nothing(like, shapes, none.dtype)
     for step, run in zip(steps, runs, strict=True):
         if room is None or step is not steps[0]:
@@ -156,7 +156,7 @@ def _in_loops(take: Take, runs: list[Run], none: tf.Tensor, shapes: list[Any]) -
         state = _while(group, tf.constant(0), run.count, state)
 
     def owed(g: Any) -> Any:
-        return Owed(g.total, g.kept.put_together()) if isinstance(g, Growing) else None if _absent(g) else g
+        return Owed(g.total, g.kept.concat()) if isinstance(g, Growing) else None if _absent(g) else g
 
     unit = tf.where(state.unit > 0, state.unit, tf.ones_like(state.unit))
     sums = _mapped(owed, state).sums
@@ -187,8 +187,8 @@ def _nothing(like: Sums, shapes: list[Any], dtype: tf.DType) -> Open:
     """A window before its first micro-batch, for variables of these shapes."""
 
     def zero(g: Any, shape: Any) -> Any:
-        if isinstance(g, Product):
-            return Growing(tf.zeros([1, 1], g.left.dtype), Kept.room_for(None, g))
+        if isinstance(g, FactoredGrad):
+            return Growing(tf.zeros([1, 1], g.left.dtype), FactorBuffer.empty(None, g))
         return () if g is None else zeros(shape, g.dtype)
 
     scalars = tf.nest.map_structure(lambda x: tf.zeros(x.shape, x.dtype), _scalars(like))
@@ -227,11 +227,11 @@ def _added(g: Any, h: Any, place: Any) -> Any:
     """The sum of gradients and one more, which goes to a place among the products that are kept, or is multiplied."""
     if h is None:
         return ()
-    if isinstance(h, Product) and place is not None:
-        return g._replace(kept=g.kept.with_one_more(place, h))
-    if isinstance(h, Apart):
+    if isinstance(h, FactoredGrad) and place is not None:
+        return g._replace(kept=g.kept.write(place, h))
+    if isinstance(h, SplitGradient):
         return h.added_to(g)
-    h = h.multiplied() if isinstance(h, Product) else h
+    h = h.to_dense() if isinstance(h, FactoredGrad) else h
     return g._replace(total=g.total + h) if isinstance(g, Growing) else g + h
 
 
@@ -259,7 +259,7 @@ def _mapped(work: Callable[[Any], Any], state: Open) -> Open:
 def _while(body: Callable[..., Any], start: Any, stop: Any, state: Open) -> Open:
     def invariant(g: Any) -> Any:
         if isinstance(g, Growing):
-            return Growing(tf.TensorShape([None, None]), Kept(None, None))  # pyright: ignore[reportArgumentType]
+            return Growing(tf.TensorShape([None, None]), FactorBuffer(None, None))  # pyright: ignore[reportArgumentType]
         return () if _absent(g) else g.shape
 
     shapes = tf.nest.map_structure(lambda x: x.shape, state._replace(sums=_scalars(state.sums)))
@@ -281,8 +281,8 @@ def micro_step(
 ) -> Take:
     """A function of one micro-batch's arrays and the unit that returns its sums, and fills `described`.
 
-    With `products`, a gradient that is one of small factors comes as a `Product`, and one of a table's few rows as
-    `Apart`. Where the window has `several` micro-batches, slow products are turned (see
+    With `products`, a gradient that is one of small factors comes as a `FactoredGrad`, and one of a table's few rows as
+    `SplitGradient`. Where the window has `several` micro-batches, slow products are turned (see
     `bigbatch.fused.tensorflow_transposes`), or `by_xla` convolutions (`bigbatch.fused.tensorflow_conv_layout`).
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
@@ -305,7 +305,9 @@ def micro_step(
             found = tape.gradient(value, variables, output_gradients=[tf.cast(weight, value.dtype)])
             gradients.append([_kept_as(g, v.shape, products) for g, v in zip(found, variables, strict=True)])
         graph = tf.compat.v1.get_default_graph()
-        gradients = with_fast_convolutions(graph, gradients) if by_xla else turn(graph, several, gradients)
+        gradients = (
+            with_fast_convolutions(graph, gradients) if by_xla else with_fast_products(graph, several, gradients)
+        )
         losses.update_metrics(model, x, y, y_pred, sample_weight)
         return Sums(
             gradients,
@@ -340,9 +342,9 @@ def dense(gradients: list[list[Any]], variables: list[Any]) -> list[list[Any]]:
     """With a function in the place of each that is not a dense tensor, which returns it as one."""
 
     def one(g: Any, v: Any) -> Any:
-        if isinstance(g, Apart):
+        if isinstance(g, SplitGradient):
             return lambda: g.added_to(zeros(v.shape, g.dtype))
-        return g.multiplied if isinstance(g, Product | Owed) else g
+        return g.to_dense if isinstance(g, FactoredGrad | Owed) else g
 
     return [list(map(one, several, variables)) for several in gradients]
 
@@ -353,5 +355,7 @@ def _kept_as(gradient: Any, shape: tf.TensorShape, products: bool) -> Any:
         return None
     gradient = tf.convert_to_tensor(gradient)
     dtype = keras.backend.result_type(gradient.dtype.name, "float32")
-    found = (product_of(gradient) or apart(gradient, shape)) if products and gradient.dtype == dtype else None
+    found = (
+        (factored_grad(gradient) or split_gradient(gradient, shape)) if products and gradient.dtype == dtype else None
+    )
     return tf.cast(gradient, dtype) if found is None else found
