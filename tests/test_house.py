@@ -104,10 +104,12 @@ def test_every_law_in_the_semantics_names_its_test():
     from conformance.laws import LAWS
 
     page = (ROOT / "docs/semantics.md").read_text()
-    numbered = re.findall(r"^\| (\d+) \|.*`laws\.(\w+)`", page, re.M)
-    assert [(int(number), law) for number, law in numbered] == list(enumerate(LAWS, 1))
-    for law, function in LAWS.items():
-        assert function.__doc__.startswith(f"{list(LAWS).index(law) + 1}. ")
+    named = [
+        (int(number), law)
+        for number, row in re.findall(r"^\| (\d+) \|(.*)", page, re.M)
+        for law in re.findall(r"`laws\.(\w+)`", row)
+    ]
+    assert named == [(int(function.__doc__.split(".")[0]), law) for law, function in LAWS.items()]
 
 
 def test_the_readme_names_the_commands_that_ci_runs():

@@ -1,6 +1,6 @@
 """bigbatch: the big batch you want, on the memory you have, exactly.
 
-Importing `bigbatch` imports no framework. The doors are in the rooms: `import bigbatch.torch as bb`, and so on.
+Importing `bigbatch` imports no framework. Import a framework's package: `import bigbatch.torch as bb`.
 """
 
 __version__ = "0.2.0"

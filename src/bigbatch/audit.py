@@ -1,4 +1,4 @@
-"""Is accumulation exact for this model and this loss? What an audit says; `bigbatch.audit_experiments` finds it out."""
+"""Is accumulation exact for this model and this loss? The result of an audit; `bigbatch.audit_experiments` makes it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from bigbatch import report
 
-# What two gradients may differ by and still be the same, as a fraction of their norm: rounding, with room to spare.
+# What two gradients may differ by and still be the same, as a fraction of their norm: rounding, with a margin.
 FINE, LOOSE, COARSE = 1e-9, 1e-4, 5e-2  # of float64, of float32, of narrower dtypes
 
 
@@ -51,10 +51,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why accumulation is not exact, as far as experiments tell.
+    """Why accumulation is not exact, as far as experiments show.
 
     Attributes:
-        kind: "chance", "module", "sum", "items", "terms", "coupling", "order", "state", "not finite",
+        kind: "stochastic", "module", "sum", "items", "terms", "coupling", "order", "state", "not finite",
             "not deterministic" or "unknown".
         where: the modules, where it lies in some.
         evidence: what was seen.
@@ -81,7 +81,7 @@ class Audit:
         micro_batch: examples in a micro-batch.
         dtype: what it was computed in.
         tolerance: the relative error that is rounding.
-        chance: whether the model draws by chance, and the comparison was made without.
+        stochastic: whether the model draws random numbers; the comparison was made without them.
     """
 
     parameters: list[Compared]
@@ -90,7 +90,7 @@ class Audit:
     micro_batch: int
     dtype: str
     tolerance: float
-    chance: bool = False
+    stochastic: bool = False
 
     @property
     def differing(self) -> list[Compared]:
@@ -99,7 +99,7 @@ class Audit:
 
     @property
     def exact(self) -> bool:
-        """Whether the accumulated gradient is the full batch's; but for chance, where there is some."""
+        """Whether the accumulated gradient is the full batch's, apart from random draws where there are some."""
         return not self.differing and not any(cause.kind == "not deterministic" for cause in self.causes)
 
     @property
@@ -113,14 +113,14 @@ class Audit:
         """One line."""
         if not self.exact:
             if not self.differing:
-                return "not to be told: the loss function is not deterministic"
+                return "undecided: the loss function is not deterministic"
             worst = self.differing[0].error
             by = f"the largest by {worst:.2g} ×" if worst >= 10 else f"the largest by {_percent(worst)}"
             if not math.isfinite(worst):
                 by = "one of them NaN" if math.isnan(worst) else "one of them zero in the full batch"
             return f"not exact: {len(self.differing)} of {_count(len(self.parameters), 'parameter')} differ, {by}"
         exact = f"exact to {self.error:.0e}" if self.error else "exact, bit for bit"
-        return f"{exact}, but for chance" if self.chance else exact
+        return f"{exact}, apart from randomness" if self.stochastic else exact
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each parameter, the worst first, for a table or a data frame.

@@ -1,7 +1,7 @@
 """The experiments of an audit: which runs to make, and what they mean (see `bigbatch.audit`).
 
-A room brings a `Bench`: its gradients of any rows of the batch, with chance seeded and everything put back after each
-run. Causes are found by experiment; no class is looked up by its name.
+A package brings an `AuditRunner`: its gradients of any examples of the batch, with the random state seeded and
+everything restored after each run. Causes are found by experiment; no class is looked up by its name.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from bigbatch import errors
 from bigbatch.audit import COARSE, FINE, LOOSE, Audit, Cause, Compared, compared, differing, floor_of, rank
-from bigbatch.audit_probe import Probe, Examples, Run
+from bigbatch.audit_probe import Examples, Probe, Run
 
 
-class Bench(Protocol):
-    """What a room brings: a batch, a loss function, and runs that leave nothing behind."""
+class AuditRunner(Protocol):
+    """What a package brings: a batch, a loss function, and runs that change no state."""
 
     length: int  # of the batch
     micro_batch: int
@@ -31,49 +31,49 @@ class Bench(Protocol):
         items: Any = None,
         scale: float = 1.0,
     ) -> dict[str, Any]:
-        """Σ nᵢ·gᵢ / Σ nᵢ over parts, each a micro-batch of these rows of the batch: float64 arrays by name.
+        """Σ nᵢ·gᵢ / Σ nᵢ over parts, each a micro-batch of these examples of the batch: float64 arrays by name.
 
         Args:
-            parts: the rows of each micro-batch.
-            seed: for all that draws by chance, once before the first part.
+            parts: the examples of each micro-batch.
+            seed: of the random state, set once before the first part.
             quiet: the modules that are put in evaluation mode.
-            fresh: whether the model's state is put back before each part and not only before the first.
+            fresh: whether the model's state is restored before each part and not only before the first.
             items: nᵢ to use in place of what the loss function says.
             scale: the loss is multiplied by this and its gradient divided, so that it is rounded otherwise.
         """
         ...
 
     def loss(self, rows: Examples, *, seed: int, quiet: frozenset[str]) -> Run:
-        """One forward pass over these rows."""
+        """One forward pass over these examples."""
         ...
 
     def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:
-        """The modules where a run over the batch's first rows, with this seed, first leaves the whole batch's (seed 0).
+        """The modules at which a run over the batch's first examples first differs from the whole batch's (seed 0).
 
-        Those whose inputs agree on these rows and whose outputs do not. Empty where modules cannot be watched.
+        Their inputs agree on these examples, and their outputs do not. Empty where modules cannot be traced.
         """
         ...
 
 
-def examine(bench: Bench) -> Audit:
+def examine(runner: AuditRunner) -> Audit:
     """Makes the experiments and says what they showed."""
-    return _Examination(bench).run()
+    return _Examination(runner).run()
 
 
 class _Examination:
-    """One audit: the batch, its micro-batches, and what has been put to rest so far."""
+    """One audit: the batch, its micro-batches, and the modules that are in evaluation mode so far."""
 
-    def __init__(self, bench: Bench):
-        self.bench = bench
-        self.all = range(bench.length)
-        self.parts = [self.all[i : i + bench.micro_batch] for i in range(0, bench.length, bench.micro_batch)]
+    def __init__(self, runner: AuditRunner):
+        self.runner = runner
+        self.all = range(runner.length)
+        self.parts = [self.all[i : i + runner.micro_batch] for i in range(0, runner.length, runner.micro_batch)]
         self.quiet: frozenset[str] = frozenset()
         self.causes: list[Cause] = []
-        self.allowed = LOOSE if bench.dtype in ("float64", "float32") else COARSE
+        self.allowed = LOOSE if runner.dtype in ("float64", "float32") else COARSE
 
     def run(self) -> Audit:
         full = self.full()
-        chance = False
+        stochastic = False
         if self.differ(full, self.full()):
             if not math.isfinite(value := self.loss(self.all).loss):
                 raise errors.loss_not_finite(value, "the whole batch")
@@ -86,9 +86,9 @@ class _Examination:
                     "Make it a function of the model and the batch, drawing from the framework's own generator.",
                 )
             )
-            return self.answer(full, self.accumulated(), chance=True)
+            return self.answer(full, self.accumulated(), stochastic=True)
         if self.differ(full, self.full(seed=1)):
-            chance = True
+            stochastic = True
             if not self.silence():
                 return self.by_many_draws()
             full = self.full()
@@ -96,54 +96,56 @@ class _Examination:
         accumulated = self.accumulated()
         if self.differ(full, accumulated):
             self.causes += self.find(accumulated)
-        return self.answer(full, accumulated, chance)
+        return self.answer(full, accumulated, stochastic)
 
     def rounding(self, full: Any) -> float:
         """What is rounding here, seen by rounding otherwise: a float64 model may compute parts of itself in less."""
-        if self.bench.dtype != "float64":
+        if self.runner.dtype != "float64":
             return self.allowed
-        other = self.bench.gradient([self.all[::-1]], seed=0, quiet=self.quiet, scale=0.7)
+        other = self.runner.gradient([self.all[::-1]], seed=0, quiet=self.quiet, scale=0.7)
         seen = compared(full, other)
         floor = floor_of(seen)
         worst = max((p.difference / max(p.full, floor) for p in seen), key=rank)
         return FINE if 30 * worst <= FINE else min(30 * worst, LOOSE) if math.isfinite(worst) else LOOSE
 
     def full(self, seed: int = 0, quiet: frozenset[str] | None = None) -> Any:
-        return self.bench.gradient([self.all], seed=seed, quiet=self.quiet if quiet is None else quiet)
+        return self.runner.gradient([self.all], seed=seed, quiet=self.quiet if quiet is None else quiet)
 
     def accumulated(self, seed: int = 0, quiet: frozenset[str] | None = None, **how: Any) -> Any:
-        return self.bench.gradient(self.parts, seed=seed, quiet=self.quiet if quiet is None else quiet, **how)
+        return self.runner.gradient(self.parts, seed=seed, quiet=self.quiet if quiet is None else quiet, **how)
 
     def differ(self, one: Any, other: Any) -> bool:
         return bool(differing(compared(one, other), self.allowed))
 
-    def answer(self, full: Any, accumulated: Any, chance: bool) -> Audit:
-        b = self.bench
-        return Audit(compared(full, accumulated), self.causes, b.length, b.micro_batch, b.dtype, self.allowed, chance)
+    def answer(self, full: Any, accumulated: Any, stochastic: bool) -> Audit:
+        r = self.runner
+        return Audit(
+            compared(full, accumulated), self.causes, r.length, r.micro_batch, r.dtype, self.allowed, stochastic
+        )
 
-    # Chance.
+    # Randomness.
 
     def silence(self) -> bool:
-        """Puts the modules that draw by chance to rest; whether that was all chance."""
-        noisy = tuple(self.bench.sources(self.all, 1, self.quiet))
+        """Sets the modules that draw random numbers to evaluation mode; returns whether nothing else draws."""
+        noisy = tuple(self.runner.sources(self.all, 1, self.quiet))
         resting = self.quiet | set(noisy)
         silent = not self.differ(self.full(quiet=resting), self.full(seed=1, quiet=resting))
         if silent:
             self.quiet = resting
         where = noisy if silent else ()
         draws = f"{', '.join(where)} draw" if len(where) > 1 else f"{where[0]} draws" if where else "The loss draws"
-        evidence = f"{draws} by chance: another seed, another gradient."
+        evidence = f"{draws} random numbers: another seed gives another gradient."
         remedy = (
             "Each micro-batch draws its own, as the examples of the batch do: exact on average. Compared here in "
             "evaluation mode."
             if silent
             else "Exact on average, if nothing else is wrong. Compared here over many draws."
         )
-        self.causes.append(Cause("chance", where, evidence, remedy))
+        self.causes.append(Cause("stochastic", where, evidence, remedy))
         return silent
 
     def by_many_draws(self) -> Audit:
-        """Chance that cannot be put to rest: are the means over many draws further apart than chance makes them?"""
+        """Randomness outside modules: do the means over many draws differ by more than their standard error?"""
         draws = 24
         whole, parts = ([one(seed=k) for k in range(draws)] for one in (self.full, self.accumulated))
         means = _mean(whole), _mean(parts)
@@ -154,16 +156,16 @@ class _Examination:
             for one in several
             for p in compared(mean, one)
         )
-        # Twice the standard error of the difference of the two means is what chance may well make.
+        # Twice the standard error of the difference of the two means may well be random.
         if sum(p.difference**2 for p in found) > 4 * squares / (draws * (draws - 1)):
-            evidence = f"The means over {draws} draws are further apart than chance makes them."
-            self.causes.append(Cause("unknown", (), evidence, "Take chance out of the loss and audit again."))
+            evidence = f"The means over {draws} draws differ by more than twice their standard error."
+            self.causes.append(Cause("unknown", (), evidence, "Make the loss deterministic and audit again."))
         else:
             found = [Compared(p.name, p.full, p.accumulated, 0.0) for p in found]
-        b = self.bench
-        return Audit(found, self.causes, b.length, b.micro_batch, b.dtype, self.allowed, True)
+        r = self.runner
+        return Audit(found, self.causes, r.length, r.micro_batch, r.dtype, self.allowed, True)
 
-    # What is left when chance is at rest.
+    # Causes that are left once nothing is random.
 
     def find(self, accumulated: Any) -> list[Cause]:
         if bad := [k for k, rows in enumerate(self.parts) if not math.isfinite(self.loss(rows).loss)]:
@@ -188,19 +190,19 @@ class _Examination:
                 )
             ]
         causes = []
-        if modules := self.bench.sources(self.parts[0], 0, self.quiet):
+        if modules := self.runner.sources(self.parts[0], 0, self.quiet):
             causes.append(self.blame(modules))
             resting = self.quiet | set(modules)
             if not self.differ(self.full(quiet=resting), self.accumulated(quiet=resting)):
                 return causes
-            if self.bench.sources(self.parts[0], 0, resting):
+            if self.runner.sources(self.parts[0], 0, resting):
                 return causes  # they couple the examples in either mode, and hide what the loss may do
             self.quiet = resting
         return [*causes, self.blame_loss()]
 
     def blame(self, modules: Sequence[str]) -> Cause:
         resting = self.quiet | set(modules)
-        cured = not self.bench.sources(self.parts[0], 0, resting)
+        cured = not self.runner.sources(self.parts[0], 0, resting)
         listed = ", ".join(modules)
         evidence = (
             f"An example's output of {listed} depends on the other examples that it is computed with: statistics are "
@@ -212,7 +214,7 @@ class _Examination:
         return Cause("module", tuple(modules), evidence, remedy)
 
     def loss(self, rows: Examples) -> Run:
-        return self.bench.loss(rows, seed=0, quiet=self.quiet)
+        return self.runner.loss(rows, seed=0, quiet=self.quiet)
 
     def blame_loss(self) -> Cause:
         """What the loss is, if it is not the mean over the items it is said to be the mean of."""
@@ -221,9 +223,10 @@ class _Examination:
             return Cause(
                 "order",
                 (),
-                f"The loss depends on where in the batch an example stands: {forwards:.6g}, and {backwards:.6g} with "
+                f"The loss depends on an example's position in the batch: {forwards:.6g}, and {backwards:.6g} with "
                 "the examples in reverse.",
-                "A micro-batch has other places than the batch; let the loss look at examples, not at places.",
+                "An example's position in a micro-batch is not its position in the batch: let the loss depend on "
+                "examples, not on positions.",
             )
         for first, second in _pairs(self.parts):
             probe = Probe.of(self.loss, first, second, self.allowed)
@@ -232,7 +235,7 @@ class _Examination:
         return Cause(
             "unknown",
             (),
-            "The gradients differ, and no experiment told why.",
+            "The gradients differ, and no experiment showed why.",
             "Try a batch of more, and more different, examples.",
         )
 
@@ -250,9 +253,9 @@ class _Examination:
             return Cause(
                 "terms",
                 (),
-                "The loss has parts that are means over different things, such as tokens and examples: no one count of "
-                "items weighs both right.",
-                "Make every part a mean over the same items, or accumulate each part by itself.",
+                "The loss has parts that are means over different things, such as tokens and examples: no single count "
+                "of items weights both correctly.",
+                "Make every part a mean over the same items, or accumulate each part separately.",
             )
         if kind == "coupling":
             return Cause(
@@ -299,5 +302,5 @@ def _pairs(parts: Sequence[Examples]) -> list[tuple[Examples, Examples]]:
 
 
 def _mean(gradients: list[Any]) -> Any:
-    """Of gradients as a room gives them: mappings from names to arrays."""
+    """Of gradients as a package returns them: mappings from names to arrays."""
     return {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}

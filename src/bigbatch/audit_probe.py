@@ -1,4 +1,4 @@
-"""What kind of mean a loss is, told by repeating examples (see `bigbatch.audit_experiments`)."""
+"""What kind of mean a loss is, found by repeating examples (see `bigbatch.audit_experiments`)."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class Run(NamedTuple):
 
 
 class Probe:
-    """What kind of mean a loss is, told from two blocks of examples, each repeated a and b times.
+    """What kind of mean a loss is, found from two blocks of examples, each repeated a and b times.
 
     Repeating changes no example and no token, only counts, so that every kind of loss leaves its own trace:
 
@@ -40,7 +40,7 @@ class Probe:
 
     @classmethod
     def of(cls, loss: Any, first: Examples, second: Examples, allowed: float) -> "Probe | None":
-        """From a loss of rows; None where it is not finite on these blocks, or the same on both."""
+        """From a loss of examples; None where it is not finite on these blocks, or the same on both."""
         losses = {(a, b): loss([*first] * a + [*second] * b) for a, b in cls.POINTS}
         values = [run.loss for run in losses.values()]
         if not all(map(math.isfinite, values)) or min(losses[1, 0].items, losses[0, 1].items) <= 0:

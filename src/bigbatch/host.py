@@ -87,7 +87,7 @@ def memory(root: Path = Path("/")) -> Memory:
         left["its cgroup"] = cgroup
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > 1:  # they plan at the same time, and each sees what is free for all
-        left = {f"{name}, shared by {ranks} ranks": room // ranks for name, room in left.items()}
+        left = {f"{name}, shared by {ranks} ranks": size // ranks for name, size in left.items()}
     left |= _ulimits(status)
     if not left:
         raise NotImplementedError("This system does not say how much memory is free. Pass micro_batch as a number.")

@@ -96,7 +96,7 @@ class Adapter(Protocol):
     def plain(self, spec: Spec) -> Any: ...
 
     def mistakes(self) -> dict[str, Callable[[], Any]]:
-        """For each mistake in `laws.WORDS` that this door's users can make, a call that makes it.
+        """For each mistake in `laws.MESSAGES` that this door's users can make, a call that makes it.
 
         The calls share a model whose parameters `untouched` shows.
         """

@@ -1,4 +1,4 @@
-"""The sixteen laws. Each is a function of an adapter, and runs unchanged on every framework.
+"""The sixteen laws. Each is a function of an adapter (the first one three), and runs unchanged on every framework.
 
 Two tiers: dyadic inputs, where every sum is exact and results are compared bit for bit, and random inputs against a
 bound that is derived. Gradients in a window are always distinct, so that mean and last never agree by chance, and
@@ -16,7 +16,7 @@ from conformance import jobs
 from conformance.jobs import Params, Spec
 
 # What a user reads, in every framework. Written out here, not imported: this is the other half of the contract.
-WORDS: dict[str, tuple[type[Exception], str]] = {
+MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "items=-1": (
         ValueError,
         "items must be positive. Received: items=-1 (int). "
@@ -78,12 +78,12 @@ WORDS: dict[str, tuple[type[Exception], str]] = {
     ),
     "empty": (ValueError, "The batch is empty. Received: batch['x'] of length 0. Pass at least one example."),
 }
-SPLIT_WORDS = {"micro_batch=0", "micro_batch=2.5", "micro_batch='Auto'", "lengths", "empty"}
-STREAM_WORDS = set(WORDS) - SPLIT_WORDS
+SPLIT_MESSAGES = {"micro_batch=0", "micro_batch=2.5", "micro_batch='Auto'", "lengths", "empty"}
+STREAM_MESSAGES = set(MESSAGES) - SPLIT_MESSAGES
 
 
 def mean(adapter: Any) -> None:
-    """1. Ragged, weighted micro-batches equal the full batch, through SGD with momentum and AdamW."""
+    """1. Ragged, weighted micro-batches equal the full batch, bit for bit where every sum is exact."""
     sizes, items = ((4, 4, 4, 2), (2, 8, 4, 2)) if adapter.door == "split" else ((4, 1, 2, 1), (4, 1, 2, 1))
     for dtype in ("float32", "float64"):
         spec = Spec(params={"w": np.arange(jobs.D) / 4}, dtype=dtype)
@@ -93,6 +93,9 @@ def mean(adapter: Any) -> None:
         _, gradient = jobs.loss_and_gradient("mean", spec.params, jobs.join(micro_batches))
         same(run.params(), {"w": spec.params["w"] - 0.5 * gradient["w"]}, f"dyadic {dtype}")
 
+
+def mean_of_many_windows(adapter: Any) -> None:
+    """1. So they do through ten updates of SGD with momentum and of AdamW, with a schedule, clipping and decay."""
     for optimizer in ("momentum", "adamw"):
         spec = _net(optimizer, clip_norm=0.2, rates=tuple(0.05 * 0.9**k for k in range(10)), decay=0.1)
         ours, plain = adapter.start(spec), adapter.plain(spec)
@@ -102,11 +105,9 @@ def mean(adapter: Any) -> None:
             plain.window(micro_batches)
         close(ours.params(), plain.params(), 1e-12, optimizer)
 
-    _float32(adapter)
 
-
-def _float32(adapter: Any) -> None:
-    """One float32 update is as near the float64 full batch as the float32 full batch is, within γₘ times the envelope.
+def mean_in_float32(adapter: Any) -> None:
+    """1. A float32 update is as near the float64 full batch as the float32 full batch is, within γₘ times the envelope.
 
     m counts the roundings on the longest way from the data to a parameter: the two products and the bias of the
     forward, the three of the backward, the sum over the rows, the sum over the N micro-batches with a weight and a
@@ -204,7 +205,7 @@ def stillness(adapter: Any) -> None:
     expect(not _equal(run.params(), params), "the full window moved nothing")
 
 
-def no_trace(adapter: Any) -> None:
+def non_finite(adapter: Any) -> None:
     """6. A non-finite micro-batch never reaches the next window."""
     for poison in (np.nan, np.inf):
         spec = _net("adamw", decay=0.1, clip_norm=0.2)
@@ -317,7 +318,7 @@ def resume(adapter: Any) -> None:
         same(after.held(), straight.held(), f"saved after {place} of 4")
 
 
-def chance(adapter: Any) -> None:
+def randomness(adapter: Any) -> None:
     """11. Each micro-batch draws its own dropout; the same seed draws the same."""
     d = 64
     spec = Spec("dropout", {"w": np.zeros(d)}, rates=(1.0,), every=2, dtype="float32", seed=7)
@@ -381,13 +382,13 @@ def loss(adapter: Any) -> None:
     expect(report.micro_batches == len(micro_batches), f"{report.micro_batches} micro-batches reported")
 
 
-def words(adapter: Any) -> None:
+def messages(adapter: Any) -> None:
     """15. The same mistake gets the same exception type and text in every framework."""
     mistakes = adapter.mistakes()
-    wanted = SPLIT_WORDS if adapter.door == "split" else STREAM_WORDS
+    wanted = SPLIT_MESSAGES if adapter.door == "split" else STREAM_MESSAGES
     expect(set(mistakes) == wanted, f"mistakes not tried or not known: {set(mistakes) ^ wanted}")
     for name, make in mistakes.items():
-        kind, text = WORDS[name]
+        kind, text = MESSAGES[name]
         before = adapter.untouched()
         try:
             make()
@@ -450,20 +451,22 @@ LAWS: dict[str, Callable[[Any], None]] = {
     law.__name__: law
     for law in (
         mean,
+        mean_of_many_windows,
+        mean_in_float32,
         one,
         order,
         once,
         stillness,
-        no_trace,
+        non_finite,
         missing,
         precision,
         tail,
         resume,
-        chance,
+        randomness,
         ownership,
         steady,
         loss,
-        words,
+        messages,
         alone,
     )
 }

@@ -1,4 +1,4 @@
-"""The mistakes that every door is shown, by the names under which `laws.WORDS` keeps their words (law 15)."""
+"""The mistakes that every door is shown, by the names under which `laws.MESSAGES` keeps their words (law 15)."""
 
 from collections.abc import Callable
 from typing import Any

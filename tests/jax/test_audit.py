@@ -104,8 +104,8 @@ def test_dropout_with_a_key():
     found = bb.audit(
         loss_fn, PARAMS, jax.random.key(0), (X, Y), micro_batch=4, in_axes=(None, None, 0)
     )  # fmt: skip
-    assert (found.exact, [c.kind for c in found.causes]) == (True, ["chance"])
-    assert found.verdict.endswith("but for chance")
+    assert (found.exact, [c.kind for c in found.causes]) == (True, ["stochastic"])
+    assert found.verdict.endswith("apart from randomness")
 
 
 def test_without_x64_it_is_made_in_float64_all_the_same():

@@ -62,7 +62,7 @@ class Microbatch(JaxRun):
         self.apply(updates)
 
 
-@pytest.mark.parametrize("law", ["mean", "order", "no_trace", "loss"])
+@pytest.mark.parametrize("law", ["mean", "order", "non_finite", "loss"])
 def test_multi_steps(law):
     with pytest.raises(laws.LawBroken):
         laws.LAWS[law](Adapter("stream", "stream", MultiSteps))
@@ -71,6 +71,6 @@ def test_multi_steps(law):
 def test_microbatch():
     adapter = Adapter("split", "split", Microbatch)
     with pytest.raises(laws.LawBroken, match="both micro-batches drew the same dropout"):
-        laws.chance(adapter)
+        laws.randomness(adapter)
     with pytest.raises(ValueError, match="must be divisible"):
         laws.mean(adapter)

@@ -69,7 +69,7 @@ ZOO = {
     "info nce": (info_nce, (X, Y), False, ["coupling"]),
     "padding alone": (token_mean, (IDS, PADDED), False, ["not finite"]),
     "noise": (lambda b: plain((b[0] + tf.random.normal(b[0].shape, 0, 0.3, tf.float64), b[1])), (X, Y), True,
-              ["chance"]),
+              ["stochastic"]),
 }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def keras_model(*layers):
     [
         (tf.keras.layers.LayerNormalization, True, []),
         (tf.keras.layers.BatchNormalization, False, ["coupling"]),
-        (lambda: tf.keras.layers.Dropout(0.3), True, ["chance"]),
+        (lambda: tf.keras.layers.Dropout(0.3), True, ["stochastic"]),
     ],
     ids=["layer norm", "batch norm", "dropout"],
 )

@@ -240,7 +240,7 @@ def test_chance_that_cannot_be_put_to_rest_beside_a_wrong_loss():
 
     found = bb.audit(loss_fn, model, examples(), micro_batch=4)
     assert not found.exact
-    assert [c.kind for c in found.causes] == ["chance", "unknown"]
+    assert [c.kind for c in found.causes] == ["stochastic", "unknown"]
     assert "further apart than chance makes them" in str(found)
 
 
@@ -284,7 +284,7 @@ def test_an_exact_one_says_how_exact():
     loss_fn, model, batch = ZOO[0].make()
     assert bb.audit(loss_fn, model, batch, micro_batch=4).verdict.startswith("exact to ")
     loss_fn, model, batch = next(s for s in ZOO if s.name == "dropout").make()
-    assert bb.audit(loss_fn, model, batch, micro_batch=4).verdict.endswith(", but for chance")
+    assert bb.audit(loss_fn, model, batch, micro_batch=4).verdict.endswith(", apart from randomness")
 
 
 def test_tables_and_figures(tmp_path):

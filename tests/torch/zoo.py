@@ -141,13 +141,13 @@ def a_batch_norm_that_no_list_of_names_has():
     return classified(model), model, examples()
 
 
-@specimen(exact=True, chance=("2",))
+@specimen(exact=True, stochastic=("2",))
 def dropout():
     model = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, CLASSES))
     return classified(model), model, examples()
 
 
-@specimen(exact=False, chance=("3",), module=("1",))
+@specimen(exact=False, stochastic=("3",), module=("1",))
 def dropout_and_batch_norm():
     model = nn.Sequential(
         nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, CLASSES)
@@ -279,7 +279,7 @@ def a_ranking_loss():
     return loss_fn, model, examples()
 
 
-@specimen(exact=True, chance=())
+@specimen(exact=True, stochastic=())
 def noise_in_the_loss():
     model = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, CLASSES))
     return lambda b: F.cross_entropy(model(b[0] + 0.3 * torch.randn_like(b[0])), b[1]), model, examples()

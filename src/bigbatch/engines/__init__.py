@@ -1,1 +1,1 @@
-"""What more than one room has to know about a framework, in files named after it; nothing of a window's loop."""
+"""Facts about a framework that more than one package uses, in files named after it; no window's loop is here."""

@@ -62,13 +62,13 @@ def audit(
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)
     with jax.enable_x64(True):
-        bench = Bench(loss_fn, args, in_axes, argnums, has_aux, has_items, micro_batch, "float64")
-        if bench.runs():
-            return examine(bench)
-    return examine(Bench(loss_fn, args, in_axes, argnums, has_aux, has_items, micro_batch, None))
+        runner = AuditRunner(loss_fn, args, in_axes, argnums, has_aux, has_items, micro_batch, "float64")
+        if runner.runs():
+            return examine(runner)
+    return examine(AuditRunner(loss_fn, args, in_axes, argnums, has_aux, has_items, micro_batch, None))
 
 
-class Bench:
+class AuditRunner:
     """Runs of one loss function on one batch (see `audit_experiments`); without a dtype, in the arguments' own."""
 
     def __init__(

@@ -57,10 +57,10 @@ def audit(loss_fn: Callable[[Any], Any], batch: Any, variables: Sequence[Any], *
     if not variables:
         raise ValueError("variables must hold at least one. Received: none. Pass model.trainable_variables.")
     with _chance_kept():
-        return examine(Bench(loss_fn, batch, variables, length, micro_batch))
+        return examine(AuditRunner(loss_fn, batch, variables, length, micro_batch))
 
 
-class Bench:
+class AuditRunner:
     """Runs of one loss function on one batch (see `audit_experiments`)."""
 
     def __init__(self, loss_fn: Callable[[Any], Any], batch: Any, variables: list[Any], length: int, micro_batch: int):

@@ -67,13 +67,13 @@ def audit(
     with _kept(parameters.values()):
         for dtype in (torch.float64, torch.float32):
             if dtype == torch.float32 or wide == {torch.float64}:
-                bench = Bench(loss_fn, modules, parameters, batch, length, micro_batch, dtype)
-                if own == {dtype} or bench.runs():
-                    return examine(bench)
-        return examine(Bench(loss_fn, modules, parameters, batch, length, micro_batch, None))
+                runner = AuditRunner(loss_fn, modules, parameters, batch, length, micro_batch, dtype)
+                if own == {dtype} or runner.runs():
+                    return examine(runner)
+        return examine(AuditRunner(loss_fn, modules, parameters, batch, length, micro_batch, None))
 
 
-class Bench:
+class AuditRunner:
     """Runs of one loss function on one batch (see `audit_experiments`), in one dtype; None is the model's own."""
 
     def __init__(

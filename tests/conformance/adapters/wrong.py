@@ -260,20 +260,22 @@ class RefusesWithoutAName(ReferenceRun):
 
 WRONG: dict[str, list[Any]] = {
     "mean": [LastGradientOnly, SumNotMean, MeanOfMeans],
+    "mean_of_many_windows": [LastGradientOnly, SumNotMean, MeanOfMeans],
+    "mean_in_float32": [LastGradientOnly, SumNotMean, MeanOfMeans],
     "one": [AlwaysDividedByPlan],
     "order": [RunningAverage, LastGradientOnly],
     "once": [ClippingBeforeTheMean, DecayOnceTooOften, DecayEachMicroBatch, ScheduleEachMicroBatch],
     "stillness": [SteppingEachMicroBatch, DecayEachMicroBatch],
-    "no_trace": [ResetByMultiplying],
+    "non_finite": [ResetByMultiplying],
     "missing": [LostWhenAbsentAtTheEnd, DuplicatesOverwritten, AbsentMadeZero],
     "precision": [HalfPrecisionAccumulation],
     "tail": [TailDividedByEvery],
     "resume": [ForgetsItemsOnSave],
-    "chance": [SameNoise],
+    "randomness": [SameNoise],
     "ownership": [AliasedAccumulator],
     "steady": [RetracesEachWindow, WaitsEachMicroBatch],
     "loss": [LastLoss],
-    "words": [OtherWords("OtherWords"), MovesBeforeItRefuses("MovesBeforeItRefuses")],
+    "messages": [OtherWords("OtherWords"), MovesBeforeItRefuses("MovesBeforeItRefuses")],
     "alone": [MixesInWhatOthersDo, DiscardsAtTheDoorOnly, KeepsWhatItRefused, RefusesWithoutAName],
 }
 
