@@ -3,7 +3,6 @@
 python peak_of_a_window.py mlp|transformer|convnet MICRO_BATCH MICRO_BATCHES
 """
 
-import gc
 import sys
 from pathlib import Path
 
@@ -13,6 +12,9 @@ from jax import lax
 
 import bigbatch.jax as bb
 from bigbatch.engines.jax_estimate import needs_of
+
+sys.path.append(str(Path(__file__).parents[1]))  # appended: folders there have the frameworks' names
+from process_memory import growth
 
 
 def mlp(params, batch):
@@ -68,22 +70,12 @@ def job(name, length):
     return convnet, params, (weight(length, 32, 32, 3), jnp.zeros(length, int))
 
 
-def status(name):
-    """A number from the kernel's table of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) << 10
-
-
 def main(name, micro_batch, micro_batches):
     loss_fn, params, batch = job(name, micro_batch * micro_batches)
     traced = jax.jit(bb.value_and_grad(loss_fn, micro_batch=micro_batch)).trace(params, batch)
     needs, program = needs_of(traced), traced.lower().compile()
     jax.block_until_ready((params, batch))
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-    before = status("VmRSS")
-    jax.block_until_ready(program(params, batch))
-    print(needs, status("VmHWM") - before)
+    print(needs, growth(lambda: jax.block_until_ready(program(params, batch))))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ import tensorflow as tf
 
 import bigbatch.keras as bb
 
+sys.path.append(str(Path(__file__).parents[1]))  # appended: folders there have the frameworks' names
+from process_memory import growth
+
 LAYERS, WIDTH = 6, 2048
-
-
-def memory(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def ready(micro_batches, micro_batch, width):
@@ -38,9 +36,7 @@ def ready(micro_batches, micro_batch, width):
 def main(micro_batches, micro_batch):
     ready(micro_batches, micro_batch, 64)()  # what TensorFlow keeps for itself is there
     step = ready(micro_batches, micro_batch, WIDTH)
-    before = memory("VmRSS")  # TensorFlow keeps what is freed, so only the first run tells
-    step()
-    copies = (memory("VmHWM") - before) / (4 * LAYERS * WIDTH**2)
+    copies = growth(step) / (4 * LAYERS * WIDTH**2)  # of the first run: TensorFlow keeps what is freed
     print(f"{micro_batches} micro-batches of {micro_batch}: {copies:.2f} copies")
 
 
