@@ -8,6 +8,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -21,16 +22,19 @@ class Pool:
 
     def __init__(self, size: int):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "conformance.adapters.ranks"])
+        # With --hide-fused a rank has to hide the folder before it imports bigbatch.
+        hidden = "bigbatch.fused" in sys.modules and sys.modules["bigbatch.fused"] is None
+        ours = [] if hidden else ["conformance.adapters.ranks"]
+        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", *ours])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            arguments = (rank, size, os.path.join(self.folder.name, "rendezvous"), theirs)
+            pipe, theirs = context.Pipe()
+            arguments = (rank, size, os.path.join(self.folder.name, "rendezvous"), theirs, hidden)
             self.processes.append(context.Process(target=serve, args=arguments, daemon=True))
             self.processes[-1].start()
             theirs.close()
-            self.pipes.append(ours)
+            self.pipes.append(pipe)
         atexit.register(self.close)
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any, each: Any = None) -> list[Any]:
@@ -68,8 +72,10 @@ def pool(size: int) -> Pool:
     return Pool(size)
 
 
-def serve(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
+def serve(rank: int, size: int, rendezvous: str, pipe: Any, hidden: bool) -> None:
     """A rank: runs what it is sent until the pipe closes."""
+    if hidden:
+        sys.modules["bigbatch.fused"] = None
     import torch
     import torch.distributed as dist
 

@@ -13,15 +13,18 @@ RNG = np.random.default_rng(0)
 X, Y = RNG.integers(11, size=(23, 5)), RNG.normal(size=(23, 2))
 
 if BACKEND == "torch":
-    from bigbatch.fused import torch_deferred, torch_graph
-    from bigbatch.keras.backends.torch.window import Products
+    from bigbatch.fused import torch_backward, torch_limits
+    from bigbatch.fused.torch_deferred import DeferredSum
+
+    def set_limits(monkeypatch, **changes):
+        monkeypatch.setattr(torch_limits, "LIMITS", torch_limits.LIMITS._replace(**changes))
 
     @pytest.fixture
     def taken(monkeypatch):
         """The shapes of the weights that were taken."""
         shapes = []
 
-        class Noting(Products):
+        class Noting(DeferredSum):
             def product(self, weight, left, right):
                 shapes.append(tuple(weight.shape))
                 super().product(weight, left, right)
@@ -30,10 +33,8 @@ if BACKEND == "torch":
                 shapes.append(tuple(weight.shape))
                 super().rows(weight, indices, gradients, padding)
 
-        monkeypatch.setattr("bigbatch.keras.backends.torch.window.Products", Noting)
-        monkeypatch.setattr(torch_graph, "is_worth", lambda *_: True)
-        monkeypatch.setattr(torch_deferred, "ROWS", 32)
-        monkeypatch.setattr(torch_deferred, "SMALL", 0)
+        monkeypatch.setattr(torch_backward, "DeferredSum", Noting)
+        set_limits(monkeypatch, cpu_elements=0, rows=32, smaller=0)
         float64()
         return shapes
 
@@ -89,7 +90,7 @@ if BACKEND == "torch":
         keras.config.set_dtype_policy(policy)
         results = []
         for worth in (True, False):
-            monkeypatch.setattr(torch_graph, "is_worth", lambda *_, worth=worth: worth)
+            set_limits(monkeypatch, cpu_elements=0 if worth else 1 << 60)
             model = bb.accumulate(words(), micro_batch=3)
             model.train_on_batch(X, Y)
             results.append(model.get_weights())
@@ -109,7 +110,7 @@ if BACKEND == "torch":
     def test_the_laws_run_with_products_and_without(taken, monkeypatch):
         found = []
         for kind in (keras_driver.Split, keras_driver.SplitSmallProducts):
-            monkeypatch.setattr(torch_graph, "is_worth", lambda *_: False)
+            set_limits(monkeypatch, cpu_elements=1 << 60)
             taken.clear()
             run = kind(jobs.Spec("net", jobs.params("net")))
             run.window(jobs.window("net", (4, 4, 2), seed=0))

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbatch.torch as bb
-from bigbatch.fused import torch_graph
+from bigbatch.engines.torch_fsdp import whole
+from bigbatch.fused import torch_limits
 from bigbatch.torch import collectives, ddp
-from bigbatch.torch.fsdp import whole
 
 WORDS, WIDTH, LENGTH = 11, 6, 9
 PAD = -100
@@ -137,7 +137,7 @@ def stream(
         try:
             if tokens is None:
                 raise OSError("a broken record")
-            with setting(torch_graph, "is_worth", lambda weight, rows=None: weight.numel() >= fused_from):
+            with setting(torch_limits, "LIMITS", torch_limits.LIMITS._replace(cpu_elements=fused_from)):
                 updates.append(acc.backward(loss_of(model, tokens), items=tokens_in(tokens)))
         except OSError:
             continue

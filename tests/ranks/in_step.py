@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bigbatch.torch as bb
-from bigbatch.torch.fsdp import local
+from bigbatch.engines.torch_fsdp import local
 from ranks.in_rank import language_model, loss_of, parameters, sgd, texts, tokens_in, wrapped
 
 Outcome = str | None

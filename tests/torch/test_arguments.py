@@ -316,10 +316,10 @@ def test_items_in_a_tensor_that_are_no_count_skip_the_window(bad, place, nonfini
         return update
 
     if nonfinite == "raise":
-        with pytest.raises(FloatingPointError, match="items were negative, NaN or infinite"):
+        with pytest.raises(FloatingPointError, match="items are negative, NaN or infinite"):
             window(model, acc, bad)
     else:
-        assert "items were negative, NaN or infinite" in window(model, acc, bad).skipped
+        assert "items are negative, NaN or infinite" in window(model, acc, bad).skipped
     assert acc.index == acc.pending == 0
     agree(model, twin)
     window(model, acc, SIZES[place])

@@ -111,7 +111,7 @@ def test_it_is_the_micro_batch_that_fits(monkeypatch, caplog):
         sizes.append(len(part))
         return model(part).square().mean()
 
-    room = planning._rehearsals(loss_fn, x, 4096, torch.float32).needs(820)
+    room = planning._dry_runs(loss_fn, x, 4096, torch.float32).needs(820)
     keep = 2 * sum(p.nbytes for p in model.parameters())
     monkeypatch.setattr(planning, "device_memory", lambda device: Memory(0, room + keep, "the test"))
     monkeypatch.setattr(planning, "reserve", lambda device: 0.0)
@@ -260,8 +260,8 @@ def test_memory_that_the_cpu_has_not(training, caplog):
     assert training.sizes[-12:] == [2] * 12
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        'micro_batch="auto": out of memory at 8; the window is done again with 4.',
-        'micro_batch="auto": out of memory at 4; the window is done again with 2.',
+        'micro_batch="auto": out of memory at 8; the window is run again with 4.',
+        'micro_batch="auto": out of memory at 4; the window is run again with 2.',
     ]
 
 

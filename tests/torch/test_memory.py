@@ -14,7 +14,7 @@ from torch import nn
 
 import bigbatch.torch as bb
 from bigbatch.engines.torch_memory import PeakMemory
-from bigbatch.torch.plan import _rehearsals
+from bigbatch.torch.plan import _dry_runs
 
 WORKER = Path(__file__).parent / "peak_of_a_window.py"
 
@@ -40,7 +40,7 @@ def images(length):
 
 
 def predicted(loss_fn, batch, size, dtype=torch.float32):
-    return _rehearsals(loss_fn, batch, len(batch[0]), dtype).needs(size)
+    return _dry_runs(loss_fn, batch, len(batch[0]), dtype).needs(size)
 
 
 @pytest.mark.parametrize(("size", "length"), [(64, 64), (64, 128), (10, 64), (1, 2)])
@@ -102,9 +102,9 @@ def test_what_a_loss_writes_to_is_known():
         torch._foreach_add_(steps, 1.0)
         return F.cross_entropy(logits, batch[1])
 
-    rehearsals = _rehearsals(loss_fn, images(8), 8, torch.float32)
-    rehearsals.needs(4)
-    written = {id(ref()) for ref in rehearsals.written}
+    dry_runs = _dry_runs(loss_fn, images(8), 8, torch.float32)
+    dry_runs.needs(4)
+    written = {id(ref()) for ref in dry_runs.written}
     assert written == {id(t) for t in (*model.buffers(), queue, norms, *steps)}
     assert not queue.any()
 

@@ -17,7 +17,7 @@ from bigbatch.fused.torch_proof import Proof
 from bigbatch.noise import Noise, NoiseScale
 from bigbatch.torch.window import numbers
 from conformance.adapters.torch import Waits
-from conformance.torch_products import takes_products
+from conformance.torch_products import small_ones_too, takes_products
 from documentation import run_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_beside_fused_weight_gradients():
     model = network()
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=0.0), every=4, noise=2)
     updates, taken = [], []
-    with mock.patch("bigbatch.fused.torch_graph.is_worth", return_value=True):
+    with small_ones_too():
         for part in parts(SIZES) * 3:
             loss = loss_of(model, part)
             taken.append(torch_graph.read(loss, Proof()).has_products)

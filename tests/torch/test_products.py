@@ -10,7 +10,7 @@ from torch import nn
 
 import bigbatch.torch as bb
 from bigbatch.engines.torch_hooks import has_hooks
-from bigbatch.fused import torch_graph
+from bigbatch.fused import torch_backward, torch_graph
 from bigbatch.fused.torch_proof import Proof, signed
 from conformance.torch_products import small_ones_too, takes_products
 
@@ -262,7 +262,7 @@ def test_a_graph_that_is_kept_has_no_hooks_left():
         graph = torch_graph.read(loss, proof)
         assert [len(graph.tried), len(graph.uses)] == [compared, not compared]
         with pytest.raises(RuntimeError, match="broken"):
-            torch_graph.differentiate(loss, None, graph, Sums())
+            torch_backward.differentiate(loss, None, graph, Sums())
         (use,) = graph.tried or graph.uses
         assert use.node.next_functions  # alive, and could be run by somebody else
         assert not has_hooks(use.node)

@@ -12,13 +12,12 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch.torch as bb
-from bigbatch.fused import torch_graph
-from bigbatch.fused.torch_deferred import Products
-from conformance.torch_products import small_ones_too
+from bigbatch.fused import torch_backward, torch_limits
+from bigbatch.fused.torch_deferred import DeferredSum
+from bigbatch.fused.torch_limits import LIMITS, worth_fusing
+from conformance.torch_products import limits, small_ones_too
 
 from .products import ROOM, Tied, agree, by, called, language
-
-is_worth = torch_graph.is_worth
 
 
 @pytest.fixture(autouse=True)
@@ -111,11 +110,9 @@ def test_where_it_would_not_be_safe_it_is_autograds_and_says_why(change, reason,
     agree(found, by("split", model, loss_fn, (x,), 2, on=False), torch.float64)
 
 
-def test_small_weights_are_autograds(monkeypatch, caplog):
+def test_small_weights_are_autograds(caplog):
     model = nn.Linear(4, 4)
-    # A context, as the fixture above patches the same name: undone after it, a patch would bring its mock back.
-    with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
-        patch.setattr(torch_graph, "is_worth", lambda weight, rows=None: weight.numel() > 16)
+    with limits(cpu_elements=17), caplog.at_level(logging.DEBUG, "bigbatch.torch.products"):
         by("split", model, lambda b: model(b[0]).mean(), (torch.randn(4, 4),), 2, on=True)
     assert "it is so small that" in caplog.text
 
@@ -127,27 +124,28 @@ def test_small_weights_are_autograds(monkeypatch, caplog):
 def test_beside_a_device_it_is_the_work_that_counts(shape, rows, worth):
     """A device that exists everywhere stands for a GPU."""
     weight = torch.empty(shape, device="meta")
-    assert is_worth(weight, rows) == worth
-    assert is_worth(weight) == (weight.numel() >= 1 << 22)
-    assert is_worth(torch.empty(shape), rows)
-    assert Products([weight])._weights == set()
+    with limits(**LIMITS._asdict()):
+        assert worth_fusing(weight, rows) == worth
+        assert worth_fusing(weight) == (weight.numel() >= 1 << 22)
+        assert worth_fusing(torch.empty(shape), rows)
+        assert DeferredSum([weight])._weights == set()
 
 
 @pytest.mark.parametrize("door", ["split", "stream"])
 def test_where_the_first_graph_has_no_products_the_next_are_not_searched(door, monkeypatch, tokens):
     searched = []
-    read = torch_graph.read
+    read = torch_backward.read
 
-    def noting(loss, proof=None, explain=False):
-        searched.append(proof is not None)
+    def noting(loss, proof, explain=False):
+        searched.append(True)
         return read(loss, proof, explain)
 
     model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
     with monkeypatch.context() as patch:
-        patch.setattr(torch_graph, "is_worth", lambda weight, rows=None: rows is None)
-        patch.setattr(torch_graph, "read", noting)
+        patch.setattr(torch_limits, "worth_fusing", lambda weight, rows=None: rows is None)
+        patch.setattr(torch_backward, "read", noting)
         by(door, model, language(model), tokens, 2, on=True)
-    assert searched == ([True, False, False, False, False] if door == "split" else [True])
+    assert searched == [True]
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])

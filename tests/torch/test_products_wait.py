@@ -9,12 +9,11 @@ from torch import nn
 
 import bigbatch.torch as bb
 from bigbatch.engines.torch_memory import PeakMemory
-from bigbatch.fused import torch_deferred
-from conformance.torch_products import small_ones_too, takes_products
+from bigbatch.fused.torch_deferred import capacity_for
+from bigbatch.fused.torch_limits import LIMITS
+from conformance.torch_products import limits, small_ones_too, takes_products
 
 from .products import ROOM, agree, called, gradients, prove
-
-rows_for, SMALL = torch_deferred.rows_for, torch_deferred.SMALL
 
 
 @pytest.fixture(autouse=True)
@@ -42,21 +41,21 @@ def test_products_of_many_rows_do_not_wait():
 
 
 @takes_products
-@pytest.mark.parametrize(("width", "waits"), [(31, False), (32, True)])
-def test_rows_wait_where_they_are_an_eighth_of_the_weight(width, waits, monkeypatch):
-    monkeypatch.setattr(torch_deferred, "SMALL", SMALL)
+@pytest.mark.parametrize(("width", "deferred"), [(31, False), (32, True)])
+def test_products_are_deferred_where_their_rows_are_an_eighth_of_the_weight(width, deferred):
     model = nn.Linear(width, width, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
-    acc.backward(model(torch.randn(2, width)).square().mean(), items=2)
-    assert (model.weight.grad is None) == waits
+    with limits(smaller=LIMITS.smaller):
+        acc.backward(model(torch.randn(2, width)).square().mean(), items=2)
+    assert (model.weight.grad is None) == deferred
 
 
-def test_what_waits_takes_less_than_the_largest_weight(monkeypatch):
-    monkeypatch.setattr(torch_deferred, "ROWS", 256)
+def test_what_is_deferred_takes_less_than_the_largest_weight():
     weights = [torch.empty(1024, 784), torch.empty(1024, 1024)]
-    assert rows_for(weights) == 7 * 1024 * 1024 // (8 * (1024 + 784 + 2 * 1024)) == 237
-    assert rows_for(weights[:1]) == 256, "more gain nothing"
-    assert rows_for([]) == 0
+    with limits(**LIMITS._asdict()):
+        assert capacity_for(weights) == 7 * 1024 * 1024 // (8 * (1024 + 784 + 2 * 1024)) == 237
+        assert capacity_for(weights[:1]) == 256, "more gain nothing"
+        assert capacity_for([]) == 0
 
 
 @takes_products
@@ -165,9 +164,7 @@ def test_inputs_may_be_written_over_while_their_rows_wait():
 
 @takes_products
 @pytest.mark.parametrize("door", ["split", "stream"])
-def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_loops(door, monkeypatch):
-    monkeypatch.setattr(torch_deferred, "ROWS", 256)
-    monkeypatch.setattr(torch_deferred, "rows_for", rows_for)
+def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_loops(door):
     torch.manual_seed(0)
     model = nn.Linear(128, 128, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -190,7 +187,8 @@ def test_the_peak_does_not_grow_with_the_window_and_is_below_the_hand_written_lo
                 optimizer.zero_grad()
         return memory.peak
 
-    assert peak(1024, door) <= 1.02 * peak(2, door)
-    assert peak(16, door) < peak(16, "hand-written")
-    monkeypatch.setattr(torch_deferred, "rows_for", lambda weights: 4)
-    assert peak(16, door) < 0.7 * peak(16, "hand-written"), "but for what waits there is one sum"
+    with limits(rows=LIMITS.rows, capacity=None):
+        assert peak(1024, door) <= 1.02 * peak(2, door)
+        assert peak(16, door) < peak(16, "hand-written")
+    with limits(rows=LIMITS.rows, capacity=4):
+        assert peak(16, door) < 0.7 * peak(16, "hand-written"), "but for what is deferred there is one sum"

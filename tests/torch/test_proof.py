@@ -10,12 +10,12 @@ from torch.utils.hooks import RemovableHandle
 
 import bigbatch.torch as bb
 from bigbatch.engines.torch_hooks import foreign_hooks, has_hooks, register
-from bigbatch.fused import torch_graph, torch_proof
-from bigbatch.fused.torch_deferred import Products
+from bigbatch.fused import torch_backward, torch_graph, torch_proof
+from bigbatch.fused.torch_deferred import DeferredSum
 from bigbatch.fused.torch_proof import Proof, Use, is_product
 from conformance import jobs
 from conformance.adapters.torch import ADAPTERS
-from conformance.torch_products import small_ones_too, takes_products
+from conformance.torch_products import limits, small_ones_too, takes_products
 
 from .products import ROOM, Calls, agree, by
 
@@ -37,13 +37,13 @@ def weight():
 def taken(monkeypatch):
     """How many uses of weights went past autograd, of each backward, and how many were compared."""
     counts = []
-    differentiate = torch_graph.differentiate
+    differentiate = torch_backward.differentiate
 
     def counting(loss, gradient, graph, sums):
         counts.append((len(graph.uses), len(graph.tried)))
         differentiate(loss, gradient, graph, sums)
 
-    monkeypatch.setattr(torch_graph, "differentiate", counting)
+    monkeypatch.setattr(torch_backward, "differentiate", counting)
     return counts
 
 
@@ -381,8 +381,17 @@ def test_a_use_that_saw_no_gradient_leaves_the_weight_to_autograd(weight):
     """Its sum is then what other nodes give, and no product of its own."""
     assert is_product(weight, [], torch.zeros_like(weight))  # so that it must not be asked
     x = torch.ones(2, 6, dtype=F64)
-    sums = Products()
+    sums = DeferredSum()
     loss = (x @ weight).sum() * 0 + weight.t().sum()
-    torch_graph.differentiate(loss, None, torch_graph.read(loss, Proof()), sums)
-    sums.settle()
+    torch_backward.differentiate(loss, None, torch_graph.read(loss, Proof()), sums)
+    sums.flush()
     torch.testing.assert_close(weight.grad, torch.ones_like(weight))
+
+
+@takes_products
+@pytest.mark.parametrize("kind", [a for a in ADAPTERS if "fused" in a.name], ids=lambda kind: kind.name)
+def test_the_fused_adapters_fail_where_nothing_is_fused(kind, monkeypatch):
+    monkeypatch.setattr("conformance.adapters.torch.small_ones_too", lambda: limits(cpu_elements=1 << 60))
+    run = kind.start(jobs.Spec("net", jobs.params("net")))
+    with pytest.raises(AssertionError, match="micro-batches were looked at|went past autograd"):
+        run.window(jobs.window("net", (3, 3, 3, 3), seed=0))

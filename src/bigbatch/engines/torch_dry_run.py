@@ -1,7 +1,7 @@
-"""One micro-batch's forward and backward, rehearsed: what it needs, and what it writes to, without doing it.
+"""A dry run of one micro-batch's forward and backward: what it needs, and which tensors it writes to.
 
-On fake tensors, which have shapes and no contents, so a rehearsal at full size allocates nothing and takes
-milliseconds. A loss that asks for values, as data-dependent control flow does, is rehearsed for real on few examples.
+It runs on fake tensors, which have shapes and no contents, so a dry run at full size allocates nothing and takes
+milliseconds. A loss that asks for values, as data-dependent control flow does, is run for real on few examples.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Not public, and the only way to run a model on shapes alone. tests/torch/test_memory.py fails when it moves.
+# Not public, and the only way to run a model on shapes alone: tests/torch/test_private.py.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -21,15 +21,15 @@ BLOCK = 16
 """oneDNN lays out channels in blocks of this many on a CPU with AVX-512, and of fewer elsewhere."""
 
 
-class Watch(PeakMemory):
+class MemoryTracer(PeakMemory):
     """Counts memory, and remembers which tensors from outside are written to: buffers, such as running statistics.
 
     Args:
-        fake: the mode to turn tensors that are there into fake ones with; None to let the operations happen, with
-            a copy of everything that they write to.
+        fake: the mode that makes fake tensors of real ones; None to let the operations happen, with a copy of
+            everything that they write to.
 
     Attributes:
-        lives: for each operation the bytes that are held at its end, and what it takes inside.
+        lives: for each operation the bytes in use at its end, and its workspace.
     """
 
     def __init__(self, fake: FakeTensorMode | None):
@@ -56,7 +56,7 @@ class Watch(PeakMemory):
         return result
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
-        # A tensor that is there must not get through: an operation on it alone would happen.
+        # No real tensor may get through: an operation on it alone would happen.
         if isinstance(tensor, FakeTensor) or self.fake is None:
             return tensor
         stand_in = self.fake.from_tensor(tensor)
@@ -73,20 +73,20 @@ class Watch(PeakMemory):
             self.written[tensor] = tensor.detach().clone()
 
     def undo(self) -> None:
-        """Gives back what was written to."""
+        """Restores what was written to."""
         for tensor, copy in reversed(self.written.items()):
             if copy is not None:
                 tensor.detach().copy_(copy)
 
 
 def _is_written(func: Any, argument: Any) -> bool:
-    # Batch normalization's schema does not say that it writes to its running statistics.
+    # Batch normalization's schema does not declare that it writes to its running statistics.
     named = argument.name in ("running_mean", "running_var") and "backward" not in func.__name__
     return named or (argument.alias_info is not None and argument.alias_info.is_write)
 
 
-def rehearse(
-    watch: Watch,
+def dry_run(
+    tracer: MemoryTracer,
     loss_fn: Callable[[Any], Any],
     cut: Any,
     parameters_of: Callable[[Tensor], list[Tensor]],
@@ -96,19 +96,19 @@ def rehearse(
     """The bytes that one micro-batch takes inside a window, beside what was there before: at each operation.
 
     Args:
-        watch: is entered, and then knows what was written to.
-        loss_fn: as the door takes it.
+        tracer: is entered, and afterwards has what was written to.
+        loss_fn: as the split API takes it.
         cut: makes the micro-batch.
         parameters_of: the leaves that a loss's backward gives a gradient to.
-        several: whether the window has more than one micro-batch, so that gradients lie there from the one before.
+        several: whether the window has more than one micro-batch, so that gradients of the one before are in memory.
         dtype: the narrowest to accumulate in.
     """
-    with torch.enable_grad(), watch:
+    with torch.enable_grad(), tracer:
         result = loss_fn(cut())
         loss = result[0] if isinstance(result, tuple) else result
-        watch.device = loss.device
+        tracer.device = loss.device
         parameters = parameters_of(loss)
-        watch.parameters = sum(p.nbytes for p in parameters)
+        tracer.parameters = sum(p.nbytes for p in parameters)
         wide = {p: p.numel() * (p.dtype if dtype is None else torch.promote_types(p.dtype, dtype)).itemsize
                 for p in parameters}  # fmt: skip
         in_place = all(size == p.nbytes for p, size in wide.items())
@@ -116,10 +116,10 @@ def rehearse(
         added = 0
 
         def add(grad: Tensor) -> None:
-            # It is added to the one that stands there, and free again.
+            # It is added to the one in `.grad`, and freed.
             nonlocal added
             size = grad.numel() * grad.element_size()
-            watch.live -= size
+            tracer.live -= size
             added += size
 
         handles = [p.register_hook(add) for p in parameters] if several and in_place else []
@@ -128,11 +128,11 @@ def rehearse(
         finally:
             for handle in handles:
                 handle.remove()
-    # Wide sums are made one by one from the narrow gradients, which are all there by then.
+    # Wide sums are made one by one from the narrow gradients, all of which exist by then.
     ends = 0 if in_place else max(wide.values(), default=0) if several else sum(wide.values())
-    needs = [standing + held for held in (*watch.lives, watch.live + ends)]
+    needs = [standing + bytes_ for bytes_ in (*tracer.lives, tracer.live + ends)]
     del gradients
-    watch.live += added
+    tracer.live += added
     return needs
 
 

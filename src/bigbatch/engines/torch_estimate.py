@@ -1,4 +1,4 @@
-"""What a micro-batch's size needs: rehearsed on fake tensors, or on few examples where a loss takes none."""
+"""What a micro-batch of a size needs: from dry runs on fake tensors, or on few examples where a loss takes none."""
 
 import gc
 import os
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigbatch import host
-from bigbatch.engines.torch_dry_run import FakeTensorMode, Watch, rehearse
+from bigbatch.engines.torch_dry_run import FakeTensorMode, MemoryTracer, dry_run
 from bigbatch.plan import NEVER
 
 
@@ -23,38 +23,38 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def device_memory(device: torch.device) -> host.Memory:
-    """What is held and free there."""
+    """What is in use and free there."""
     if device.type == "cpu":
         return host.memory()
     if device.type == "mps":
-        held = torch.mps.driver_allocated_memory()
-        return host.Memory(held, torch.mps.recommended_max_memory() - held, "the device")
+        in_use = torch.mps.driver_allocated_memory()
+        return host.Memory(in_use, torch.mps.recommended_max_memory() - in_use, "the device")
     module = torch.get_device_module(device)
     free, _ = module.mem_get_info(device)
-    held = module.memory_allocated(device)
-    # What PyTorch's allocator keeps for itself is as good as free.
-    return host.Memory(held, free + module.memory_reserved(device) - held, str(device))
+    in_use = module.memory_allocated(device)
+    # What PyTorch's allocator has reserved and not allocated is as good as free.
+    return host.Memory(in_use, free + module.memory_reserved(device) - in_use, str(device))
 
 
 def reserve(device: torch.device) -> float:
     """The part of the free memory that is left alone.
 
-    glibc's heap keeps holes between tensors of less than 32 MiB: two thirds more than the tensors themselves were
-    measured (benchmarks/memory.md), and more is possible. There are none with another allocator, or with a threshold of
-    one's own for tensors that get pages of their own.
+    glibc's heap has holes between tensors of less than 32 MiB: it took two thirds more than the tensors themselves
+    (benchmarks/memory.md), and may take more than that. There are no holes with another allocator, or where a lower
+    threshold gives tensors pages of their own.
     """
     tuned = "MALLOC_MMAP_THRESHOLD_" in os.environ or "LD_PRELOAD" in os.environ
     return 0.1 if device.type != "cpu" or tuned else 0.45
 
 
 def release(device: torch.device) -> None:
-    """Lets go of what a failed window left: cycles that hold tensors, and what the allocator keeps for itself."""
+    """Frees what a failed window left: cycles that hold tensors, and what the allocator has reserved."""
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
 
-class Random:
+class RandomState:
     """The random states that operations draw from: the CPU's, and the device's."""
 
     def __init__(self, device: torch.device):
@@ -62,8 +62,8 @@ class Random:
         self.cpu = torch.get_rng_state()
         self.own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
-    def give_back(self) -> None:
-        """As they were."""
+    def restore(self) -> None:
+        """Sets them to what they were."""
         torch.set_rng_state(self.cpu)
         if self.own is not None:
             torch.get_device_module(self.device).set_rng_state(self.own, self.device)
@@ -73,38 +73,38 @@ class State:
     """What a window changes beside gradients: random states, and the buffers that are written to."""
 
     def __init__(self, device: torch.device, written: list[weakref.ref[Tensor]]):
-        self.random = Random(device)
+        self.random = RandomState(device)
         self.buffers = [(t, t.detach().clone()) for ref in written if (t := ref()) is not None]
 
-    def give_back(self) -> None:
-        """As it was."""
-        self.random.give_back()
+    def restore(self) -> None:
+        """Sets it to what it was."""
+        self.random.restore()
         for tensor, before in self.buffers:
             tensor.detach().copy_(before)
 
 
-class KeptError(ValueError):
-    """For a loss_fn that holds on to what it computed."""
+class LeakError(ValueError):
+    """For a loss_fn that keeps what it computed."""
 
 
-def _is_let_go(watch: Watch) -> bool:
-    """Whether nothing of a rehearsal is left.
+def _is_freed(tracer: MemoryTracer) -> bool:
+    """Whether all tensors of a dry run are freed.
 
-    Autograd's thread for a device holds the gradients for a moment after it has given them, so that is waited for.
+    Autograd's thread for a device holds the gradients for a moment after it has returned them, so this waits for it.
     """
     for _ in range(20):
-        if not watch.live:
+        if not tracer.live:
             return True
         gc.collect()
-        time.sleep(0.05 if watch.live else 0)
-    return not watch.live
+        time.sleep(0.05 if tracer.live else 0)
+    return not tracer.live
 
 
-class Rehearsals:
-    """Predictions for one loss function and batch, and what was learned on the way.
+class DryRuns:
+    """Predictions for one loss function and batch.
 
     Args:
-        loss_fn: returns a micro-batch's mean loss, or a tuple of it and what else is there during the backward.
+        loss_fn: returns a micro-batch's mean loss, or a tuple of it and what else is in memory during the backward.
         cut: makes a micro-batch of so many examples.
         parameters_of: the leaves that a loss's backward gives a gradient to.
         length: of the batch.
@@ -131,11 +131,11 @@ class Rehearsals:
         self._few: list[tuple[int, list[int]]] | None = None
 
     def needs(self, size: int) -> int:
-        """Bytes that a window of micro-batches of `size` examples takes beside what is held."""
+        """Bytes that a window of micro-batches of `size` examples takes beside what is in use."""
         if self.reason is None:
             try:
-                return max(self._rehearse(size, fake=True))
-            except KeptError:
+                return max(self._dry_run(size, fake=True))
+            except LeakError:
                 raise
             except Exception as error:
                 if self.known:  # then it is the size: BatchNorm refuses a single example
@@ -143,11 +143,11 @@ class Rehearsals:
                 # Whatever has no fake: a value, a shape that depends on one, a foreign library.
                 self.reason = type(error).__name__
         if self._few is None:
-            self._few = [(n, self._rehearse(n, fake=False)) for n in (min(self.length, n) for n in (4, 8))]
+            self._few = [(n, self._dry_run(n, fake=False)) for n in (min(self.length, n) for n in (4, 8))]
         (few, at_few), (more, at_more) = self._few
-        if len(at_few) != len(at_more):  # it went another way
+        if len(at_few) != len(at_more):  # the two ran different operations
             at_few, at_more = [max(at_few)], [max(at_more)]
-        # A line for each operation: where most is held with few examples need not be where it is with many.
+        # A line for each operation: the one with the most in use at few examples need not be the one at many.
         slopes = [(b - a) / (more - few) if more > few else a / few for a, b in zip(at_few, at_more, strict=True)]
         return round(max(b + slope * (size - more) for b, slope in zip(at_more, slopes, strict=True)))
 
@@ -166,26 +166,26 @@ class Rehearsals:
         )
         return (inside,)
 
-    def _rehearse(self, size: int, *, fake: bool) -> list[int]:
+    def _dry_run(self, size: int, *, fake: bool) -> list[int]:
         mode = FakeTensorMode() if fake else None
-        watch, state = Watch(mode), None if fake else Random(self.device)
-        # A compiled model is rehearsed as it was written: the compiler may need less, and would be asked for each size.
+        tracer, state = MemoryTracer(mode), None if fake else RandomState(self.device)
+        # A compiled model runs as it was written: the compiler may need less, and would compile for each size.
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         try:
             with eager, mode or nullcontext():
-                needs = rehearse(
-                    watch, self.loss_fn, lambda: self.cut(size), self.parameters_of, size < self.length, self.dtype
+                needs = dry_run(
+                    tracer, self.loss_fn, lambda: self.cut(size), self.parameters_of, size < self.length, self.dtype
                 )
         finally:
             if state is not None:
-                watch.undo()
-                state.give_back()
-        self.device, self.parameters = watch.device or self.device, watch.parameters
-        self.written = [weakref.ref(tensor) for tensor in watch.written]
-        if fake and not _is_let_go(watch):
-            raise KeptError(
+                tracer.undo()
+                state.restore()
+        self.device, self.parameters = tracer.device or self.device, tracer.parameters
+        self.written = [weakref.ref(tensor) for tensor in tracer.written]
+        if fake and not _is_freed(tracer):
+            raise LeakError(
                 f"{self.name} keeps a tensor beyond its call, and the one it has kept now has a shape and no "
-                f"contents, for memory is planned on such. Received: {watch.live} bytes kept. Run it once before "
+                f"contents, for memory is planned on such. Received: {tracer.live} bytes kept. Run it once before "
                 "(if it makes a cache), keep the tensor out of it, or pass micro_batch as a number."
             )
         return needs
@@ -202,5 +202,5 @@ class Rehearsals:
             if self.device.type != "cpu":
                 torch.get_device_module(self.device).synchronize(self.device)
             least = min(least, time.perf_counter() - started)
-        before.give_back()
+        before.restore()
         return least

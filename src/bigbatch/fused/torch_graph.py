@@ -1,28 +1,25 @@
 """What autograd's graph of a loss says: its leaves, and which weights' gradients are single products.
 
 A weight that inputs are multiplied by has the gradient leftᵀ·right, of the inputs and of the outputs' gradients; a
-table that rows are looked up in has a gradient in those rows only. Autograd makes each in a tensor of the weight's own
-size and then adds that to `.grad`: one allocation and one pass over the weights a micro-batch too many. The graph names
-the node that would do so. So the backward is run without those weights, and the factors are handed on as the engine
-comes by each node, to be added where the sum lies.
+table that rows are looked up in has a gradient in those rows only. The graph names the node that would make each.
+Nothing of the forward is touched, neither modules nor weights: all is read after the loss is there. It costs some
+microseconds a node, and pays for large weights only (`torch_limits`, measured in benchmarks/torch_window.md).
 
-Nothing of the forward is touched, neither modules nor weights: all is read after the loss is there.
+What it reads is not all public; tests/torch/test_private.py fails when a name moves.
 """
 
 import logging
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
-from bigbatch.engines.torch_hooks import register
-from bigbatch.fused.torch_proof import Proof, Sums, Trial, Use, log
+from bigbatch.fused import torch_limits
+from bigbatch.fused.torch_proof import Proof, Use, log
 
 
 class Graph(NamedTuple):
@@ -32,7 +29,7 @@ class Graph(NamedTuple):
     uses: list[Use]  # of all other weights
     functions: set[str]  # the names of `torch.autograd.Function`s in it
     tried: list[Use]  # of leaves whose products are to be compared with their gradients
-    proof: Proof | None  # which is to learn of it
+    proof: Proof  # which is to learn of it
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -54,53 +51,30 @@ class Graph(NamedTuple):
 _FACTORS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self"), "EmbeddingBackward0": (0, "indices")}
 
 
-def is_alone() -> bool:
-    """Whether this process is no rank of several, whose wrappers wait for every gradient that autograd makes."""
-    return not (dist.is_available() and dist.is_initialized())
-
-
 def is_compiled() -> bool:
     """Whether compiled autograd runs the backward, which takes a graph as a whole."""
-    # No public name says so; a test fails when it moves.
+    # No public name says so: tests/torch/test_private.py.
     module: Any = sys.modules.get("torch._dynamo.compiled_autograd")
     return module is not None and bool(getattr(module, "compiled_autograd_enabled", False))
 
 
-def is_worth(weight: Tensor, rows: int | None = None) -> bool:
-    """Whether a gradient is worth taking from autograd: of so many rows, or of however many they will be.
-
-    On a CPU it is where the pass that is spared takes longer than reading the graph for it. A GPU waits for its host
-    unless it has much to do, and handing over a product takes the host longer (docs/pytorch.md).
-    """
-    if weight.device.type == "cpu":
-        return weight.numel() >= 1 << 17
-    if rows is None:
-        return weight.numel() >= 1 << 22
-    return weight.numel() * max(rows, 128) >= 1 << 33
-
-
-def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of a parameter's gradient, which is not always its own from PyTorch 2.10 on."""
-    return getattr(parameter, "grad_dtype", None) or parameter.dtype
-
-
-def may_take(parameters: Iterable[Tensor]) -> list[Tensor]:
+def eligible(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Those whose gradients are taken from autograd, if a loss's graph has them as products only."""
-    return [p for p in parameters if _reason(p) is None]
+    return [p for p in parameters if _why_not(p) is None]
 
 
-def read(loss: Tensor, proof: Proof | None = None, explain: bool = False) -> Graph:
+def read(loss: Tensor, proof: Proof, explain: bool = False) -> Graph:
     """Goes through the graph once.
 
     Args:
         loss: has a graph.
-        proof: which weights may be taken from autograd; None where all are left to it. Those with hooks, of a subclass
-            or with another use always are, and with a `torch.autograd.Function` in the graph all are: a reentrant
-            checkpoint's backward, for one, may not be run for some of the leaves only.
-        explain: whether the logger `bigbatch.torch.products` says at DEBUG what is left to autograd, and why.
+        proof: which weights may be taken from autograd. Those with hooks, of a subclass or with another use are left to
+            it, and with a `torch.autograd.Function` in the graph all are: a reentrant checkpoint's backward, for one,
+            may not be run for some of the leaves only.
+        explain: whether the logger `bigbatch.torch.products` reports at DEBUG what is left to autograd, and why.
     """
     root: Any = get_gradient_edge(loss).node
-    since = None if proof is None or is_compiled() else proof.begin(root)
+    since = None if is_compiled() else proof.begin(root)
     leaves: list[Tensor] = []
     uses: list[Use] = []
     functions: set[str] = set()
@@ -123,76 +97,30 @@ def read(loss: Tensor, proof: Proof | None = None, explain: bool = False) -> Gra
                 seen.add(ahead)
                 nodes.append(ahead)
     tried: list[Use] = []
-    if uses and proof is not None:
-        # A leaf that autograd comes to on any way gets all of its gradient from it.
-        elsewhere = set(leaves)
-        found = [] if functions else [use for use in uses if use.weight not in elsewhere]
-        found, tried = proof.sort(found)
-        elsewhere.update(use.weight for use in found)
-        leaves += dict.fromkeys(use.weight for use in uses if use.weight not in elsewhere)
-        uses = found
-    if proof is not None and explain and log.isEnabledFor(logging.DEBUG):
+    if uses:
+        # A leaf that autograd reaches on any other route gets all of its gradient from it.
+        reached = set(leaves)
+        proven, tried = proof.sort([] if functions else [use for use in uses if use.weight not in reached])
+        reached.update(use.weight for use in proven)
+        leaves += dict.fromkeys(use.weight for use in uses if use.weight not in reached)
+        uses = proven
+    if explain and log.isEnabledFor(logging.DEBUG):
         _explain(leaves, functions, {use.weight for use in tried}, since is None)
     return Graph(leaves, uses, functions, tried, proof)
 
 
-def differentiate(loss: Tensor, gradient: Tensor | None, graph: Graph, sums: Sums) -> None:
-    """`loss.backward(gradient)`, with the gradients of the weights in `graph.uses` added to `sums`.
-
-    The host waits for the device where `graph.tried` is not empty: once for each weight and way to reach it.
-    """
-    if not graph.has_products:
-        loss.backward(gradient=gradient)
-        return
-    # A node whose factors are taken has to be run even where nothing before it needs a gradient.
-    edges: Any = [GradientEdge(use.node, 0) for use in graph.uses]
-    handles = [register(use.node.register_prehook, _taking(use, sums)) for use in graph.uses]
-    try:
-        # Everything, where nothing is taken: hooks on nodes that lead to no leaf are called too.
-        inputs = [*graph.leaves, *edges] if edges else None
-        with Trial(graph.tried, sums, graph.proof) if graph.tried and graph.proof else nullcontext():
-            torch.autograd.backward(loss, gradient, inputs=inputs)
-    finally:
-        # A hook refers to its node, which holds it.
-        for handle in handles:
-            handle.remove()
-
-
-def _taking(use: Use, sums: Sums) -> Any:
-    def take(grads: tuple[Tensor | None, ...]) -> None:
-        if (grad := grads[0]) is not None:
-            use.add(use.parts(grad), sums)
-
-    return take
-
-
 def _use(node: Any, kind: str, following: Any, since: int) -> Use | None:
+    """The node's use of a weight whose gradient may be fused, or None."""
     place, factor = _FACTORS[kind]
-    ahead = following[place][0]
-    transposed, between, passages = False, [], []
-    while ahead is not None and (passed := type(ahead).__name__) != "AccumulateGrad":
-        # What may stand between a weight and its product: it is transposed, and cast by autocast.
-        if passed == "TBackward0":
-            transposed = not transposed
-        elif passed == "PermuteBackward0":
-            transposed ^= ahead._saved_dims[0] % 2 == 1
-        elif passed == "TransposeBackward0":
-            transposed ^= (ahead._saved_dim0 - ahead._saved_dim1) % 2 == 1
-        elif passed != "ToCopyBackward0":
-            return None
-        if ahead._sequence_nr() <= since:  # kept from an earlier forward, and nobody knows with which hooks
-            return None
-        between.append(ahead)
-        passages.append(passed)
-        ahead = ahead.next_functions[0][0]
-    if ahead is None or _reason(weight := ahead.variable) is not None:
+    route = _route(following[place][0], since)
+    if route is None or _why_not(weight := route.accumulation.variable) is not None:
         return None
     if kind == "EmbeddingBackward0":
-        special = transposed or node._saved_scale_grad_by_freq or node._saved_sparse
+        special = route.transposed or node._saved_scale_grad_by_freq or node._saved_sparse
     else:
         special = kind == "AddmmBackward0" and node._saved_alpha != 1
-    # With hooks around what was saved, asking for it may be dear, and under checkpointing is allowed only once.
-    # PyTorch documents `_saved_…` and `_raw_saved_…`; that the latter tells its hook is held by a test.
+    # With hooks around what was saved, reading it may be costly, and under checkpointing is allowed only once. PyTorch
+    # documents `_saved_…` and `_raw_saved_…`, but not that the latter has its hook: tests/torch/test_private.py.
     if special or getattr(getattr(node, f"_raw_saved_{factor}"), "unpack_hook", True) is not None:
         return None
     saved = getattr(node, f"_saved_{factor}")
@@ -201,15 +129,43 @@ def _use(node: Any, kind: str, following: Any, since: int) -> Use | None:
     # A weight that is cast to complex has the real part of its product; one that is moved, a product elsewhere.
     if saved.is_complex() or saved.device != weight.device:
         return None
-    rows = saved.numel() if factor == "indices" else len(saved)
-    route = (kind, transposed, *passages)
-    return Use(node, weight, place, transposed, between, ahead, route) if is_worth(weight, rows) else None
+    if not torch_limits.worth_fusing(weight, saved.numel() if factor == "indices" else len(saved)):
+        return None
+    kinds = (kind, route.transposed, *(type(node).__name__ for node in route.between))
+    return Use(node, weight, place, route.transposed, route.between, route.accumulation, kinds)
 
 
-def _reason(weight: Tensor) -> str | None:
-    """Why this weight's gradient is left to autograd, whatever its use; None where it need not be."""
-    if not is_worth(weight):
-        return "it is so small that adding its gradient takes less than asking for it"
+class _Route(NamedTuple):
+    """How a node reaches a weight: by these nodes, to the one that adds to `.grad`."""
+
+    transposed: bool
+    between: list[Any]
+    accumulation: Any
+
+
+def _route(ahead: Any, since: int) -> _Route | None:
+    """What may stand between a weight and its product: it is transposed, and cast by autocast. None for all else."""
+    transposed, between = False, []
+    while ahead is not None and (passed := type(ahead).__name__) != "AccumulateGrad":
+        if passed == "TBackward0":
+            transposed = not transposed
+        elif passed == "PermuteBackward0":
+            transposed ^= ahead._saved_dims[0] % 2 == 1
+        elif passed == "TransposeBackward0":
+            transposed ^= (ahead._saved_dim0 - ahead._saved_dim1) % 2 == 1
+        elif passed != "ToCopyBackward0":
+            return None
+        if ahead._sequence_nr() <= since:  # kept from an earlier forward: it may have any hook
+            return None
+        between.append(ahead)
+        ahead = ahead.next_functions[0][0]
+    return None if ahead is None else _Route(transposed, between, ahead)
+
+
+def _why_not(weight: Tensor) -> str | None:
+    """Why this weight's gradient is left to autograd, whatever its use; None where it may be fused."""
+    if not torch_limits.worth_fusing(weight):
+        return "it is so small that adding its gradient takes less time than fusing it"
     if type(weight) not in (Tensor, torch.nn.Parameter):
         return "tensor subclasses have their own products"
     if weight.ndim != 2 or not weight.is_floating_point():
@@ -218,25 +174,25 @@ def _reason(weight: Tensor) -> str | None:
         return "its gradient is to have another dtype"
     if weight.layout != torch.strided or not weight.is_contiguous():
         return "its layout is not that of a matrix, row by row"
-    # No public name says these two; tests fail when they move.
+    # No public name has these two: tests/torch/test_private.py.
     if weight._backward_hooks or weight._post_accumulate_grad_hooks:  # pyright: ignore[reportAttributeAccessIssue]
         return "it has hooks, which must see each gradient"
     return None
 
 
 def _explain(leaves: list[Tensor], functions: set[str], tried: set[Tensor], hooked: bool) -> None:
-    """Says once of each reason and shape why autograd is to make the gradient."""
+    """Logs why autograd makes a gradient, once for each reason and shape."""
     explained: set[tuple[str, torch.Size]] = set()
     for leaf in leaves:
-        reason = _reason(leaf)
+        reason = _why_not(leaf)
         if reason is None and leaf in tried:
             continue
         if reason is None and hooked:
             reason = "hooks are registered before each backward, or compiled autograd runs it"
         elif reason is None:
-            several = ", ".join(sorted(functions))
+            names = ", ".join(sorted(functions))
             few = "" if leaf.device.type == "cpu" else ", or by few rows"
-            reason = f"the graph has {several}" if functions else f"it is not only multiplied by, or looked up in{few}"
+            reason = f"the graph has {names}" if functions else f"it is not only multiplied by, or looked up in{few}"
         if (reason, leaf.shape) not in explained:
             explained.add((reason, leaf.shape))
             log.debug("The gradient of a weight of shape %s is left to autograd: %s.", tuple(leaf.shape), reason)

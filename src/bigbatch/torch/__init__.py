@@ -12,6 +12,6 @@ try:
     from bigbatch.torch.plan import plan as plan
     from bigbatch.torch.split import backward as backward
     from bigbatch.torch.stream import Accumulator as Accumulator
-    from bigbatch.torch.stream import Update as Update
+    from bigbatch.torch.update import Update as Update
 except ModuleNotFoundError as error:
     raise _errors.not_installed("torch", "torch", error) from error

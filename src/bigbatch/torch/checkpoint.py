@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from bigbatch import errors
-from bigbatch.fused.torch_graph import gradient_dtype
+from bigbatch.engines.torch_dtypes import gradient_dtype, widened
+from bigbatch.engines.torch_fsdp import local, spread_like
 from bigbatch.noise import NoiseScale
 from bigbatch.torch.distributed import Ranks
-from bigbatch.torch.fsdp import local, spread_like
-from bigbatch.torch.window import Window, widened
+from bigbatch.torch.window import Window
 
 
-def held(window: Window, parameters: list[Tensor], ranks: Ranks | None) -> dict[str, Any]:
+def window_state(window: Window, parameters: list[Tensor], ranks: Ranks | None) -> dict[str, Any]:
     """What a window holds, of several ranks this rank's part, by each parameter's place.
 
-    The gradients are no copies; products that are not multiplied out yet come as their factors.
+    The gradients are no copies. Deferred products come as their factors, under the key "waiting".
     """
     if ranks is not None and ranks.shards is not None:
         ranks.shards.check()
-    waiting = window.products.waiting()
+    deferred = window.factors()
     gradients = {i: window.sums.get(p, p.grad) for i, p in enumerate(parameters)}
     gradients = {i: local(grad) for i, grad in gradients.items() if grad is not None}
-    factors = {i: waiting[p] for i, p in enumerate(parameters) if p in waiting}
+    factors = {i: deferred[p] for i, p in enumerate(parameters) if p in deferred}
     return {
         "ranks": ranks.size if ranks else 1,
         "rank": ranks.meetings.rank if ranks else 0,
@@ -36,15 +36,15 @@ def held(window: Window, parameters: list[Tensor], ranks: Ranks | None) -> dict[
         "items": window.items,
         "unit": window.unit,
         "loss": window.loss,
-        "shards": ranks.shards.held() if ranks and ranks.shards else {},
-        "places": [sorted(gradients), sorted(factors)],  # so that one that is lost is missed
+        "shards": ranks.shards.unreduced() if ranks and ranks.shards else {},
+        "places": [sorted(gradients), sorted(factors)],  # so that a lost one is found missing
         "gradients": gradients,
         "waiting": factors,
     }
 
 
-def restore(window: Window, saved: Mapping[str, Any], parameters: list[Tensor], ranks: Ranks | None) -> None:
-    """Makes of a window that was just opened the one that `held` saw, with tensors of its own."""
+def restore_window(window: Window, saved: Mapping[str, Any], parameters: list[Tensor], ranks: Ranks | None) -> None:
+    """Fills a window that was just opened from what `window_state` returned, with copies of the tensors."""
     window.micro_batches, window.items, window.unit = saved["micro_batches"], saved["items"], saved["unit"]
     window.repeats, window.loss = saved["repeats"], saved["loss"].to(parameters[0].device, copy=True)
     for i, grad in saved["gradients"].items():
@@ -54,7 +54,7 @@ def restore(window: Window, saved: Mapping[str, Any], parameters: list[Tensor], 
         else:
             window.sums[p] = spread_like(p, grad, grad.dtype)
     for i, (left, right) in saved["waiting"].items():
-        window.products.wait_again(parameters[i], left, right)
+        window.restore_factors(parameters[i], left, right)
     if ranks is not None and ranks.shards is not None:
         ranks.shards.restore(saved["shards"])
 
@@ -169,8 +169,8 @@ def _wrong(where: str, value: Any, kind: str) -> ValueError:
 
 def _keys(where: str, value: Any, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     if not isinstance(value, Mapping) or set(keys) - set(value) or set(value) - {*keys, *optional}:
-        found = f"one with {sorted(map(str, value))}" if isinstance(value, Mapping) else value
-        raise _wrong(where, found, f"a mapping with {', '.join(keys) or 'no entries'}")
+        received = f"one with {sorted(map(str, value))}" if isinstance(value, Mapping) else value
+        raise _wrong(where, received, f"a mapping with {', '.join(keys) or 'no entries'}")
 
 
 def _whole(where: str, value: Any, least: int = 0) -> int:
@@ -208,6 +208,6 @@ def _tensor(where: str, value: Any, shape: Any, dtypes: tuple[torch.dtype, ...],
 def _by_place(where: str, value: Any, of: Sequence[Any]) -> list[tuple[int, Any]]:
     """A mapping's items, whose keys are places in a list."""
     if not isinstance(value, Mapping) or any(type(i) is not int or not 0 <= i < len(of) for i in value):
-        found = f"one with {list(value)[:5]}" if isinstance(value, Mapping) else value
-        raise _wrong(where, found, f"a mapping from places below {len(of)}")
+        received = f"one with {list(value)[:5]}" if isinstance(value, Mapping) else value
+        raise _wrong(where, received, f"a mapping from places below {len(of)}")
     return list(value.items())

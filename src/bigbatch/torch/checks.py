@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bigbatch import errors
-from bigbatch.torch.several import Optimizers, Schedulers
-from bigbatch.torch.window import exact
+from bigbatch.engines.torch_dtypes import exact
+from bigbatch.torch.optimizers import Optimizers, Schedulers
 
 
 def check_loss(loss: Any) -> Tensor:
@@ -63,15 +63,15 @@ def check_optimizer(optimizer: Any) -> Any:
     """Accepts an optimizer that steps without a closure, or a list of such, without a parameter in common."""
     if not isinstance(optimizer, list | tuple):
         return _check_one(optimizer)
-    several = Optimizers(_check_one(one) for one in optimizer)
-    parameters = [p for group in several.param_groups for p in group["params"]]
+    optimizers = Optimizers(_check_one(one) for one in optimizer)
+    parameters = [p for group in optimizers.param_groups for p in group["params"]]
     if not parameters or len({id(p) for p in parameters}) != len(parameters):
         raise ValueError(
-            f"Optimizers of one update share no parameter. Received: {len(several.optimizers)} optimizers "
-            f"({several}) of {len(parameters)} parameters, {len({id(p) for p in parameters})} of them different. "
+            f"Optimizers of one update share no parameter. Received: {len(optimizers.optimizers)} optimizers "
+            f"({optimizers}) of {len(parameters)} parameters, {len({id(p) for p in parameters})} of them different. "
             "Give each its own part of the model's parameters."
         )
-    return several
+    return optimizers
 
 
 def _check_one(optimizer: Any) -> Optimizer:

@@ -1,8 +1,8 @@
-"""What ranks do together: the meetings in which they exchange a few numbers, and what is said where one fails.
+"""What ranks do together: the meetings in which they exchange a few numbers, and what is reported where one fails.
 
 Every meeting is one all-gather of lines of one length, whatever it is about. So ranks that are at different calls meet
 all the same, and learn where the others are; messages of different lengths would abort the process under gloo. A rank
-whose own check has failed comes to the meeting too, and says so.
+whose own check has failed comes to the meeting too, and reports that.
 """
 
 import atexit
@@ -13,14 +13,13 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch import errors
-from bigbatch.torch.window import Sums
 
 MAKING, BACKWARD, FLUSH, JOIN, LOAD, SPLIT = CALLS = (
     "Accumulator(...)",
@@ -30,22 +29,7 @@ MAKING, BACKWARD, FLUSH, JOIN, LOAD, SPLIT = CALLS = (
     "Accumulator.load_state_dict",
     "bigbatch.torch.backward",
 )
-_NUMBERS = 6  # that a line has room for, after the call, the failure and the digest
-
-
-class Met(NamedTuple):
-    """What the ranks told each other about a window.
-
-    Attributes:
-        sums: the items, the mean loss and the micro-batches of all ranks; the factor is this rank's own, unit / Σ n.
-        ended: whether every rank is at the end of its data.
-        dense, sparse: for each parameter, on how many ranks it has such a gradient.
-    """
-
-    sums: Sums
-    ended: bool
-    dense: list[float]
-    sparse: list[float]
+_NUMBERS = 6  # in a line, after the call, the failure and the digest
 
 
 class Meetings:
@@ -63,7 +47,8 @@ class Meetings:
     def __init__(self, group: Any, device: torch.device):
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        # Numbers meet on the host where the group can do that; a GPU then need not be waited for while counting items.
+        # Numbers are exchanged on the host where the group can do that: counting items then needs no synchronisation
+        # with a GPU.
         on_host = "cpu:" in dist.get_backend_config(group)
         self.device = torch.device("cpu") if on_host else device
         self.lost: Exception | None = None
@@ -88,9 +73,9 @@ class Meetings:
         lines = self._all_gather(line) if self.size > 1 else [[float(number) for number in line]]
         failed = [rank for rank, line in enumerate(lines) if line[1]]
         if failed:
-            said = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+            messages = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
             if error is None:
-                raise errors.rank_failed(failed[0], said[failed[0]])
+                raise errors.rank_failed(failed[0], messages[failed[0]])
             return [lines[rank][2:] for rank in failed]
         calls = [CALLS[int(line[0])] for line in lines]
         # A rank at the end of its data closes the others' windows with them.
@@ -125,7 +110,7 @@ class Meetings:
 
     @contextmanager
     def reporting(self, call: str) -> Iterator[None]:
-        """Reports an error that is raised inside to the other ranks, which would otherwise wait for ever."""
+        """Reports an error that is raised inside to the other ranks, which would otherwise wait without end."""
         try:
             yield
         except Exception as error:
@@ -139,7 +124,7 @@ class Meetings:
         return False
 
     def all_reduce(self, numbers: list[Any]) -> list[float]:
-        """Each number, of all ranks together: right after a meeting, in which they have seen that they are in step."""
+        """Each number, of all ranks together: right after a meeting, which has shown that they are in step."""
         sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         if self.size > 1:
             self.collective(dist.all_reduce, sums, group=self.group)
@@ -165,15 +150,15 @@ def digest_of(terms: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(terms).encode(), digest_size=6).digest(), "big")
 
 
-# What gloo's threads may still hold. They let go of a tensor a little after the host goes on, and of one that Python
-# has seen they ask for the interpreter: where that has exited, the process is aborted (pytorch/pytorch#179291).
+# Tensors that gloo's threads may still hold. A thread frees its tensor a little after the collective returns, and needs
+# the interpreter for one that Python has seen: where that has exited, the process is aborted (pytorch/pytorch#179291).
 _SENT: "weakref.WeakSet[Tensor]" = weakref.WeakSet()
 
 
 def checked_collective(collective: Any, *arguments: Any, **options: Any) -> Any:
-    """A collective, and what to tell a rank whose partner is gone.
+    """A collective, with an error that explains where a rank is gone.
 
-    Nobody else is to have the tensor itself afterwards: when Python exits, it waits until it is gone.
+    The caller must not keep the tensors themselves: when Python exits, it waits until they are freed.
     """
     _at_exit(_wait_for_gloo)
     tensors = itertools.chain.from_iterable(x if isinstance(x, list) else [x] for x in arguments)
@@ -189,7 +174,7 @@ _at_exit = functools.cache(atexit.register)  # once
 
 
 def _wait_for_gloo(seconds: float = 1.0) -> None:
-    time.sleep(0.1)  # what others sent, such as fully_shard, is not known: who waits for the interpreter gets it now
+    time.sleep(0.1)  # for threads with tensors of other senders, such as fully_shard, which are not in _SENT
     until = time.monotonic() + seconds
     while len(_SENT) and time.monotonic() < until:
         time.sleep(0.001)

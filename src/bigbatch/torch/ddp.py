@@ -8,19 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bigbatch.fused.torch_graph import gradient_dtype
-from bigbatch.torch.collectives import Meetings, Met
-from bigbatch.torch.window import Window, widened
+from bigbatch.engines.torch_dtypes import gradient_dtype, widened
+from bigbatch.torch.collectives import Meetings
+from bigbatch.torch.window import Window, WindowTotals
 
 BUCKET = 25 * 2**20
-"""Bytes in a reduction, as in DistributedDataParallel: large enough for the network, small enough to lie twice."""
+"""Bytes in a reduction, as in DistributedDataParallel: large for the network, small enough to be in memory twice."""
 
 
 class Replicas:
-    """The replicas of this rank, whose own reductions are deferred from `defer` until `release`.
+    """The replicas of this rank. `disable_grad_sync` switches off their own reductions.
 
-    A reduction of theirs would come with a backward that they learn of in its forward, and divide by the number of
-    ranks; a window may close at any time, and its mean is over items.
+    Those are decided in a forward, happen in its backward, and divide by the number of ranks. A window may close at any
+    time, and its mean is over items.
     """
 
     def __init__(self, models: list[DistributedDataParallel]):
@@ -40,16 +40,15 @@ class Replicas:
         self.parameters: list[Tensor] = [p for model in models for p in model.parameters()]
         self.meetings = Meetings(models[0].process_group, self.parameters[0].device)
 
-    def defer(self, lasting: bool = False) -> Callable[[], None]:
-        """Defers the models' own reductions, and their broadcasts of buffers; the returned function ends that.
+    def disable_grad_sync(self, lasting: bool = False) -> Callable[[], None]:
+        """Switches off the models' own reductions and broadcasts of buffers; the returned function ends that.
 
-        It restores the flags that it found, or where that is `lasting` sets them: `no_sync()` may be around the start.
-
-        Before every forward, since `no_sync()`, Accelerate and Lightning set the same flags at any time. What a forward
-        finds there decides.
+        It restores the flags as they were before, or where it is `lasting` sets them: `no_sync()` may be around the
+        start. It sets them before every forward, since `no_sync()`, Accelerate and Lightning set the same flags at any
+        time, and what a forward finds there decides.
         """
         flags = [(m, m.require_backward_grad_sync, m.require_forward_param_sync) for m in self.models]
-        hooks = [model.register_forward_pre_hook(_defer) for model in self.models]
+        hooks = [model.register_forward_pre_hook(_disable) for model in self.models]
 
         def release() -> None:
             for hook in hooks:
@@ -59,38 +58,38 @@ class Replicas:
                 model.require_forward_param_sync = forward or lasting
 
         for model in self.models:
-            _defer(model)
+            _disable(model)
         return release
 
     def before(self) -> None:
-        """Before a backward: it reduces nothing, even if the forward was one that defers nothing."""
+        """Before a backward, which is to reduce nothing, even if its forward found the flags set."""
         for model in self.models:
-            if model._join_config.enable:  # private, as what comes below: no public name says that join() is open
+            if model._join_config.enable:  # no public name tells that join() is open: tests/ranks/test_flags.py
                 raise RuntimeError(
                     "DistributedDataParallel.join() sends messages of its own between a window's. "
                     "Leave it out: flush() waits for the ranks that have more data."
                 )
-            # Nor makes one a reducer forget what a forward has told it. tests/ranks/test_flags.py fails if they move.
+            # No public name resets what a forward has prepared in the reducer: tests/ranks/test_flags.py.
             model.reducer._reset_state()
 
     def values(self) -> dict[str, str]:
-        """What tells apart parameters of other values, for each: replicas start from the same."""
+        """A checksum of each parameter: replicas start from the same values."""
         return {f"the values of parameter {i}": str(_bits(p)) for i, p in enumerate(self.parameters)}
 
     @torch.no_grad()
-    def reduce(self, window: Window, parameters: list[Tensor], met: Met) -> float:
+    def reduce(self, window: Window, parameters: list[Tensor], totals: WindowTotals) -> float:
         """Replaces the rank's sums by the mean over all ranks: one reduction a bucket, in float32 at least."""
         dtype = at_least_float32(window.dtype)
-        dense = [p for p, ranks in zip(parameters, met.dense, strict=True) if ranks]
-        sparse = [p for p, ranks in zip(parameters, met.sparse, strict=True) if ranks]
-        buckets = [self._launch(window, bucket, met.sums.factor, dtype) for bucket in _buckets(dense, dtype)]
+        dense = [p for p, ranks in zip(parameters, totals.dense, strict=True) if ranks]
+        sparse = [p for p, ranks in zip(parameters, totals.sparse, strict=True) if ranks]
+        buckets = [self._launch(window, bucket, totals.factor, dtype) for bucket in _buckets(dense, dtype)]
         for p in sparse:
-            rows = _take(window, p)
+            rows = _drain(window, p)
             if rows is None:
                 # As an embedding has them: rows of the table, and here none.
                 none = torch.empty(1, 0, dtype=torch.long, device=p.device), p.new_empty(0, *p.shape[1:])
                 rows = torch.sparse_coo_tensor(*none, p.shape, check_invariants=False)
-            rows = (rows.to(widened(p, dtype)) * met.sums.factor).coalesce()
+            rows = (rows.to(widened(p, dtype)) * totals.factor).coalesce()
             self.meetings.collective(dist.all_reduce, rows, group=self.meetings.group)
             _put(window, p, rows.detach())
         for bucket, means, work in buckets:
@@ -103,11 +102,11 @@ class Replicas:
     def _launch(
         self, window: Window, bucket: list[Tensor], factor: float, dtype: torch.dtype
     ) -> tuple[list[Tensor], list[Tensor], Any]:
-        """Starts a bucket on its way. The gradients move into it, so that one bucket lies twice at a time, not all."""
+        """Starts a bucket's reduction. Its gradients move into it, so that one bucket is in memory twice, not all."""
         flat = bucket[0].new_empty(sum(p.numel() for p in bucket), dtype=widened(bucket[0], dtype))
         parts = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in bucket]), bucket, strict=True)]
         for p, part in zip(bucket, parts, strict=True):
-            grad = _take(window, p)
+            grad = _drain(window, p)
             if grad is None:
                 part.zero_()
             else:
@@ -122,14 +121,14 @@ class Replicas:
         for model in self.models:
             buffers = list(model.module.buffers()) if model.broadcast_buffers else []
             for dtype in dict.fromkeys(b.dtype for b in buffers):
-                several = [b for b in buffers if b.dtype == dtype]
-                flat = torch.cat([b.reshape(-1) for b in several])
+                alike = [b for b in buffers if b.dtype == dtype]
+                flat = torch.cat([b.reshape(-1) for b in alike])
                 self.meetings.collective(dist.broadcast, flat, group=self.meetings.group, group_src=0)
-                for b, part in zip(several, flat.split([b.numel() for b in several]), strict=True):
+                for b, part in zip(alike, flat.split([b.numel() for b in alike]), strict=True):
                     b.copy_(part.view_as(b))
 
 
-def _defer(model: Any, *_: Any) -> None:
+def _disable(model: Any, *_: Any) -> None:
     model.require_backward_grad_sync = model.require_forward_param_sync = False  # as no_sync() does, for a forward
 
 
@@ -147,12 +146,12 @@ def _buckets(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[list[Tens
     for p in parameters:
         kind = widened(p, dtype), p.device
         size = p.numel() * kind[0].itemsize
-        bucket, held = open_.get(kind, ([], 0))
-        if bucket and held + size > BUCKET:
+        bucket, filled = open_.get(kind, ([], 0))
+        if bucket and filled + size > BUCKET:
             yield bucket
-            bucket, held = [], 0
+            bucket, filled = [], 0
         bucket.append(p)
-        open_[kind] = bucket, held + size
+        open_[kind] = bucket, filled + size
     yield from (bucket for bucket, _ in open_.values())
 
 
@@ -161,7 +160,7 @@ def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
     return torch.promote_types(dtype or torch.float32, torch.float32)
 
 
-def _take(window: Window, p: Tensor) -> Tensor | None:
+def _drain(window: Window, p: Tensor) -> Tensor | None:
     grad, p.grad = p.grad, None
     return window.sums.pop(p, grad)
 

@@ -2,11 +2,11 @@
 
     g = Σᵣ Σᵢ nᵣᵢ·gᵣᵢ / Σᵣ Σᵢ nᵣᵢ
 
-Every rank adds up what it sees. When the window closes the ranks meet: once for a few numbers (what each of them holds,
-see `collectives`), then for the gradients, as the model keeps them: see `replicas` for DistributedDataParallel and
-`shards` for fully_shard. After that all ranks hold the same mean, and do the same with it.
+Every rank adds up its own micro-batches. When the window closes the ranks meet: once for a few numbers (what each of
+them holds, see `collectives`), then for the gradients, as the model keeps them: see `ddp` and `fsdp`. After that all
+ranks hold the same mean, and do the same with it.
 
-A rank at the end of its data says so in `flush`, and takes part in the others' windows until all have said so.
+A rank at the end of its data reports that in `flush`, and takes part in the others' windows until all have done so.
 """
 
 import math
@@ -21,10 +21,10 @@ from torch import Tensor
 from bigbatch import errors
 from bigbatch.every import Items
 from bigbatch.noise import UntilNoise
-from bigbatch.torch.collectives import BACKWARD, FLUSH, JOIN, SPLIT, Met, digest_of
+from bigbatch.torch.collectives import BACKWARD, FLUSH, JOIN, SPLIT, digest_of
 from bigbatch.torch.ddp import Replicas, at_least_float32
 from bigbatch.torch.fsdp import Shards, power_of_two
-from bigbatch.torch.window import Sums, Window
+from bigbatch.torch.window import Window, WindowTotals
 
 
 class Ranks:
@@ -46,9 +46,9 @@ class Ranks:
         """The model, where its parameters are spread over the ranks."""
         return self.model if isinstance(self.model, Shards) else None
 
-    def defer_for(self, owner: Any) -> None:
-        """Defers the model's own reductions for as long as `owner` lives."""
-        weakref.finalize(owner, self.model.defer(lasting=True)).atexit = False
+    def disable_grad_sync(self, owner: Any) -> None:
+        """Switches off the model's own reductions for as long as `owner` lives."""
+        weakref.finalize(owner, self.model.disable_grad_sync(lasting=True)).atexit = False
 
     @contextmanager
     def agreeing(self, call: str) -> Iterator[dict[Any, Any]]:
@@ -89,15 +89,6 @@ class Ranks:
         if self.shards is not None:
             self.agree(BACKWARD, {f"every, for update {index}": plan})
 
-    def loaded(self, state: Any) -> dict[str, Any]:
-        """The terms of a state: where another rank's says something else, the two are not of one training."""
-        noise = (state.get("noise") or {}).get("window") is not None
-        terms = {"the update's index of the state": state["index"], "whether the state measures noise": noise}
-        if self.shards is not None:
-            window = state["window"]
-            terms["the micro-batches in the state's window"] = window and window["micro_batches"]
-        return terms
-
     def before(self, window: Window, items: float | Tensor, plan: Any) -> None:
         """Before a micro-batch's backward: sharded gradients have to know now whether it is the window's last."""
         shards = self.model
@@ -129,10 +120,10 @@ class Ranks:
         return total, ended == self.size
 
     def check_window(self, owned: Any) -> None:
-        """That nobody else has moved the open window's gradients since its last micro-batch.
+        """That the open window's gradients are as its last micro-batch left them.
 
         Raises:
-            RuntimeError: somebody has.
+            RuntimeError: they were written to.
         """
         if owned is not None:
             owned.check()
@@ -140,18 +131,16 @@ class Ranks:
             self.shards.check_untouched()
 
     def refuse(self, error: Exception, window: Window, loss: Any, plan: Any) -> bool:
-        """Reports a micro-batch that this rank cannot take; whether the window may stay open.
+        """Reports a micro-batch that this rank refuses. Returns whether the window may stay open.
 
-        It may where the micro-batch was refused on every rank, for what it is.
-
-        Under fully_shard the others are on their way into the backward, and need this rank there. So it goes through it
-        for nothing, and the error is reported when the window closes.
+        It may where every rank has refused its micro-batch. Under fully_shard the others are in their backward, and
+        need this rank there. So it runs a backward of zeros, and the error is reported when the window closes.
         """
         shards = self.shards
         if shards is None:
             return self.meetings.report(BACKWARD, error) and not isinstance(error, RuntimeError)
         if not (isinstance(loss, Tensor) and loss.requires_grad):
-            self.meetings.lost = error  # the others wait in that backward, and cannot be told
+            self.meetings.lost = error  # the others are in that backward, and no meeting reaches them
             return False
         self.before(window, 0.0, plan)
         torch.autograd.backward(loss, torch.zeros_like(loss))
@@ -162,10 +151,10 @@ class Ranks:
             return False
         return True
 
-    def meet(
+    def reduce_totals(
         self, call: str, window: Window, parameters: list[Tensor], terms: dict[Any, Any], ending: bool = False
-    ) -> Met:
-        """What the ranks' windows hold. Here the host waits for the device.
+    ) -> WindowTotals:
+        """What the ranks' windows hold together. Here the host waits for the device.
 
         Raises:
             RuntimeError: a rank is gone, has failed, or is at another call.
@@ -175,10 +164,10 @@ class Ranks:
             with self.meetings.reporting(call):
                 self.shards.check()
         loss, items, unit = window.read()
-        window.products.settle()
-        held = [window.sums.get(p, p.grad) for p in parameters]
-        dense = [grad is not None and not grad.is_sparse for grad in held]
-        sparse = [grad is not None and grad.is_sparse for grad in held]
+        window.flush()
+        gradients = [window.sums.get(p, p.grad) for p in parameters]
+        dense = [grad is not None and not grad.is_sparse for grad in gradients]
+        sparse = [grad is not None and grad.is_sparse for grad in gradients]
         numbers = loss * unit, items, window.micro_batches - window.repeats, ending, digest_of((dense, sparse))
         lines = self.agree(call, terms, numbers)
         loss, items, micro_batches, ended, *_ = (sum(numbers) for numbers in zip(*lines, strict=True))
@@ -187,41 +176,44 @@ class Ranks:
         else:
             counts = self.meetings.all_reduce([*dense, *sparse])
         mean, factor = (loss / items, unit / items) if items else (math.nan, 0.0)
-        sums = Sums(items, mean, factor, int(micro_batches))
-        return Met(sums, ended == self.size, counts[: len(held)], counts[len(held) :])
+        count = len(gradients)
+        return WindowTotals(
+            items, mean, factor, int(micro_batches), ended == self.size, counts[:count], counts[count:]
+        )  # fmt: skip
 
-    def wait(self, window: Window, parameters: list[Tensor], plan: Any, terms: dict[Any, Any]) -> tuple[Met, bool]:
-        """At the end of this rank's data: what the next window holds, and whether it is everybody's last."""
+    def join(
+        self, window: Window, parameters: list[Tensor], plan: Any, terms: dict[Any, Any]
+    ) -> tuple[WindowTotals, bool]:
+        """At the end of this rank's data: what the ranks' next window holds, and whether it is the last of all."""
         full = ended = False
         while isinstance(plan, Items) and not (full or ended):
             items, ended = self.count(window.items, ending=True)
             full = items >= plan.count
-        met = self.meet(FLUSH, window, parameters, terms, ending=True)
-        return met, met.ended and not full
+        totals = self.reduce_totals(FLUSH, window, parameters, terms, ending=True)
+        return totals, totals.ended and not full
 
-    def reduce(self, window: Window, parameters: list[Tensor], met: Met) -> Sums:
+    def reduce(self, window: Window, parameters: list[Tensor], totals: WindowTotals) -> WindowTotals:
         """Replaces the rank's sums by those of all ranks; the factor is what they still need."""
         try:
-            return met.sums._replace(factor=self.model.reduce(window, parameters, met))
+            return totals._replace(factor=self.model.reduce(window, parameters, totals))
         except Exception as error:
             self.meetings.lost = self.meetings.lost or error  # the others are in the middle of it
             raise
 
-    def cuts(self, window: Window, length: int, micro_batch: int) -> list[tuple[int, int]] | None:
-        """Where the split API has to cut this rank's part of the batch; None where that is the rank's own business."""
+    def slices(self, window: Window, length: int, micro_batch: int) -> list[tuple[int, int]] | None:
+        """Where the split API has to cut this rank's part of the batch; None where each rank may cut its own way."""
         shards = self.shards
         if shards is None:
             return None
         lengths = [line[1] for line in self.meetings.gather(SPLIT, [length])]
-        cuts = shards.cut(lengths, self.meetings.rank, micro_batch)
+        slices = shards.slices(lengths, self.meetings.rank, micro_batch)
         window.unit = shards.unit
-        return cuts
+        return slices
 
     def in_step(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Micro-batches as often on every rank, since a sharded forward needs all; and whether one is a repetition.
+        """As many micro-batches on every rank, since a sharded forward needs all; and whether one is a repetition.
 
-        A rank at the end of its data repeats its last one while another has more. The ranks tell each other before
-        each.
+        A rank at the end of its data repeats its last one while another has more. The ranks meet before each.
 
         Raises:
             ValueError: on every rank, where one has no micro-batch at all.
@@ -245,20 +237,20 @@ class Ranks:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Defers the model's own reductions inside, and reports an error to the others, who would wait for ever."""
-        release = self.model.defer()
+        """Switches off the model's own reductions inside, and reports an error to the ranks that wait for this one."""
+        release = self.model.disable_grad_sync()
         try:
             yield
         except Exception as error:
             if self.shards is None:
                 self.meetings.report(SPLIT, error)
             else:
-                self.shards.forget()  # the others are inside a forward or a backward, and cannot be told
+                self.shards.forget()  # the others are inside a forward or a backward, and no meeting reaches them
             raise
         finally:
             release()
 
-    def mean(self, window: Window, before: dict[Tensor, Tensor | None]) -> Sums:
+    def mean(self, window: Window, before: dict[Tensor, Tensor | None]) -> WindowTotals:
         """For the split API: replaces the rank's sums by the mean, and sets aside what other `.grad`s hold."""
         with self.meetings.reporting(SPLIT):
             strange = [p for p in before if p not in set(self.parameters)]
@@ -276,9 +268,9 @@ class Ranks:
         if self.shards is not None:
             self.shards.after()
         terms = {"dtype": at_least_float32(window.dtype)}
-        return self.reduce(window, self.parameters, self.meet(SPLIT, window, self.parameters, terms))
+        return self.reduce(window, self.parameters, self.reduce_totals(SPLIT, window, self.parameters, terms))
 
     def add_up(self, call: str, *numbers: float) -> list[float]:
         """Each number, of all ranks together."""
         lines = [line[1 : 1 + len(numbers)] for line in self.meetings.gather(call, numbers)]
-        return [sum(several) for several in zip(*lines, strict=True)]
+        return [sum(column) for column in zip(*lines, strict=True)]

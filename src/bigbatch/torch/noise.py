@@ -2,23 +2,22 @@
 
 The gradients add up in `.grad`, so a micro-batch's own is there only for a moment: a hook on each parameter sees it
 before it is added, while it is still in the cache, and takes its norm. The norms stay on the device until the window
-closes. A weight with a hook is left to autograd (`bigbatch.fused.torch_graph`), and so a measured window is.
+closes. A weight with a hook is left to autograd, so a measured window is not fused.
 """
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigbatch import errors
+from bigbatch.engines.torch_dtypes import exact
 from bigbatch.engines.torch_hooks import register
 from bigbatch.noise import Noise, NoiseScale, UntilNoise, one_in
-from bigbatch.torch.window import Sums, Window, exact, numbers
-
-if TYPE_CHECKING:
-    from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.window import Window, WindowTotals, numbers
 
 
 class Meter:
@@ -56,7 +55,7 @@ class Meter:
             self._handles += [register(p.register_hook, see) for p in parameters if p.requires_grad]
 
     def disarm(self) -> None:
-        """Gives the parameters back without hooks."""
+        """Removes the hooks from the parameters."""
         _remove(self._handles)
         self.norms = []
 
@@ -77,11 +76,11 @@ class Meter:
             square, self.counted = square * factor, self.counted + 1
         self.squares = self.squares + square
 
-    def noise(self, sums: Sums, norm: Tensor, scaler: Any, ranks: "Ranks | None" = None) -> Noise | None:
-        """What the window says so far, or None where it is not measured. Here the host waits for the device.
+    def noise(self, totals: WindowTotals, norm: Tensor, scaler: Any, ranks: Ranks | None = None) -> Noise | None:
+        """The window's noise so far, or None where it is not measured. Here the host waits for the device.
 
         Args:
-            sums: the window's, of all ranks.
+            totals: the window's, of all ranks.
             norm: the 2-norm of its sums, unscaled.
             scaler: the GradScaler that the norms in the hooks were scaled by, or None.
             ranks: whose micro-batches the window is made of, where there are several. It is then collective.
@@ -91,7 +90,7 @@ class Meter:
         counted, squares, norm_ = numbers([self.counted, self.squares, norm])
         if ranks is not None:
             counted, squares = ranks.meetings.all_reduce([counted, squares])
-        return Noise.of(int(counted), sums.items, squares / _scale(scaler) ** 2, (norm_ * sums.factor) ** 2)
+        return Noise.of(int(counted), totals.items, squares / _scale(scaler) ** 2, (norm_ * totals.factor) ** 2)
 
     def is_enough(self, plan: UntilNoise, window: Window, parameters: Iterable[Tensor], scaler: Any) -> bool:
         """Whether the window closes here. At a look the host waits for the device."""
@@ -107,7 +106,7 @@ class Meter:
         return {"scale": self.scale.state_dict(), "window": sums}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Goes on where `state_dict` was taken, in a window that was just armed; a window half seen is left alone."""
+        """Goes on where `state_dict` was called, in a window just armed. One measured in part is left alone."""
         sums = None if state is None else state["window"]
         if state is not None:
             self.scale.load_state_dict(state["scale"])

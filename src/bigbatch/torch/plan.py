@@ -1,4 +1,4 @@
-"""The micro-batch that fits: planned before a window, and lowered after an out-of-memory that came anyway."""
+"""The micro-batch that fits: planned before a window, and halved after an out-of-memory that came all the same."""
 
 import functools
 import logging
@@ -6,22 +6,23 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bigbatch import errors
-from bigbatch.engines.torch_estimate import Rehearsals, State, device_memory, is_out_of_memory, release, reserve
-from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
+from bigbatch.engines.torch_estimate import DryRuns, State, device_memory, is_out_of_memory, release, reserve
+from bigbatch.engines.torch_leaves import parameters_of
+from bigbatch.plan import Choice, Plan, budget, choose, fitting, timed
 from bigbatch.torch.batch import cut, is_text, leaves
 from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
-from bigbatch.torch.split import parameters_of
 
 Result = TypeVar("Result")
 
-# One line a choice, by logging and as a warning, which is what is seen where logging was never set up, on stderr as
-# PyTorch's own: the choice decides how fast training is, and was made on the user's behalf.
+# Logs one line a choice, as a warning: it decides how fast training is, the user did not make it, and warnings are
+# what logging prints where nobody has configured it.
 logger = logging.getLogger("bigbatch.torch")
 
 
@@ -35,10 +36,10 @@ def plan(
 ) -> Plan:
     """The largest micro-batch that fits, and why, without running out of memory to find out.
 
-    Each size is rehearsed on fake tensors: `loss_fn` is called, forward and backward, on shapes without contents, which
+    Each size has a dry run on fake tensors: `loss_fn` is called, forward and backward, on shapes without contents. That
     takes milliseconds and allocates nothing. Gradients, buffers and random states stay as they are. A `loss_fn` that
     asks for values on the way (`.item()`, data-dependent control flow) is run on 4 and on 8 examples instead, and the
-    rest is a straight line through the two; the plan says so::
+    rest is a straight line through the two; the plan's `how` states that::
 
         plan = bb.plan(loss_fn, (x, y), memory="8GiB")
         plan.show()
@@ -48,7 +49,7 @@ def plan(
         loss_fn: as `backward` takes it. It is called for each size that is looked at, and must keep none of its
             tensors beyond the call.
         batch: as `backward` takes it.
-        memory: what everything held together may reach: a size ("8GiB", or bytes as an integer); a fraction
+        memory: what all that is in use together may reach: a size ("8GiB", or bytes as an integer); a fraction
             (0 < float ≤ 1) of what is free on the loss's device; by default what is free less a reserve, of a tenth on
             a device and of 45 % on a CPU, where the heap keeps holes (docs/memory.md). On a CPU free is what the
             machine, the process's cgroups and its ulimits leave.
@@ -68,45 +69,41 @@ def plan(
     check_flag("time", time)
     check_dtype(dtype)
     length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
-    return _plan(_rehearsals(loss_fn, batch, length, dtype), memory, time, first=True)
+    return _plan(_dry_runs(loss_fn, batch, length, dtype), memory, time, first=True)
 
 
-def fitting(
-    window: Callable[[int], Result], loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: Any
-) -> Result:
-    """Runs `window(micro_batch)` with the micro-batch that fits.
+def auto(run: Callable[[int], Result], loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: Any) -> Result:
+    """Runs `run(micro_batch)` with the micro-batch that fits.
 
-    After an out-of-memory the whole window is done again with micro-batches of half the size, from the gradients,
-    the buffers and the random states that were there before it: what comes out is, bit for bit, what the smaller
-    micro-batch would have made of it in the first place. It goes on with the smaller one.
+    After an out-of-memory the whole window is run again with micro-batches of half the size, from the gradients, the
+    buffers and the random states that were there before it. The result is, bit for bit, what the smaller micro-batch
+    would have given in the first place. Later windows begin with the smaller one.
 
     Args:
-        window: has no effect where it raises, but for buffers and random states.
-        loss_fn: as the door takes it.
-        batch: as the door takes it.
+        run: makes a window; where it raises it has no effect, but on buffers and random states.
+        loss_fn: as the split API takes it.
+        batch: as the split API takes it.
         length: of the batch.
-        dtype: as the door takes it.
+        dtype: as the split API takes it.
 
     Raises:
-        Whatever `window` raises that is no out-of-memory; an out-of-memory of micro-batches of 1, with a note.
+        Exception: as `bigbatch.plan.fitting`.
     """
     choice = _choice(loss_fn, batch, length, dtype)
-    while True:
-        kept = State(choice.device, choice.written)
-        try:
-            return window(choice.micro_batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if choice.micro_batch == 1:
-                error.add_note(not_even_one(choice.plan))
-                raise
-        # Only here, outside the except, are the failed frames gone and with them the tensors that they held.
-        kept.give_back()
-        choice.lower()
+
+    def save() -> Callable[[], None]:
+        state = State(choice.device, choice.written)
+
+        def restore() -> None:
+            state.restore()
+            release(choice.device)
+
+        return restore
+
+    return fitting(run, choice, length, is_out_of_memory, logger, save)
 
 
-def _rehearsals(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: torch.dtype | None) -> Rehearsals:
+def _dry_runs(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: torch.dtype | None) -> DryRuns:
     def checked(micro_batch: Any) -> tuple[Tensor, Any]:
         """The loss, and all that is there during the backward beside it."""
         result = loss_fn(micro_batch)
@@ -115,47 +112,27 @@ def _rehearsals(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: t
             check_items(items)
         return check_loss(loss), result
 
-    return Rehearsals(checked, lambda size: cut(batch, 0, size), parameters_of, length, dtype)
+    return DryRuns(checked, lambda size: cut(batch, 0, size), parameters_of, length, dtype)
 
 
-def _plan(rehearsals: Rehearsals, memory: Any, timing: bool, first: bool) -> Plan:
-    known = rehearsals.known
-    if rehearsals.length not in known:
-        known[rehearsals.length] = rehearsals.needs(rehearsals.length)  # tells the device as well
-    keep = 2 * rehearsals.parameters if first else 0  # as Adam has it
-    allowed = budget(memory, device_memory(rehearsals.device), keep=keep, reserve=reserve(rehearsals.device))
+def _plan(dry_runs: DryRuns, memory: Any, timing: bool, first: bool) -> Plan:
+    known = dry_runs.known
+    if dry_runs.length not in known:
+        known[dry_runs.length] = dry_runs.needs(dry_runs.length)  # detects the device as well
+    keep = 2 * dry_runs.parameters if first else 0  # as Adam has it
+    allowed = budget(memory, device_memory(dry_runs.device), keep=keep, reserve=reserve(dry_runs.device))
     chosen = choose(
-        rehearsals.needs,
-        rehearsals.length,
-        allowed,
-        rehearsals.how,
-        notes=rehearsals.notes(),
-        given=memory,
-        known=known,
+        dry_runs.needs, dry_runs.length, allowed, dry_runs.how, notes=dry_runs.notes(), given=memory, known=known
     )
-    return timed(chosen, rehearsals.needs, rehearsals.seconds) if timing else chosen
+    return timed(chosen, dry_runs.needs, dry_runs.seconds) if timing else chosen
 
 
-class _Choice:
+@dataclass
+class _Choice(Choice):
     """What is remembered for one loss function and one shape of batch."""
 
-    def __init__(self, rehearsals: Rehearsals, made: Plan):
-        self.plan = made
-        self.known = rehearsals.known
-        self.written = rehearsals.written
-        self.device = rehearsals.device
-        self.micro_batch = made.micro_batch
-
-    def lower(self) -> None:
-        """To half the size: twice as many micro-batches."""
-        failed = self.micro_batch
-        self.micro_batch = halved(self.plan.batch, failed)
-        logger.warning(
-            'micro_batch="auto": out of memory at %s; the window is done again with %s.',
-            f"{failed:,}",
-            f"{self.micro_batch:,}",
-        )
-        release(self.device)
+    device: torch.device
+    written: list[weakref.ref[Tensor]]
 
 
 # Plans, for as long as the code of the loss function is there. A cache: training without it is the same but slower.
@@ -177,14 +154,15 @@ def _choice(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: Any) 
     if choice is not None and all(ref() is not None for ref in choice.written):
         return choice
     started = time.perf_counter()
-    rehearsals = _rehearsals(loss_fn, batch, length, dtype)
-    choice = choices[key] = _Choice(rehearsals, _plan(rehearsals, None, False, first=not choices))
-    logger.warning('micro_batch="auto": %s in %.1f s.', choice.plan, time.perf_counter() - started)
+    dry_runs = _dry_runs(loss_fn, batch, length, dtype)
+    planned = _plan(dry_runs, None, False, first=not choices)
+    choice = choices[key] = _Choice(planned, planned.micro_batch, dry_runs.device, dry_runs.written)
+    logger.warning('micro_batch="auto": %s in %.1f s.', planned, time.perf_counter() - started)
     return choice
 
 
 def _code(loss_fn: Any) -> tuple[Any, list[Any]]:
-    """What stays the same when a lambda is written anew each time, and the objects that it works on."""
+    """The code, which is the same for a lambda that is made again in each call, and the objects that it works on."""
     if isinstance(loss_fn, functools.partial):
         code, bound = _code(loss_fn.func)
         return code, [*bound, *loss_fn.args, *loss_fn.keywords.values()]

@@ -1,4 +1,4 @@
-"""The split door: you hold the batch, and bigbatch stands where PyTorch takes a gradient."""
+"""The split API: you hold the batch, and bigbatch stands where PyTorch takes a gradient."""
 
 import math
 from collections.abc import Callable
@@ -9,22 +9,17 @@ import torch
 from torch import Tensor
 
 from bigbatch import errors
-from bigbatch.fused import torch_graph
-from bigbatch.fused.torch_deferred import Products
-from bigbatch.fused.torch_graph import gradient_dtype
-from bigbatch.fused.torch_proof import Known, Proof
+from bigbatch.engines.torch_dtypes import gradient_dtype, is_wide
 from bigbatch.torch.batch import cut, leaves
 from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
 from bigbatch.torch.collectives import SPLIT
 from bigbatch.torch.distributed import Ranks
 from bigbatch.torch.ownership import Ownership
-from bigbatch.torch.window import Window, is_wide, scale_
+from bigbatch.torch.plan import auto
+from bigbatch.torch.window import Window, fused_path, scale_
 from bigbatch.torch.wrapped import Sync, ranks_of
 
 Batch = TypeVar("Batch")
-
-# What calls have seen of weights, for the next calls.
-_known = Known()
 
 
 def backward(
@@ -56,7 +51,7 @@ def backward(
             may be shorter.
         micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch. "auto" plans the
             largest that fits what is free (see `plan`), once for each shape of batch, and logs what it chose; should
-            memory run out anyway, the window is done again with half the size. Not for a fully_shard model.
+            memory run out anyway, the window is run again with half the size. Not for a fully_shard model.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
         fused: whether the gradients of weights that inputs are multiplied by, or rows are looked up in, go straight
@@ -87,29 +82,45 @@ def backward(
         check_dtype(dtype)
         check_flag("fused", fused)
         lengths = [(where, len(leaf)) for where, leaf in leaves(batch, "batch")]
-        nothing = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
-        length = 0 if nothing else errors.check_lengths(lengths)
+        empty = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
+        length = 0 if empty else errors.check_lengths(lengths)
+    call = _Call(loss_fn, batch, lengths, length, dtype, fused, ranks)
 
-    def run(size: int) -> tuple[Opened, Tensor | None]:
-        opened = _window(loss_fn, batch, length, size, dtype, fused, ranks)
-        return opened, _closed(opened, None, lengths) if ranks is None else None
+    def run(size: int) -> tuple[_Summed, Tensor | None]:
+        summed = _add_up(call, size)
+        return summed, _means(call, summed) if ranks is None else None
 
-    # A rank that runs out of memory does its own part again, and the others wait for it where all meet.
+    # A rank that runs out of memory runs its own part again, and the others wait for it where all meet.
     with nullcontext() if ranks is None else ranks.working():
         if micro_batch == "auto" and length:
-            from bigbatch.torch.plan import fitting  # which rehearses this door
-
-            opened, mean = fitting(run, loss_fn, batch, length, dtype)
+            summed, mean = auto(run, loss_fn, batch, length, dtype)
         else:
-            opened, mean = run(1 if micro_batch == "auto" else micro_batch)
+            summed, mean = run(1 if micro_batch == "auto" else micro_batch)
     if mean is None:
-        mean = _closed(opened, ranks, lengths)
-    for p, grad in opened.before.items():
-        _add(p, grad, opened.window.sums.get(p, p.grad))
+        mean = _means(call, summed)
+    for p, grad in summed.before.items():
+        _add_to_grad(p, grad, summed.window.sums.get(p, p.grad))
     return mean
 
 
-class Opened(NamedTuple):
+class _Call(NamedTuple):
+    """What one call of `backward` works on."""
+
+    loss_fn: Callable[[Any], Any]
+    batch: Any
+    lengths: list[tuple[str, int]]  # of the batch's leaves, each with its place
+    length: int
+    dtype: torch.dtype | None
+    fused: bool
+    ranks: Ranks | None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether fully_shard has spread the parameters over the ranks."""
+        return self.ranks is not None and self.ranks.shards is not None
+
+
+class _Summed(NamedTuple):
     """A window with every micro-batch in it, what `.grad` held before, and the widest dtype of a loss."""
 
     window: Window
@@ -117,57 +128,29 @@ class Opened(NamedTuple):
     loss_dtype: torch.dtype
 
 
-def _window(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    length: int,
-    micro_batch: int,
-    dtype: torch.dtype | None,
-    fused: bool,
-    ranks: Ranks | None,
-) -> Opened:
+def _add_up(call: _Call, micro_batch: int) -> _Summed:
     """Adds up the micro-batches; after an error `.grad` is what it was."""
-    window = Window(planned=-(-length // micro_batch))
-    if ranks is not None and is_wide(ranks.parameters, dtype):
-        window.dtype = dtype
-    before: dict[Tensor, Tensor | None] = {}
-    loss_dtype = torch.float32
-    sharded = ranks is not None and ranks.shards is not None
-    products = fused and not sharded and (ranks is not None or torch_graph.is_alone())
-    cuts = None if ranks is None else ranks.cuts(window, length, micro_batch)
-    if cuts is None:
-        cuts = [(start, min(start + micro_batch, length)) for start in range(0, length, micro_batch)]
-    # One alone adds nothing up, and is autograd's to the bit.
-    proof = Proof(_known, started=True) if products and len(cuts) > 1 else None
-    # Nobody can drop it: an error inside loss_fn goes through the except below.
-    owned = Ownership("bb.backward", lambda: None, in_grad=not sharded)
+    window, before, loss_dtype = Window(planned=-(-call.length // micro_batch)), {}, torch.float32
+    if call.ranks is not None and is_wide(call.ranks.parameters, call.dtype):
+        window.dtype = call.dtype
+    slices = _slices(call, window, micro_batch)
+    if call.fused and not call.sharded and len(slices) > 1:  # one alone adds nothing up, and is autograd's to the bit
+        path = fused_path(in_ranks=call.ranks is not None, between_calls=True)
+        window.fused = path and path.window()
+    # It drops nothing by itself: an error inside loss_fn goes through the except below.
+    owned = Ownership("bb.backward", lambda: None, in_grad=not call.sharded)
     try:
-        for start, stop in cuts:
-            loss, items = errors.loss_and_items(loss_fn(cut(batch, start, max(stop, start + 1))))
-            loss = check_loss(loss)
-            if start == stop:
-                items = loss.new_zeros(())  # a forward for the other ranks' sake, which counts for nothing
-            elif items is None:
-                items = stop - start
-                if window.unit is None:
-                    window.unit = length
-            if ranks is not None:
-                ranks.before(window, items, len(cuts))
-            graph = _read(loss, proof, explain=window.micro_batches == 0)
-            if window.micro_batches == 0:
-                window.products = Products(graph.multiplied)
-                proof = proof if graph.has_products else None  # the next micro-batches' are hardly others
-            parameters = ranks.parameters if ranks is not None and sharded else graph.parameters
-            new = [p for p in parameters if p not in before]
+        for start, stop in slices:
+            loss, items = _loss(call, window, start, stop)
+            if call.ranks is not None:
+                call.ranks.before(window, items, len(slices))
+            parameters = window.parameters_of(loss)
+            if call.ranks is not None and call.sharded:
+                parameters = call.ranks.parameters
             owned.check()
-            owned.add(new)
-            for p in new:
-                before[p], p.grad = p.grad, None
-            if window.dtype is None and dtype is not None and is_wide(new, dtype):
-                window.widen(before, dtype)
-                owned.record(anew=True)
+            _set_aside(call, window, before, parameters, owned)
             with owned:
-                window.backward(loss, check_items(items), parameters, graph=graph if proof else None)
+                window.backward(loss, items, parameters)
             owned.record()
             loss_dtype = torch.promote_types(loss_dtype, loss.dtype)
         owned.verify()
@@ -176,25 +159,59 @@ def _window(
         raise
     finally:
         owned.close()
-    return Opened(window, before, loss_dtype)
+    return _Summed(window, before, loss_dtype)
 
 
-def _closed(opened: Opened, ranks: Ranks | None, lengths: list[tuple[str, int]]) -> Tensor:
+def _slices(call: _Call, window: Window, micro_batch: int) -> list[tuple[int, int]]:
+    """Where each micro-batch starts and stops."""
+    slices = None if call.ranks is None else call.ranks.slices(window, call.length, micro_batch)
+    if slices is not None:
+        return slices
+    return [(start, min(start + micro_batch, call.length)) for start in range(0, call.length, micro_batch)]
+
+
+def _loss(call: _Call, window: Window, start: int, stop: int) -> tuple[Tensor, float | Tensor]:
+    """A micro-batch's mean loss, and its items."""
+    loss, items = errors.loss_and_items(call.loss_fn(cut(call.batch, start, max(stop, start + 1))))
+    loss = check_loss(loss)
+    if start == stop:
+        return loss, loss.new_zeros(())  # a forward for the other ranks' sake, which counts for nothing
+    if items is None:
+        if window.unit is None:
+            window.unit = call.length
+        return loss, stop - start
+    return loss, check_items(items)
+
+
+def _set_aside(
+    call: _Call, window: Window, before: dict[Tensor, Tensor | None], parameters: list[Tensor], owned: Ownership
+) -> None:
+    """Empties the `.grad` of parameters that the window meets for the first time, and remembers what it held."""
+    new = [p for p in parameters if p not in before]
+    owned.add(new)
+    for p in new:
+        before[p], p.grad = p.grad, None
+    if window.dtype is None and call.dtype is not None and is_wide(new, call.dtype):
+        window.widen(before, call.dtype)
+        owned.record(anew=True)
+
+
+def _means(call: _Call, summed: _Summed) -> Tensor:
     """Makes means of the sums and returns the loss's; after an error `.grad` is what it was."""
-    window, before, loss_dtype = opened
+    window, before, loss_dtype = summed
     try:
-        sums = window.close() if ranks is None else ranks.mean(window, before)
-        if not sums.micro_batches:
-            errors.check_lengths(lengths)  # no rank has an example, and this says so
-        if not (math.isfinite(sums.items) and sums.items > 0):
-            raise errors.items_not_counts(sums.items, f"{sums.micro_batches} micro-batches")
-        if not math.isfinite(sums.loss):
-            raise errors.loss_not_finite(sums.loss, f"{sums.micro_batches} micro-batches")
-        scale_(window.gradients(before), sums.factor)
+        totals = window.close() if call.ranks is None else call.ranks.mean(window, before)
+        if not totals.micro_batches:
+            errors.check_lengths(call.lengths)  # raises, for no rank has an example
+        if not (math.isfinite(totals.items) and totals.items > 0):
+            raise errors.items_not_counts(totals.items, f"{totals.micro_batches} micro-batches")
+        if not math.isfinite(totals.loss):
+            raise errors.loss_not_finite(totals.loss, f"{totals.micro_batches} micro-batches")
+        scale_(window.gradients(before), totals.factor)
         for p in window.sums:
             if before[p] is None:  # rounded here, where a lack of memory can still be taken back
                 window.sums[p] = window.sums[p].to(gradient_dtype(p))
-        return window.loss.new_full((), sums.loss, dtype=torch.promote_types(loss_dtype, window.loss.dtype))
+        return window.loss.new_full((), totals.loss, dtype=torch.promote_types(loss_dtype, window.loss.dtype))
     except BaseException:
         _put_back(before)
         raise
@@ -206,7 +223,7 @@ def _put_back(before: dict[Tensor, Tensor | None]) -> None:
 
 
 @torch.no_grad()
-def _add(p: Tensor, before: Tensor | None, mean: Tensor | None) -> None:
+def _add_to_grad(p: Tensor, before: Tensor | None, mean: Tensor | None) -> None:
     """`.grad` = what it held before + the window's mean, in place where autograd would add in place."""
     if before is None or mean is None:
         p.grad = before if mean is None else mean.to(gradient_dtype(p))
@@ -214,19 +231,3 @@ def _add(p: Tensor, before: Tensor | None, mean: Tensor | None) -> None:
         p.grad = (before + mean).to(gradient_dtype(p))
     else:
         p.grad = before.add_(mean)
-
-
-def _read(loss: Tensor, proof: Proof | None, explain: bool) -> torch_graph.Graph:
-    """The loss's graph, which has to show all leaves that the backward will give a gradient to."""
-    graph = torch_graph.read(loss, proof, explain)
-    if "CheckpointFunctionBackward" in graph.functions:
-        raise ValueError(
-            "Reentrant checkpointing hides its parameters until the backward runs, so their gradients cannot be "
-            "kept apart from what .grad holds. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
-        )
-    return graph
-
-
-def parameters_of(loss: Tensor) -> list[Tensor]:
-    """The leaves that `loss.backward()` will give a gradient to."""
-    return _read(loss, None, explain=False).parameters

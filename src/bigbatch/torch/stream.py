@@ -1,11 +1,10 @@
-"""The stream door: your loader yields micro-batches, and bigbatch stands where PyTorch applies a gradient."""
+"""The stream API: your loader yields micro-batches, and bigbatch stands where PyTorch applies a gradient."""
 
-import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,13 +13,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bigbatch import errors
+from bigbatch.engines.torch_dtypes import is_wide
+from bigbatch.engines.torch_fsdp import whole
 from bigbatch.every import Every, Items, as_every, planned
-from bigbatch.fused import torch_graph
-from bigbatch.fused.torch_deferred import Products
-from bigbatch.fused.torch_graph import gradient_dtype
-from bigbatch.fused.torch_proof import Proof
-from bigbatch.noise import Noise, NoiseScale, UntilNoise
-from bigbatch.torch.checkpoint import check_state, held, restore
+from bigbatch.noise import NoiseScale, UntilNoise
+from bigbatch.torch import scaling
+from bigbatch.torch.checkpoint import check_state, restore_window, window_state
 from bigbatch.torch.checks import (
     check_dtype,
     check_flag,
@@ -30,14 +28,15 @@ from bigbatch.torch.checks import (
     check_scaler,
     check_scheduler,
 )
-from bigbatch.torch.collectives import BACKWARD, FLUSH, LOAD, MAKING, Met
+from bigbatch.torch.collectives import BACKWARD, FLUSH, LOAD, MAKING
 from bigbatch.torch.distributed import Ranks
-from bigbatch.torch.fsdp import whole
 from bigbatch.torch.noise import Meter
+from bigbatch.torch.optimizers import name_of
 from bigbatch.torch.ownership import Ownership
-from bigbatch.torch.several import name_of
-from bigbatch.torch.terms import made_with, window_terms
-from bigbatch.torch.window import Sums, Window, is_wide, scale_
+from bigbatch.torch.terms import option_terms, state_terms, window_terms
+from bigbatch.torch.update import Update as Update
+from bigbatch.torch.update import unfinished, why_skipped
+from bigbatch.torch.window import Window, WindowTotals, fused_path, scale_
 from bigbatch.torch.wrapped import Sync, ranks_of
 
 T = TypeVar("T")
@@ -46,29 +45,6 @@ _DISCARDED = (
     "Gradients lay in .grad when a window opened, and were discarded, as by zero_grad() at the top of a loop. Whatever "
     "left them (an earlier backward, a learning-rate finder, bb.backward) should call zero_grad() when it is done."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What one window came to. Plain numbers, so that a logger can take `dataclasses.asdict(update)`.
-
-    Attributes:
-        index: the update's index, from 0; a skipped window leaves it for the next.
-        micro_batches: how many micro-batches the window held.
-        items: the examples or tokens that they counted for.
-        loss: the window's mean loss over items.
-        grad_norm: the 2-norm of the window's mean gradient, before clipping.
-        skipped: why no update was made, or None where it was.
-        noise: what the window says of the gradient's noise, where it was measured.
-    """
-
-    index: int
-    micro_batches: int
-    items: float
-    loss: float
-    grad_norm: float
-    skipped: str | None = None
-    noise: Noise | None = None
 
 
 class Accumulator:
@@ -83,7 +59,7 @@ class Accumulator:
 
     The update is the big batch's: the mean over all items, clipped, scheduled and decayed once. Between windows
     `.grad` is None; inside one it is the window's, part of whose sums may lie elsewhere. Gradients that lie there when
-    a window opens are discarded, with one warning. A step, backward, zero_grad or clipping of somebody else's inside an
+    a window opens are discarded, with one warning. A step, backward, zero_grad or clipping by other code inside an
     open window, and any other write to its gradients or parameters, raises RuntimeError and drops the window.
 
     Args:
@@ -101,7 +77,7 @@ class Accumulator:
         nonfinite: what becomes of a window whose loss or gradient is inf or NaN: "skip" makes no update, "raise"
             raises FloatingPointError, "apply" applies it. The next window is clean in any case but the last.
         model: the DistributedDataParallel or fully_shard model that the losses come from, where several ranks train
-            one model; its own reduction is put off from here on. `every` then counts each rank's micro-batches, or
+            one model; its own reduction is switched off from here on. `every` then counts each rank's micro-batches, or
             with `bb.items` the items of all; see `bigbatch.torch.distributed`. Making the Accumulator, closing a
             window, `flush` and `load_state_dict` are then collective, and an error that one rank raises there is one on
             all.
@@ -144,26 +120,21 @@ class Accumulator:
             self.partial = errors.check_choice("partial", partial, ("apply", "carry", "drop"))
             self.nonfinite = errors.check_choice("nonfinite", nonfinite, ("skip", "raise", "apply"))
             self.fused = check_flag("fused", fused)
-            if scaler is not None and is_wide(self._parameters(), dtype):
-                raise ValueError(
-                    "scaler unscales gradients that are as wide as the accumulation. "
-                    f"Received: parameters of {self._narrowest()} and dtype={dtype}. "
-                    "Keep the parameters in float32 under autocast, or leave the scaler out."
-                )
-            self._index = 0
-            self._window: Window | None = None
-            self._owned: Ownership | None = None
-            self._unscaled: Any = None  # what the scaler notes of optimizers until its next update()
-            self._warned = False
-            self._repeats = self._products = False
-            self._proof = Proof(started=True)
-            self._plan: int | Items | UntilNoise = 0
+            scaling.check_width(scaler, self._parameters(), dtype)
             self._meter = Meter(every, noise)
             if self._ranks is not None:
                 self._ranks.check(every, noise, scaler)
-                terms.update(made_with(self, self._ranks, sync, noise))
+                terms.update(option_terms(self, self._ranks, sync, noise))
         if self._ranks is not None:
-            self._ranks.defer_for(self)
+            self._ranks.disable_grad_sync(self)
+        fusible = self.fused and (self._ranks is None or self._ranks.shards is None)
+        self._fused_path = fused_path(in_ranks=self._ranks is not None) if fusible else None
+        self._index = 0
+        self._plan: int | Items | UntilNoise = 0  # of the open window
+        self._window: Window | None = None
+        self._owned: Ownership | None = None
+        self._scaler_mark: Any = None
+        self._warned = self._repeats = False
         self._meter.arm(self._index, self._parameters())
 
     @property
@@ -198,7 +169,7 @@ class Accumulator:
         Args:
             loss: the micro-batch's mean loss, a real scalar that requires a gradient.
             items: what the mean is over: a number of examples or tokens above zero, or a tensor of one element on
-                the device (`(labels != -100).sum()`), whose value is then not waited for. 0 in it counts for nothing,
+                the device (`(labels != -100).sum()`), which needs no synchronisation. 0 in it counts for nothing,
                 where the loss has a gradient of zero then, as `cross_entropy` has; a 0/0 of your own has NaN.
 
         Returns:
@@ -207,13 +178,13 @@ class Accumulator:
         Raises:
             TypeError, ValueError: the loss or `items` is not as described; the window stays as it was.
             FloatingPointError: with `nonfinite="raise"`, the window came out inf or NaN; it was dropped.
-            RuntimeError: somebody else has moved the window's gradients or parameters; it was dropped.
+            RuntimeError: other code has changed the window's gradients or parameters; it was dropped.
 
         Any error of autograd's or the optimizer's drops the open window, as `reset` does, and goes on to the caller.
         An error in your own forward, before the call, leaves the window as it was.
 
-        The host waits for the device when the window closes. Inside a window it does so for the looks of
-        `until_noise`, and where a weight's product is compared with autograd's gradient for the first time.
+        The host waits for the device when the window closes. Inside a window it does so where `until_noise` looks at
+        the noise, and where a weight's product is compared with autograd's gradient for the first time.
         """
         try:
             loss, items = check_loss(loss), check_items(items)
@@ -235,11 +206,8 @@ class Accumulator:
         try:
             if self._ranks is not None:
                 self._ranks.before(window, items, self._plan)
-            graph = torch_graph.read(loss, self._proof, window.micro_batches == 0) if self._products else None
-            if window.micro_batches == 0 and graph is not None:
-                self._products = graph.has_products  # the next micro-batches' are hardly others
             with owned:
-                window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler, graph)
+                window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler)
             self._window = window
             window.repeats += self._repeats
             self._meter.take(window, items)
@@ -251,7 +219,7 @@ class Accumulator:
             raise
 
     def _refuse(self, error: Exception, loss: Any) -> None:
-        """Tells the other ranks that this one cannot take its micro-batch. Unless none has gone on, all drop theirs."""
+        """Reports to the other ranks that this one refuses its micro-batch. All drop the window, unless all refuse."""
         if self._ranks is not None:
             window = self._window or self._open()
             if self._ranks.shards is not None:
@@ -291,11 +259,10 @@ class Accumulator:
         """Ends a window that is not full, as `partial` says: at the end of an epoch, or of the data.
 
         Returns:
-            None where nothing was pending. Otherwise the Update; with `partial` "carry" or "drop", one that was
-            skipped and says so.
+            None where nothing was pending. Otherwise the Update; with `partial` "carry" or "drop" its `skipped` is set.
 
-        Across ranks it also is the join: a rank that is here takes part in the windows of those that have more data,
-        until all are here. It returns the last Update.
+        Across ranks it also is the join: a rank that calls it takes part in the windows of those that have more data,
+        until all have called it. It returns the last Update.
         """
         if self._ranks is not None:
             return self._flush_together(self._ranks)
@@ -303,7 +270,7 @@ class Accumulator:
         if window is None:
             return None
         try:
-            return self._close(window) if self.partial == "apply" else self._leave(window.close())
+            return self._close(window) if self.partial == "apply" else self._leave_unfinished(window.close())
         except BaseException:
             self._drop()
             raise
@@ -314,12 +281,12 @@ class Accumulator:
             while not last:
                 window, _ = self._window or self._open(), self._owned or self._own()
                 self._verify(FLUSH)
-                met, last = ranks.wait(window, self._parameters(), self._plan, window_terms(self, self._plan))
-                if met.sums.micro_batches == 0:
+                totals, last = ranks.join(window, self._parameters(), self._plan, window_terms(self, self._plan))
+                if totals.micro_batches == 0:
                     break
                 if last and self.partial != "apply":
-                    return self._leave(met.sums)
-                update = self._close(window, met)
+                    return self._leave_unfinished(totals)
+                update = self._close(window, totals)
         except BaseException:
             self._drop()
             raise
@@ -327,16 +294,15 @@ class Accumulator:
             self._release()
         return update
 
-    def _leave(self, sums: Sums) -> Update:
-        """A window that is not full, carried or dropped."""
-        held = f"{sums.micro_batches} micro-batches of a partial window"
+    def _leave_unfinished(self, totals: WindowTotals) -> Update:
+        """Carries or drops a window that is not full."""
         if self.partial == "carry":
             self._verify(FLUSH)
-            if self._window is None:  # a rank that held none of them
+            if self._window is None:  # this rank has none of its micro-batches
                 self._release()
-            return self._report(sums, math.nan, f"carried: {held} wait for more")
-        self.reset()
-        return self._report(sums, math.nan, f"dropped: {held}")
+        else:
+            self.reset()
+        return unfinished(self._index, totals, self.partial)
 
     def reset(self) -> None:
         """Forgets the open window: its gradients go, and the next `backward` starts a new one."""
@@ -365,12 +331,12 @@ class Accumulator:
             "index": self._index,
             "pending": self.pending,
             "shapes": [tuple(p.shape) for p in parameters],
-            "window": None if window is None else held(window, parameters, self._ranks),
+            "window": None if window is None else window_state(window, parameters, self._ranks),
             "noise": self._meter.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, inside a window too, bit for bit.
+        """Goes on where `state_dict` was called, inside a window too, bit for bit.
 
         Raises:
             ValueError: the state is of other parameters, damaged, or no state at all; it names the entry. Nothing was
@@ -382,13 +348,13 @@ class Accumulator:
             if state["window"] is not None and callable(self.every):
                 planned(self.every, state["index"])
             if self._ranks is not None:
-                terms.update(self._ranks.loaded(state))
+                terms.update(state_terms(state, self._ranks))
         self._index = state["index"]
         self.reset()
         self._meter.load_state_dict(state.get("noise"))  # older states have none
         if state["window"] is not None:
             window, owned = self._open(), self._own(loading=True)
-            restore(window, state["window"], parameters, self._ranks)
+            restore_window(window, state["window"], parameters, self._ranks)
             self._window = window
             owned.record()
 
@@ -400,7 +366,7 @@ class Accumulator:
         parameters, drop = self._parameters(), weakref.WeakMethod(self._drop)
         shards = None if self._ranks is None else self._ranks.shards
         owned = Ownership("an Accumulator", drop, parameters, instead=loading, in_grad=shards is None)
-        if any(p.grad is not None for p in parameters) or (shards is not None and shards.hold_gradients()):
+        if any(p.grad is not None for p in parameters) or (shards is not None and shards.has_unreduced()):
             if not self._warned:
                 self._warned = True
                 try:
@@ -411,25 +377,16 @@ class Accumulator:
             self.optimizer.zero_grad(set_to_none=True)
             if shards is not None:
                 shards.forget()
-        self._owned = owned
-        # A new one after each update(), and no public name tells of that; a test fails when it moves. `unscale_` writes
-        # to gradients without counting up their `_version`, and itself refuses to be called twice.
-        self._unscaled = getattr(self.scaler, "_per_optimizer_states", None)
+        self._owned, self._scaler_mark = owned, scaling.mark_of(self.scaler)
         return owned
 
     def _verify(self, call: str = BACKWARD) -> None:
-        """That nobody else has moved what the open window owns. Other ranks learn of it, where `call` is theirs too."""
+        """That no other code has changed what the open window owns. Ranks at the same `call` get an error too."""
         if self._owned is None:
             return
         with nullcontext() if self._ranks is None else self._ranks.meetings.reporting(call):
             self._owned.verify(self._parameters())
-            if self._unscaled is not getattr(self.scaler, "_per_optimizer_states", None):
-                raise RuntimeError(
-                    "scaler.update() was called inside an open window, whose losses have been multiplied by the scale "
-                    "from before. Remove it, and unscale_(): the Accumulator calls both once a window. Two "
-                    "Accumulators need a GradScaler each. The window was dropped; the parameters and the optimizer are "
-                    "as they were."
-                )
+            scaling.check_mark(self.scaler, self._scaler_mark)
 
     def _release(self) -> None:
         if self._owned is not None:
@@ -437,44 +394,28 @@ class Accumulator:
             self._owned = None
 
     def _drop(self, foreign: Exception | None = None) -> None:
-        """After an error: forgets the window, and what a scaler may have noted of it, at the scale that it has.
-
-        Where the error is raised outside a call of ours, at a `foreign` one, the other ranks learn of it here.
-        """
+        """After an error: forgets the window. An error of a `foreign` call is reported to the other ranks here."""
         if foreign is not None and self._ranks is not None and self._ranks.shards is None:
             self._ranks.meetings.report(BACKWARD, foreign)
         self.reset()
-        if self.scaler is not None:
-            state = self.scaler.state_dict()
-            with suppress(AssertionError, IndexError):  # nothing was noted
-                self.scaler.update()
-                self.scaler.load_state_dict(state)
+        scaling.forget(self.scaler)
 
     def _wide(self) -> torch.dtype | None:
         """What wide sums hold at least; None where gradients add up in `.grad`."""
         return self.dtype if is_wide(self._parameters(), self.dtype) else None
 
-    def _narrowest(self) -> torch.dtype:
-        return min((p.dtype for p in self._parameters()), key=lambda dtype: dtype.itemsize)
-
     def _open(self) -> Window:
         self._plan = self.every if isinstance(self.every, UntilNoise) else planned(self.every, self._index)
         if self._ranks is not None and callable(self.every):
             self._ranks.agree_to_open(self._index, self._plan)
-        dtype = self._wide()
-        if isinstance(self._plan, Items):
-            window = Window(unit=self._plan.count, dtype=dtype)
-        else:
-            window = Window(planned=self._plan if isinstance(self._plan, int) else 1, dtype=dtype)
-        self._products = self._plan != 1 and self._takes_products()
-        if self._products:
-            window.products = Products(torch_graph.may_take(self._parameters()))
-        return window
-
-    def _takes_products(self) -> bool:
-        """Whether it is worth looking for weights' gradients in each loss's graph, and safe to take them."""
-        free = torch_graph.is_alone() if self._ranks is None else self._ranks.shards is None
-        return self.fused and free and any(map(torch_graph.is_worth, self._parameters()))
+        # A window of one micro-batch adds nothing up, and is autograd's to the bit.
+        path = None if self._plan == 1 else self._fused_path
+        return Window(
+            planned=self._plan if isinstance(self._plan, int) else 1,
+            unit=self._plan.count if isinstance(self._plan, Items) else None,
+            dtype=self._wide(),
+            fused=path and path.window(self._parameters()),
+        )
 
     def _is_full(self, window: Window) -> bool:
         if isinstance(self._plan, UntilNoise):
@@ -483,70 +424,54 @@ class Accumulator:
             return bool(window.items >= self._plan.count)
         return window.micro_batches >= self._plan
 
-    def _close(self, window: Window, met: Met | None = None) -> Update:
-        """One update from the window's sums; then, whatever happened, no gradients and no window."""
-        if met is None:
+    def _close(self, window: Window, totals: WindowTotals | None = None) -> Update:
+        """One update from the window's sums; then, whatever happened, no gradients and no window.
+
+        Args:
+            window: the open one.
+            totals: of all ranks, where they have met already.
+        """
+        if totals is None:
             self._verify()
         self._release()
-        sums = None
+        parameters = self._parameters()
         if self._ranks is not None:
             terms = window_terms(self, self._plan)
-            met = met or self._ranks.meet(BACKWARD, window, self._parameters(), terms)
-            sums = self._ranks.reduce(window, self._parameters(), met)
-        gradients = window.gradients(self._parameters())
-        # Without a gradient a scaler has recorded nothing, and would refuse to go on.
-        scaler = self.scaler if gradients else None
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
+            totals = totals or self._ranks.reduce_totals(BACKWARD, window, parameters, terms)
+            totals = self._ranks.reduce(window, parameters, totals)
+        gradients = window.gradients(parameters)
         try:
-            norm = whole(torch.nn.utils.get_total_norm(gradients))
-            sums = sums or window.close()  # here the host waits
-            noise = self._meter.noise(sums, norm, scaler, self._ranks)
-            norm = norm * sums.factor
-            update = replace(self._report(sums, norm.item()), noise=noise)
-            skipped = self._reason_to_skip(update, gradients)
-            if skipped is not None:
-                return replace(update, skipped=skipped)
-            self._meter.scale.add(noise)
-            factor = sums.factor
-            if self.clip_norm is not None:
-                # clip_grad_norm_'s own formula, so that a window of one is clipped to the same bits.
-                factor *= torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0).item()
-            scale_(gradients, factor)
-            while window.sums:
-                p, mean = window.sums.popitem()
-                p.grad = mean.to(gradient_dtype(p))
-            if scaler is None:
-                self.optimizer.step()
-            else:
-                scaler.step(self.optimizer)
-            if self.scheduler is not None:
-                self.scheduler.step()
-            self._index += 1
-            return update
+            with scaling.unscaled(self.scaler, self.optimizer, gradients) as scaler:
+                norm = whole(torch.nn.utils.get_total_norm(gradients))
+                totals = totals or window.close()  # here the host waits
+                noise = self._meter.noise(totals, norm, scaler, self._ranks)
+                norm = norm * totals.factor
+                update = Update(
+                    self._index, totals.micro_batches, totals.items, totals.loss, norm.item(), noise=noise
+                )  # fmt: skip
+                reason = why_skipped(update, gradients, self.nonfinite)
+                if reason is not None:
+                    return replace(update, skipped=reason)
+                self._meter.scale.add(noise)
+                scale_(gradients, totals.factor * self._clipping(norm))
+                window.round_into_grad()
+                self._step(scaler)
+                return update
         finally:
-            if scaler is not None:
-                scaler.update()
             self.reset()
 
-    def _report(self, sums: Sums, norm: float, skipped: str | None = None) -> Update:
-        return Update(self._index, sums.micro_batches, sums.items, sums.loss, norm, skipped)
+    def _clipping(self, norm: Tensor) -> float:
+        """What the mean gradient is multiplied by so that its norm is at most `clip_norm`."""
+        if self.clip_norm is None:
+            return 1.0
+        # clip_grad_norm_'s own formula, so that a window of one is clipped to the same bits.
+        return torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0).item()
 
-    def _reason_to_skip(self, update: Update, gradients: list[Tensor]) -> str | None:
-        if not math.isfinite(update.items):
-            reason = f"a micro-batch's items were negative, NaN or infinite: all together are {update.items}"
-            if self.nonfinite == "raise":
-                raise FloatingPointError(f"{reason}. The parameters and the optimizer are as they were.")
-            return reason
-        if update.items == 0:
-            return "the window holds no items"
-        if not gradients:
-            return "no parameter of the optimizer got a gradient"
-        if math.isfinite(update.loss) and math.isfinite(update.grad_norm):
-            return None
-        if self.nonfinite == "apply":
-            return None
-        reason = f"the window is not finite: loss {update.loss}, gradient norm {update.grad_norm}"
-        if self.nonfinite == "raise":
-            raise FloatingPointError(f"{reason}. The parameters and the optimizer are as they were.")
-        return reason
+    def _step(self, scaler: Any) -> None:
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._index += 1

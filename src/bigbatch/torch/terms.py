@@ -1,19 +1,17 @@
 """What all ranks must have alike: compared when an Accumulator is made, and what may change since, at every close."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigbatch.torch.ddp import Replicas
-from bigbatch.torch.several import name_of
-
-if TYPE_CHECKING:
-    from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.optimizers import name_of
 
 
-def made_with(acc: Any, ranks: "Ranks", sync: Any, noise: Any) -> dict[str, Any]:
+def option_terms(acc: Any, ranks: Ranks, sync: Any, noise: Any) -> dict[str, Any]:
     """Each option of an Accumulator, the optimizer's, and the parameters, by name."""
     places = {p: i for i, p in enumerate(ranks.parameters)}
     parameters = [p for group in acc.optimizer.param_groups for p in group["params"]]
@@ -30,14 +28,14 @@ def made_with(acc: Any, ranks: "Ranks", sync: Any, noise: Any) -> dict[str, Any]
         "noise": noise,
         "fused": acc.fused,
         "optimizer": name_of(acc.optimizer),
-        **_described(parameters),
+        **_signature(parameters),
         "the order of the model's parameters": str([places.get(p, "another's") for p in parameters]),
         **_options(acc.optimizer),
     }
     parts: dict[str, Any] = {"scheduler": acc.scheduler, "scaler": acc.scaler}
     for name, part in parts.items():
-        several = [] if part is None else getattr(part, "schedulers", [part])
-        terms[name] = "+".join(type(one).__name__ for one in several) or "none"
+        parts_of = [] if part is None else getattr(part, "schedulers", [part])
+        terms[name] = "+".join(type(one).__name__ for one in parts_of) or "none"
         if part is not None and hasattr(part, "state_dict"):
             terms |= dict(_numbers_in(part.state_dict(), name))
     return terms | (ranks.model.values() if isinstance(ranks.model, Replicas) else {})
@@ -55,7 +53,17 @@ def window_terms(acc: Any, plan: Any) -> dict[str, Any]:
     return terms if acc.scaler is None else {**terms, "the scaler's scale": acc.scaler.get_scale()}
 
 
-def _described(parameters: Iterable[Tensor]) -> dict[str, str]:
+def state_terms(state: Any, ranks: Ranks) -> dict[str, Any]:
+    """What the ranks' states must have alike to be states of one training."""
+    noise = (state.get("noise") or {}).get("window") is not None
+    terms = {"the update's index of the state": state["index"], "whether the state measures noise": noise}
+    if ranks.shards is not None:
+        window = state["window"]
+        terms["the micro-batches in the state's window"] = window and window["micro_batches"]
+    return terms
+
+
+def _signature(parameters: Iterable[Tensor]) -> dict[str, str]:
     shapes = {
         f"parameter {i}": f"{tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
         for i, p in enumerate(parameters)

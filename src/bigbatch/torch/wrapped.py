@@ -7,10 +7,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch import errors
+from bigbatch.engines.torch_fsdp import is_spread, shards_in
 from bigbatch.torch.collectives import Meetings
 from bigbatch.torch.ddp import Replicas
 from bigbatch.torch.distributed import Ranks
-from bigbatch.torch.fsdp import Shards, is_spread, shards_in
+from bigbatch.torch.fsdp import Shards
 
 Sync = Literal["window", "micro_batch"]
 

@@ -1,5 +1,4 @@
-"""PyTorch's two doors, driven as a PyTorch user would: with every gradient autograd's, and with those of weights taken
-from it, straight into the sums or as rows that wait."""
+"""PyTorch's two APIs, driven as its users would: with every gradient autograd's, and with those of weights fused."""
 
 import io
 import itertools
@@ -15,10 +14,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigbatch.torch as bb
-from conformance import jobs
+from conformance import jobs, torch_products
 from conformance.jobs import MicroBatch, Params, Spec
 from conformance.mistakes import at_the_split_door, at_the_stream_door
-from conformance.torch_products import small_ones_too
+from conformance.torch_products import must_fuse, small_ones_too
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "half": torch.bfloat16}
 
@@ -319,12 +318,23 @@ class Split(TorchRun):
         return SimpleNamespace(micro_batches=count, items=items, loss=loss, skipped=skipped)
 
 
+def finite(micro_batches: Sequence[MicroBatch]) -> bool:
+    """Where a product is inf or NaN, it cannot be compared with autograd's gradient, which is then taken."""
+    return all(np.isfinite(array).all() for m in micro_batches for array in m.values())
+
+
 class PlainLinear(Plain):
     model_class = LinearModel
 
 
 class FusedStream(Stream):
+    """Each finite window proves that it was fused: the same numbers could come from autograd."""
+
     model_class = LinearModel
+
+    def window(self, micro_batches: Sequence[MicroBatch]) -> bb.Update | None:
+        with must_fuse(len(micro_batches) if finite(micro_batches) else 0):
+            return super().window(micro_batches)
 
     def feed(self, micro_batch: MicroBatch) -> bb.Update | None:
         with small_ones_too():
@@ -336,7 +346,13 @@ class FusedStream(Stream):
 
 
 class FusedSplit(Split):
+    """As `FusedStream`."""
+
     model_class, fused = LinearModel, True
+
+    def window(self, micro_batches: Sequence[MicroBatch]) -> SimpleNamespace:
+        with must_fuse(len(micro_batches) if finite(micro_batches) else 0):
+            return super().window(micro_batches)
 
     def door(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         with small_ones_too():
@@ -376,6 +392,9 @@ class Adapter:
 ADAPTERS = [
     Adapter("split", "split", Split),
     Adapter("stream", "stream", Stream),
-    Adapter("split-fused", "split", FusedSplit, PlainLinear),
-    Adapter("stream-fused", "stream", FusedStream, PlainLinear),
 ]
+if torch_products.AVAILABLE:
+    ADAPTERS += [
+        Adapter("split-fused", "split", FusedSplit, PlainLinear),
+        Adapter("stream-fused", "stream", FusedStream, PlainLinear),
+    ]
