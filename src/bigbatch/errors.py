@@ -185,6 +185,18 @@ def items_not_counts(total: float, micro_batches: str) -> Exception:
     )
 
 
+def check_accumulates_once(optimizer: Any) -> None:
+    """Refuses a Keras optimizer that accumulates by itself, also inside of loss scaling or of a MultiOptimizer."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    for one in (inner, *getattr(inner, "optimizers", ())):
+        steps = getattr(one, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
+                "Leave it out: with bigbatch as well it would accumulate twice."
+            )
+
+
 def ranks_disagree(name: str, values: Sequence[str]) -> Exception:
     """For processes that train one model and were not given the same; every one of them gets this text."""
     odd = next(rank for rank, value in enumerate(values) if value != values[0])

@@ -3,7 +3,6 @@
 python peak_of_a_window.py mlp|convnet MICRO_BATCH MICRO_BATCHES          with KERAS_BACKEND=tensorflow, jax or torch
 """
 
-import gc
 import importlib
 import sys
 from pathlib import Path
@@ -12,6 +11,9 @@ import keras
 import numpy as np
 
 import bigbatch.keras as bb
+
+sys.path.append(str(Path(__file__).parents[1]))  # appended: folders there have the frameworks' names
+from process_memory import growth
 
 planning = importlib.import_module("bigbatch.keras.plan")  # the package has its function under this name
 
@@ -32,15 +34,9 @@ def job(name, length):
     return model, (rng.random((length, *shape), "float32"), rng.integers(0, 10, length, "int32"))
 
 
-def status(name):
-    """A number from the kernel's table of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) << 10
-
-
 def main(name, micro_batch, micro_batches):
     model, (x, y) = job(name, micro_batch * micro_batches)
-    predictions = planning._own().Predictions(model, (x, y))
+    predictions = planning.planner().Predictions(model, (x, y))
     needs = predictions.needs(micro_batch)
     if keras.backend.backend() == "jax":
         import jax
@@ -54,11 +50,7 @@ def main(name, micro_batch, micro_batches):
         bb.accumulate(model, micro_batch=micro_batch)
         x, y = predictions.data[:2] if keras.backend.backend() == "tensorflow" else (x, y)
         run = lambda: model.train_on_batch(x, y)  # noqa: E731
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-    before = status("VmRSS")
-    run()
-    print(needs, status("VmHWM") - before)
+    print(needs, growth(run))
 
 
 if __name__ == "__main__":

@@ -43,18 +43,19 @@ def test_a_window_is_the_big_batch(options, micro_batch):
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
+    from bigbatch.fused.keras_tensorflow import with_fast_convolutions
     from bigbatch.keras.backends.tensorflow.window import build, micro_step
 
-    @pytest.mark.parametrize("by_xla", [False, True])
-    def test_the_loop_is_over_fast_ones(by_xla):
+    @pytest.mark.parametrize("rewrite", [None, with_fast_convolutions])
+    def test_the_loop_is_over_fast_ones(rewrite):
         model = network()
         build(model, (X, Y))
-        take = micro_step(model, (X, Y), [], by_xla=by_xla)
+        step = micro_step(model, (X, Y), [], rewrite)
 
         @tf.function(jit_compile=True, autograph=False)
         def gradients(x, y):
             def body(i, sums):
-                (more,) = take([x, y], tf.zeros([0], tf.float64)).gradients
+                (more,) = step([x, y], tf.zeros([0], tf.float64)).gradients
                 return i + 1, [a + b for a, b in zip(sums, more, strict=True)]
 
             sums = [tf.zeros(v.shape, tf.float64) for v in model.trainable_variables]
@@ -62,7 +63,7 @@ if BACKEND == "tensorflow":
 
         program = gradients.experimental_get_compiler_ir(X, Y)(stage="optimized_hlo")
         layouts = set(re.findall(r"dim_labels=(\S+?)[,}\s]", program))
-        assert ({"b01f_01io->b01f"} == layouts) == by_xla
+        assert ({"b01f_01io->b01f"} == layouts) == (rewrite is not None)
 
     def test_a_window_of_one_is_bit_for_bit_the_plain_step():
         model, plain = (network(jit_compile=True) for _ in range(2))

@@ -11,7 +11,7 @@ import pytest
 import bigbatch.keras as bb
 from conformance.keras_driver import array
 from conformance.keras_parity import data, float64, mlp
-from conformance.laws import STREAM_WORDS, WORDS
+from conformance.laws import STREAM_MESSAGES, MESSAGES
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +19,9 @@ def _float64():
     float64()
 
 
-@pytest.mark.parametrize("mistake", sorted(STREAM_WORDS))
+@pytest.mark.parametrize("mistake", sorted(STREAM_MESSAGES))
 def test_the_streams_words(mistake):
-    kind, text = WORDS[mistake]
+    kind, text = MESSAGES[mistake]
     name, written = mistake.split("=")
     value = float("nan") if written == "nan" else ast.literal_eval(written)
     with pytest.raises(kind) as error:

@@ -6,7 +6,8 @@ import pytest
 from keras import ops
 
 import bigbatch.keras as bb
-from bigbatch.keras import skips
+from bigbatch.keras import skipped
+from bigbatch.skipped import BAD_ITEMS, NO_ITEMS
 from conformance.keras_driver import array
 from conformance.keras_parity import BACKEND, close, data, float64, mlp
 
@@ -21,7 +22,7 @@ def _float64():
 @pytest.fixture
 def said(monkeypatch):
     texts = []
-    monkeypatch.setattr(skips.logger, "warning", texts.append)
+    monkeypatch.setattr(skipped.logger, "warning", texts.append)
     return texts
 
 
@@ -38,8 +39,8 @@ def fit(model, weight, size):
 
 
 BAD = {"negative": -1.0, "nan": float("nan"), "inf": float("inf")}
-NO_WEIGHT = "A window made no update: a sample weight in it is negative, NaN or infinite."
-NO_WEIGHTS = "A window made no update: the weights of all its examples are 0."
+NO_WEIGHT = f"A window made no update: {BAD_ITEMS}. Sample weights are the items here."
+NO_WEIGHTS = f"A window made no update: {NO_ITEMS}. The weights of all its examples are 0."
 
 
 @pytest.mark.parametrize("bad", BAD)

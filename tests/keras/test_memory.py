@@ -24,9 +24,9 @@ planning = importlib.import_module("bigbatch.keras.plan")  # the package has its
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "peak_of_a_window.py"
-Predictions = planning._own().Predictions
+Predictions = planning.planner().Predictions
 HOW = {
-    "tensorflow": "predicted from the traced graph", "jax": "by the compiler's account of ",
+    "tensorflow": "predicted from the traced graph", "jax": "by the compiler's memory analysis of ",
     "torch": "predicted from fake tensors",
 }[BACKEND]  # fmt: skip
 
@@ -326,11 +326,12 @@ class Training:
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_out_of_memory_costs_only_time(planned_for, caplog, monkeypatch, part):
     fittings, fault = [], Fault()
-    monkeypatch.setattr(planning, "Fitting", lambda made=planning.Fitting: fittings.append(made()) or fittings[-1])
+    auto = planning.AutoMicroBatch
+    monkeypatch.setattr("bigbatch.keras.split.AutoMicroBatch", lambda: fittings.append(auto()) or fittings[-1])
     fault.part = part
     planned_for(8)
     auto = Training(fault, "auto")
-    ((choice,),) = (lengths.values() for lengths in fittings[0].choices.values())
+    (((choice, _),),) = (lengths.values() for lengths in fittings[0].choices.values())
     choice.micro_batch = 4
     expected = auto.run()
     assert fault.count == 12
@@ -339,7 +340,7 @@ def test_out_of_memory_costs_only_time(planned_for, caplog, monkeypatch, part):
         caplog.clear()
         same(auto.run(at), expected)
         assert fault.count == at + 12, "and it stays with what fits"
-        assert said(caplog) == ['micro_batch="auto": out of memory at 8; the window is done again with 4.']
+        assert said(caplog) == ['micro_batch="auto": out of memory at 8; the window is run again with 4.']
     choice.micro_batch = 8
     unlike = auto.run()
     assert any(not np.array_equal(unlike[name], expected[name]) for name in expected), "or the test could not fail"
@@ -377,7 +378,7 @@ def test_not_even_one_example(planned_for, caplog):
     before = array(model.layers[0].kernel)
     with pytest.raises(Exception, match=r"(?i)out of memory") as caught:
         model.fit(*data(8), batch_size=8, verbose=0)
-    assert planning._own().is_out_of_memory(caught.value)
+    assert planning.planner().is_out_of_memory(caught.value)
     assert caught.value.__notes__[-1].startswith('micro_batch="auto": not even one example at a time fits. Planned was')
     assert [line.split(": ")[1][:16] for line in said(caplog)[1:]] == ["out of memory at"] * 3
     np.testing.assert_array_equal(array(model.layers[0].kernel), before)

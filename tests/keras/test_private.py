@@ -17,7 +17,7 @@ from keras.src.models import cloning
 from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
-from bigbatch.keras import checkpoint, losses, stream
+from bigbatch.keras import checkpoint, losses, stream, windows
 from conformance.keras_driver import array
 from conformance.keras_parity import BACKEND, data, float64, mlp
 
@@ -201,7 +201,7 @@ def test_fit_shows_its_iterator_to_a_method_and_counts_its_steps_afterwards():
             seen.append(iterator)
             assert iterator.data_adapter.num_batches == 3
             assert iterator.steps_per_epoch is None
-            iterator.data_adapter = stream.InWindows(iterator.data_adapter, stream.Windows(2, "apply"), None)
+            iterator.data_adapter = windows.InWindows(iterator.data_adapter, windows.Windows(2, "apply"), None)
 
     setattr(model, stream.BUILD, build)
     x, y = data(10)

@@ -1,4 +1,4 @@
-"""On TensorFlow and JAX large weights' gradients wait as products to be multiplied out: what they are, and when."""
+"""On TensorFlow and JAX large weights' gradients are deferred as factors: which ones, and when."""
 
 import subprocess
 import sys
@@ -33,20 +33,20 @@ def deep(loss="mse", **options):
 
 
 if BACKEND == "tensorflow":
-    from bigbatch.keras.backends.tensorflow import window
+    from bigbatch.fused import keras_tensorflow
 
     @pytest.fixture
     def seen(monkeypatch):
         """The shapes of the products that were found."""
         shapes = []
-        look = window.factored_grad
+        look = keras_tensorflow.factored_grad
 
         def noting(gradient):
             product = look(gradient)
             shapes.extend([] if product is None else [product.shape])
             return product
 
-        monkeypatch.setattr(window, "factored_grad", noting)
+        monkeypatch.setattr(keras_tensorflow, "factored_grad", noting)
         return shapes
 
     def test_the_laws_run_with_products_and_without(seen):
@@ -63,7 +63,7 @@ if BACKEND == "tensorflow":
     @pytest.mark.parametrize(
         ("n", "door"), [(17, "split"), (75, "split"), (75, "one call"), (17, "stream"), (150, "stream")]
     )
-    def test_products_are_kept_until_their_room_is_full(n, door, seen):
+    def test_factors_are_buffered_up_to_their_capacity(n, door, seen):
         plain, model = (
             deep(),
             bb.accumulate(deep(), **({"every": -(-n // MICRO)} if door == "stream" else {"micro_batch": MICRO})),
@@ -171,7 +171,7 @@ if BACKEND == "tensorflow":
         plain.train_on_batch(X[:16], Y[:16])
         close(model, plain, 1e-10)
 
-    def test_a_window_of_one_takes_rows_times_a_matrix_turned_over_as_keras_does(monkeypatch):
+    def test_a_window_of_one_multiplies_rows_by_a_transposed_matrix_as_keras_does(monkeypatch):
         """Seven rows, which TensorFlow's two ways round differently; larger windows take the other way."""
         keras.config.set_floatx("float32")
         rng = np.random.default_rng(0)
@@ -190,8 +190,8 @@ if BACKEND == "tensorflow":
         plain = trained(ours=False)
         for w, v in zip(trained(ours=True), plain, strict=True):
             np.testing.assert_array_equal(w, v)
-        fast = window.with_fast_products
-        monkeypatch.setattr(window, "with_fast_products", lambda graph, several, found: fast(graph, True, found))
+        fast = keras_tensorflow.with_fast_products
+        monkeypatch.setattr(keras_tensorflow, "with_fast_products", lambda graph, _, found: fast(graph, True, found))
         assert any(np.any(w != v) for w, v in zip(trained(ours=True), plain, strict=True))
 
     def test_there_are_never_two_copies_of_the_gradients():
@@ -224,7 +224,7 @@ if BACKEND == "jax":
         ("n", "door", "products"),
         [(17, "split", 2), (5, "split", 0), (27, "split", 1), (75, "split", 0), (17, "stream", 2), (75, "stream", 0)],
     )
-    def test_products_are_kept_while_there_is_room(n, door, products, seen):
+    def test_factors_are_kept_up_to_their_capacity(n, door, products, seen):
         option = {"every": -(-n // MICRO)} if door == "stream" else {"micro_batch": MICRO}
         plain, model = deep(), bb.accumulate(deep(), **option)
         logs = plain.train_on_batch(X[:n], Y[:n], return_dict=True)

@@ -80,26 +80,26 @@ def test_where_plain_keras_is_wrong_the_page_says_so():
 
 
 if BACKEND == "tensorflow":
-    from bigbatch.keras.backends.tensorflow import window
+    from bigbatch.fused import keras_tensorflow
 
     @pytest.mark.parametrize(("tied", "terms"), [(False, 1), (True, 2)])
     @pytest.mark.parametrize("door", DOORS)
-    def test_the_tables_gradient_is_taken_apart(monkeypatch, tied, terms, door):
+    def test_the_tables_gradient_is_split(monkeypatch, tied, terms, door):
         found = []
-        look = window.split_gradient
+        look = keras_tensorflow.split_gradient
 
         def noting(gradient, shape):
             taken = look(gradient, shape)
             found.extend([] if taken is None else [len(taken.terms)])
             return taken
 
-        monkeypatch.setattr(window, "split_gradient", noting)
+        monkeypatch.setattr(keras_tensorflow, "split_gradient", noting)
         options, batch_size = DOORS[door]
         bb.accumulate(model(tied), **options).fit(TOKENS[:30], NEXT[:30], batch_size=batch_size, verbose=0)
         assert found
         assert set(found) == {terms}
 
-    def test_noise_is_measured_of_what_was_taken_apart():
+    def test_noise_is_measured_of_split_gradients():
         scales = []
         for large in (4, 1000):  # the second leaves the table whole
             with pytest.MonkeyPatch.context() as patch:

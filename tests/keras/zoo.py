@@ -142,7 +142,7 @@ def batch_normalization_that_is_frozen():
     return stack(layers.BatchNormalization(trainable=False)), examples()
 
 
-@specimen(exact=True, chance=("drop",))
+@specimen(exact=True, stochastic=("drop",))
 def dropout():
     return stack(layers.Dropout(0.3, name="drop")), examples()
 
@@ -161,7 +161,7 @@ def batch_normalization_at_two_depths():
     return stack(layers.BatchNormalization(name="outer"), inside), examples()
 
 
-@specimen(exact=False, chance=("drop",), module=("norm",))
+@specimen(exact=False, stochastic=("drop",), module=("norm",))
 def dropout_and_batch_normalization():
     return stack(layers.BatchNormalization(name="norm"), layers.Dropout(0.3, name="drop")), examples()
 

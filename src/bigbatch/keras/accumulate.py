@@ -1,4 +1,4 @@
-"""`accumulate`: how a model is given the batch it should see."""
+"""`accumulate`: its arguments, checked, and what it installs on the model."""
 
 from typing import Any, Literal
 
@@ -7,13 +7,13 @@ import keras
 from bigbatch import errors
 from bigbatch.every import Every, as_every
 from bigbatch.keras import copies, split, stream
-from bigbatch.keras import noise as noisy
-from bigbatch.keras.checks import check_calls, check_cut, check_model
-from bigbatch.keras.plan import check_one_device
+from bigbatch.keras import noise as noise_meter
+from bigbatch.keras.checks import check_calls, check_cut, check_model, check_one_device
 from bigbatch.noise import one_in
 
 _NOT_GIVEN: Any = object()
-_OVERRIDDEN = (
+# All that is installed on the model. Not public: stream.BUILD (tests/keras/test_private.py fails when it moves).
+_INSTALLED = (
     "train_step", "make_train_function", "fit", "train_on_batch", "save", "save_weights", "load_weights",
     "__reduce__", "get_compile_config", stream.BUILD,
 )  # fmt: skip
@@ -44,14 +44,14 @@ def accumulate(
     Args:
         model: a model whose `train_step` is Keras's own; built and compiled or not yet.
         micro_batch: examples in memory at once. The batch is cut in order; its last micro-batch may be shorter.
-            "auto" plans the number that fits, once for each shape of batch, and says so in one line
-            (`logging.getLogger("bigbatch.keras")`); if memory runs out anyway, the window is done again with half the
+            "auto" plans the number that fits, once for each shape of batch, and logs the plan in one line
+            (`logging.getLogger("bigbatch.keras")`); if memory runs out anyway, the window is run again with half the
             size (docs/memory.md).
         every: when a window of the stream closes: a number of micro-batches; a callable that takes the update's index
             and returns one (batch-size warm-up); or `bb.items(4096)`, which counts examples.
         partial: with `every`, what becomes of a window that the epoch's end cut short: "apply", the default, makes the
-            update from what is there, "carry" keeps its micro-batches for the next epoch, "drop" forgets them. The log
-            (`logging.getLogger("bigbatch.keras")`) says so each time.
+            update from the micro-batches that it has, "carry" keeps them for the next epoch, "drop" discards them. Each
+            time is logged (`logging.getLogger("bigbatch.keras")`).
         noise: measures the gradient noise scale: it is in `fit`'s logs as `noise_scale`, and with its error in
             `bb.noise_scale(model)`. True measures one window in twenty, an integer n one in n. On one device.
 
@@ -74,25 +74,25 @@ def accumulate(
         _restore(model)
         return model
     if measured:
-        noisy.check_devices(model, noise)
+        noise_meter.check_devices(model, noise)
     check_model(model)
     if "micro_batch" in given:
         check_cut(model)
     if given.get("micro_batch") == "auto":
         check_one_device(model)
     _restore(model)
-    noisy.attach(model, measured)
+    noise_meter.attach(model, measured)
     if "every" in given:
-        stream.open_door(model, given["every"], given.get("partial", "apply"))
+        stream.install(model, given["every"], given.get("partial", "apply"))
     else:
-        split.open_door(model, given["micro_batch"])
+        split.install(model, given["micro_batch"])
     check_calls(model, cuts="micro_batch" in given)
     copies.attach(model, accumulate, {**given, "noise": noise})
     return model
 
 
 def _accepted(micro_batch: Any, every: Any, partial: Any) -> dict[str, Any]:
-    """What is asked for, checked; nothing where the model is to be as it was."""
+    """The options that were given, checked; none where the model is to be as it was."""
     given = {name: value for name, value in (("micro_batch", micro_batch), ("every", every)) if value is not _NOT_GIVEN}
     off = bool(given) and all(value is None for value in given.values())
     given = {name: value for name, value in given.items() if value is not None}
@@ -118,7 +118,7 @@ def _accepted(micro_batch: Any, every: Any, partial: Any) -> dict[str, Any]:
 
 
 def _restore(model: Any) -> None:
-    for name in _OVERRIDDEN:
+    for name in _INSTALLED:
         model.__dict__.pop(name, None)
-    noisy.attach(model, 0)
-    model.train_function = None  # as compile does: it is made again when it is next needed
+    noise_meter.attach(model, 0)
+    model.train_function = None  # as compile does: it is made again at the next step

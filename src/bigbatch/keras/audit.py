@@ -1,7 +1,7 @@
 """`audit`: is accumulation exact for this model, as it was compiled, and these data?
 
-`bigbatch.audit_experiments` has the experiments. Here is how Keras makes a run that leaves nothing behind. Layers
-have the dtype that they were made with, so it is made in that.
+`bigbatch.audit_experiments` has the experiments. This file runs the model for them and restores it after each run. A
+layer keeps the dtype that it was made with, so the runs are in that dtype.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
-from bigbatch.audit_probe import Rows, Run
+from bigbatch.audit_probe import Run
 from bigbatch.keras import batch, layer_calls, losses, noise, randomness
 from bigbatch.keras.checks import check_cut, check_model
 
-# What to do about each cause in Keras, where `fit` has the loss and no loss function says its items.
+# What to do about each cause in Keras, where `fit` has the loss and no loss function returns its items.
 REMEDIES = {
     "module": "Normalize within the example (GroupNormalization, LayerNormalization), or call it with training=False, "
     "as layer.trainable = False does for a BatchNormalization.",
@@ -42,7 +42,7 @@ REMEDIES = {
 
 
 def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, *, micro_batch: int = 32) -> Audit:
-    """Says whether the update of a `bb.accumulate`d model is the one that plain `fit` makes of the batch, and why not.
+    """Reports whether a `bb.accumulate`d model gets the update that plain `fit` makes of the batch, and if not, why.
 
     It compares the gradient of the model's own loss over the whole batch with the one that bigbatch's window makes of
     micro-batches, in training mode and in the variables' own dtype, and finds the cause by experiment::
@@ -68,8 +68,8 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
     Raises:
         TypeError, ValueError: an argument is not as described, or the model or its loss cannot be trained.
 
-    Variables, metrics, seeds and the random state are put back as they were, also after an error; the optimizer and
-    compiled functions are not touched. What a forward writes into objects of its own, such as a list, stays.
+    Variables, metrics, seeds and the random state are restored, also after an error; the optimizer and compiled
+    functions are not touched. What a forward writes into objects of its own, such as a list, stays.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model. {errors.received('model', model)}")
@@ -90,14 +90,14 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
     model._symbolic_build(data_batch=data)
     if not model.trainable_variables:
         raise ValueError("The model does not have any trainable weights. An audit compares their gradients.")
-    with randomness.kept(model):
-        found = examine(Bench(model, data, length, micro_batch))
-    causes = [replace(cause, remedy=REMEDIES.get(cause.kind, cause.remedy)) for cause in found.causes]
-    return replace(found, causes=causes)
+    with randomness.preserved(model):
+        result = examine(AuditRunner(model, data, length, micro_batch))
+    causes = [replace(cause, remedy=REMEDIES.get(cause.kind, cause.remedy)) for cause in result.causes]
+    return replace(result, causes=causes)
 
 
-class Bench:
-    """Runs of one model's loss on one batch (see `audit_experiments`)."""
+class AuditRunner:
+    """Runs one model's loss on one batch (see `audit_experiments`)."""
 
     def __init__(self, model: Any, data: Any, length: int, micro_batch: int):
         self.model, self.data = model, data
@@ -113,12 +113,12 @@ class Bench:
         self.losses = [(layer, list(layer._losses)) for layer in self.layers.values()]
         self.programs: dict[Any, Callable[..., Any]] = {}
         self.float = keras.config.floatx()
-        # As training has it, so that what is narrow does not vanish.
+        # As in training: without it, gradients in float16 vanish.
         self.scale = _number(model.optimizer.scale_loss(ops.ones(())))
 
     def gradient(
         self,
-        parts: Sequence[Rows],
+        parts: Sequence[Sequence[int]],
         *,
         seed: int,
         quiet: frozenset[str],
@@ -126,64 +126,63 @@ class Bench:
         items: Any = None,
         scale: float = 1.0,
     ) -> dict[str, np.ndarray]:
-        """Of one part, plain Keras's own; of several, the window's: Σ nᵢ·gᵢ / Σ nᵢ for each kind of items."""
-        found: list[tuple[Any, Any]] = []
+        """Plain Keras's gradient of one part; of several the window's, Σ nᵢ·gᵢ / Σ nᵢ for each kind of items."""
+        losses: list[tuple[Any, Any]] = []
         sums: list[list[np.ndarray]] = []
         counts: list[float] = []
         scale *= self.scale
-        with self.at_rest(seed, quiet) as reset:
-            differentiate = self.program(_own().gradients, len(parts) == 1, quiet)
+        with self.restored(seed, quiet) as reset:
+            differentiate = self.program(_backend().gradients, len(parts) == 1, quiet)
             for i, rows in enumerate(parts):
                 if fresh:
                     reset()
-                found, gradients = differentiate(self.take(rows), ops.convert_to_tensor(scale, self.float))
-                sums = sums or [[np.zeros(tuple(v.shape)) for v in self.model.trainable_variables] for _ in found]
-                counts = counts or [0.0] * len(found)
-                for k, ((_, n), several) in enumerate(zip(found, gradients, strict=True)):
+                losses, gradients = differentiate(self.select(rows), ops.convert_to_tensor(scale, self.float))
+                sums = sums or [[np.zeros(tuple(v.shape)) for v in self.model.trainable_variables] for _ in losses]
+                counts = counts or [0.0] * len(losses)
+                for k, ((_, n), own) in enumerate(zip(losses, gradients, strict=True)):
                     if n is None:  # a sum
                         n, counts[k] = 1.0, 1.0
                     else:
                         n = _number(n) if items is None else items[i]
                         counts[k] += n
-                    for total, g in zip(sums[k], several, strict=True):
+                    for total, g in zip(sums[k], own, strict=True):
                         if g is not None:
                             total += n * np.asarray(ops.convert_to_numpy(g), np.float64)
-            if not any(np.any(total) for several in sums for total in several):
-                raise errors.loss_without_gradient(found[0][0])
+            if not any(np.any(total) for totals in sums for total in totals):
+                raise errors.loss_without_gradient(losses[0][0])
         with np.errstate(all="ignore"):
-            means = [[total / (n * scale) for total in several] for several, n in zip(sums, counts, strict=True)]
+            means = [[total / (n * scale) for total in totals] for totals, n in zip(sums, counts, strict=True)]
         return {name: np.sum(of_kinds, axis=0) for name, *of_kinds in zip(self.names, *means, strict=True)}
 
-    def loss(self, rows: Rows, *, seed: int, quiet: frozenset[str]) -> Run:
+    def loss(self, rows: Sequence[int], *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows; of several kinds of items, the first one's."""
-        with self.at_rest(seed, quiet):
-            found, _ = self.program(_own().losses, False, quiet)(self.take(rows), ops.ones((), self.float))
-            items = next((n for _, n in found if n is not None), len(rows))
-            return Run(sum(_number(value) for value, _ in found), _number(items))
+        with self.restored(seed, quiet):
+            losses, _ = self.program(_backend().losses, False, quiet)(self.select(rows), ops.ones((), self.float))
+            items = next((n for _, n in losses if n is not None), len(rows))
+            return Run(sum(_number(value) for value, _ in losses), _number(items))
 
     def program(self, make: Callable[..., Any], whole: bool, quiet: frozenset[str]) -> Callable[..., Any]:
-        """Of the backend: takes arrays and a scale, and returns (loss, items) for each kind, and gradients."""
+        """The backend's function of arrays and a scale: it returns (loss, items) for each kind, and gradients."""
         if (make, whole, quiet) not in self.programs:
-            taken = self.plain if whole else self.taken_apart
+            evaluate = self.total if whole else self.kinds
 
             def objective(leaves: list[Any], scale: Any) -> list[tuple[Any, Any]]:
-                return [(value * ops.cast(scale, value.dtype), n) for value, n in taken(leaves)]
+                return [(value * ops.cast(scale, value.dtype), n) for value, n in evaluate(leaves)]
 
             self.programs[make, whole, quiet] = make(self.model, objective)
         return self.programs[make, whole, quiet]
 
-    def take(self, rows: Rows) -> list[Any]:
+    def select(self, rows: Sequence[int]) -> list[Any]:
         """The arrays of these examples."""
         index = np.asarray(list(rows))
         return [ops.convert_to_tensor(leaf[index]) for leaf in self.leaves]
 
-    def forward(self, leaves: list[Any]) -> tuple[Any, Any, Any, Any]:
-        """x, y, what the model makes of x in training, and the weights of the examples."""
+    def forward(self, leaves: list[Any]) -> losses.Forward:
+        """The model's forward pass in training mode."""
         x, y, sample_weight = batch.unpack(batch.nest(self.data, leaves))
-        training = {"training": True} if self.model._call_has_training_arg else {}
-        return x, y, self.model(x, **training), sample_weight
+        return losses.Forward(x, y, batch.call(self.model, x), sample_weight)
 
-    def plain(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
+    def total(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
         """What plain `fit` differentiates, as a mean over one item."""
         x, y, y_pred, sample_weight = self.forward(leaves)
         total = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
@@ -191,25 +190,27 @@ class Bench:
             raise errors.loss_not_scalar(total)
         return [(total, 1.0)]
 
-    def taken_apart(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
-        """What a window differentiates: (loss, items) for each kind of items; None for a sum."""
-        x, y, y_pred, sample_weight = self.forward(leaves)
-        terms = losses.terms(self.model, x, y, y_pred, sample_weight, examined=False)
-        means = losses.quotients(terms)[1]
+    def kinds(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
+        """What a window differentiates: (loss, items) for each kind of items; items are None for a sum."""
+        terms = losses.terms(self.model, self.forward(leaves), warn=False)
+        means = losses.are_means(terms)[1]
         return [(value, n if mean else None) for (value, n), mean in zip(losses.kinds(terms), means, strict=True)]
 
-    def sources(self, rows: Rows, seed: int, quiet: frozenset[str]) -> list[str]:
-        """The layers where the run over the first rows leaves the whole batch's."""
-        allowed = 1e-4 if self.dtype in ("float64", "float32") else 5e-2  # parts may be computed in less
-        watching = layer_calls.Watch(self.layers, len(rows) == self.length, allowed)
-        for run, chosen, with_seed in ((watching.first, range(self.length), 0), (watching.second, rows, seed)):
-            with self.at_rest(with_seed, quiet), run():
-                self.taken_apart(self.take(chosen))
-        return list(dict.fromkeys(watching.found))
+    def sources(self, rows: Sequence[int], seed: int, quiet: frozenset[str]) -> list[str]:
+        """The layers whose outputs for the first rows differ from those in a run over the whole batch."""
+        allowed = 1e-4 if self.dtype in ("float64", "float32") else 5e-2  # some operations may use a narrower dtype
+        compared = layer_calls.ActivationDiff(self.layers, len(rows) == self.length, allowed)
+        for run, selected, with_seed in ((compared.first, range(self.length), 0), (compared.second, rows, seed)):
+            with self.restored(with_seed, quiet), run():
+                self.kinds(self.select(selected))
+        return list(dict.fromkeys(compared.differing))
 
     @contextlib.contextmanager
-    def at_rest(self, seed: int, quiet: frozenset[str]) -> Iterator[Callable[[], None]]:
-        """The model as it is, with chance seeded and the quiet layers in inference mode."""
+    def restored(self, seed: int, quiet: frozenset[str]) -> Iterator[Callable[[], None]]:
+        """The model as it is, with random numbers seeded and the quiet layers in inference mode; restored afterwards.
+
+        Yields a function that resets the variables within.
+        """
 
         def reset() -> None:
             for variable, value in self.state:
@@ -219,9 +220,9 @@ class Bench:
 
         random.seed(seed)
         np.random.seed(seed)
-        _own().seed_chance(seed)
+        _backend().seed(seed)
         try:
-            with layer_calls.resting({name: self.layers[name] for name in quiet}):
+            with layer_calls.in_inference_mode({name: self.layers[name] for name in quiet}):
                 reset()
                 yield reset
         finally:
@@ -237,6 +238,6 @@ def _number(x: Any) -> float:
     return float(value)
 
 
-def _own() -> Any:
-    """The half of this that belongs to the backend that Keras runs on."""
+def _backend() -> Any:
+    """What the backend that Keras runs on does for an audit."""
     return importlib.import_module(f"bigbatch.keras.backends.{keras.backend.backend()}.audit")

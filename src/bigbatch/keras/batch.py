@@ -7,7 +7,7 @@ from keras.utils import unpack_x_y_sample_weight as unpack
 
 from bigbatch import errors
 
-__all__ = ["check", "leaves", "nest", "unpack"]
+__all__ = ["call", "check", "leaves", "nest", "unpack"]
 
 
 def leaves(data: Any) -> list[Any]:
@@ -19,9 +19,15 @@ def nest(data: Any, values: list[Any]) -> Any:
     """The nesting of `data` with `values` in the places of its arrays; None stays None."""
     following = iter(values)
     if type(data) is tuple and all(part is None or hasattr(part, "shape") for part in data):
-        # As nearly all data is; on PyTorch this is done for every micro-batch, and the tree's way takes its time.
+        # The usual case; on PyTorch this runs once a micro-batch, and the general function is slower.
         return tuple(None if part is None else next(following) for part in data)
     return tree.pack_sequence_as(data, [None if leaf is None else next(following) for leaf in tree.flatten(data)])
+
+
+def call(model: Any, x: Any) -> Any:
+    """The model's outputs in training mode."""
+    # Not public: `_call_has_training_arg`. tests/keras/test_private.py fails when it moves.
+    return model(x, training=True) if model._call_has_training_arg else model(x)
 
 
 def check(data: Any) -> int | None:

@@ -148,7 +148,7 @@ class Checkpoints:
             path = Path(filepath)
             aside = path.with_name("part.weights.h5")
             type(self.model).save_weights(self.model, aside)
-            write(aside, self._held(backup))
+            write(aside, self._saved(backup))
             with aside.open("rb+") as file:
                 os.fsync(file.fileno())
             aside.replace(path)
@@ -177,9 +177,10 @@ class Checkpoints:
                 if method is not None:
                     self.model.__dict__[name] = method
 
-    def _held(self, backup: Any) -> Saved:
+    def _saved(self, backup: Any) -> Saved:
         arrays = [
-            [np.asarray(keras.ops.convert_to_numpy(leaf)) for leaf in batch.leaves(data)] for data in self.windows.held
+            [np.asarray(keras.ops.convert_to_numpy(leaf)) for leaf in batch.leaves(data)]
+            for data in self.windows.carried
         ]
         return Saved(backup._current_epoch, updates_of(self.model), self.windows.index, arrays)
 
@@ -196,7 +197,7 @@ class Checkpoints:
 
     def _restore(self, backup: Any, saved: Saved | None) -> None:
         windows = self.windows
-        windows.held, windows.saved = [], []
+        windows.carried, windows.saved = [], []
         if saved is None:
             if windows.partial == "carry":
                 logger.warning("The checkpoint was written without bigbatch: it holds no carried micro-batches.")

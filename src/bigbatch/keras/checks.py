@@ -1,13 +1,15 @@
-"""What `accumulate`, `fit` and `train_on_batch` refuse before anything moves, and what they warn of."""
+"""What `accumulate`, `plan`, `fit` and `train_on_batch` refuse before anything changes, and what they warn of."""
 
+import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
+from bigbatch import errors
 from bigbatch.keras import batch, noise
 from bigbatch.keras.backends import select
 
@@ -32,15 +34,14 @@ def check_model(model: Any) -> None:
             )
     if keras.backend.backend() == "jax" and keras.config.is_nnx_enabled():
         raise ValueError("With NNX enabled, Keras would pass bigbatch's train_step over. Disable KERAS_NNX_ENABLED.")
-    optimizer = getattr(model, "optimizer", None)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of loss scaling
-    for one in (optimizer, *getattr(optimizer, "optimizers", ())):  # a MultiOptimizer's
-        steps = getattr(one, "gradient_accumulation_steps", None)
-        if steps:
-            raise ValueError(
-                f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
-                "Leave it out: with bigbatch as well it would accumulate twice."
-            )
+    errors.check_accumulates_once(getattr(model, "optimizer", None))
+
+
+def check_one_device(model: Any) -> None:
+    """Refuses to plan for a model that is spread over devices."""
+    replicas = model.distribute_strategy.num_replicas_in_sync if keras.backend.backend() == "tensorflow" else 1
+    if replicas > 1 or keras.distribution.distribution() is not None:
+        raise ValueError('micro_batch="auto" is not planned across devices yet. Pass a number.')
 
 
 def check_cut(model: Any) -> None:
@@ -55,7 +56,7 @@ def check_cut(model: Any) -> None:
 
 
 def check_calls(model: Any, cuts: bool) -> None:
-    """Lets `fit` and `train_on_batch` see what is wrong before anything moves, and warn of what cannot be exact.
+    """Makes `fit` and `train_on_batch` check their arguments before anything changes, and recover from an error.
 
     Args:
         model: gets the two methods anew.
@@ -69,34 +70,44 @@ def check_calls(model: Any, cuts: bool) -> None:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal warned
-            given = signature.bind(*args, **kwargs).arguments
-            if model.compiled:  # else Keras says so
-                check_model(model)
-                if cuts:
-                    check_cut(model)
-                _check_arrays(given)
-                if noise.meter_of(model) is not None:
-                    noise.check_devices(model)
-                if not warned:
-                    warned = _warn_of_batch_norm(model)
-            kept = select.backend().keep(model) if keras.backend.backend() == "jax" and model.compiled else None
-            try:
+            if not model.compiled:
+                return method(*args, **kwargs)  # Keras raises
+            _check_call(model, signature.bind(*args, **kwargs).arguments, cuts)
+            warned = warned or _warn_of_batch_norm(model)
+            with _recovering(model):
                 return method(*args, **kwargs)
-            except BaseException as error:
-                if kept is not None:
-                    select.backend().give_back(kept)
-                if isinstance(error, Exception):
-                    # TensorFlow may keep what an error cut short while it was traced, and run it at the next call.
-                    model.train_function = None
-                raise
 
         return call
 
     model.fit, model.train_on_batch = checked(model.fit), checked(model.train_on_batch)
 
 
-def _check_arrays(given: dict[str, Any]) -> None:
-    data = tuple(given.get(name) for name in ("x", "y", "sample_weight"))
+def _check_call(model: Any, arguments: dict[str, Any], cuts: bool) -> None:
+    check_model(model)
+    if cuts:
+        check_cut(model)
+    _check_arrays(arguments)
+    if noise.meter_of(model) is not None:
+        noise.check_devices(model)
+
+
+@contextlib.contextmanager
+def _recovering(model: Any) -> Iterator[None]:
+    """After an error the model can be trained on."""
+    values = select.backend().variable_values(model) if keras.backend.backend() == "jax" else []
+    try:
+        yield
+    except BaseException as error:
+        if values:
+            select.backend().restore_values(values)
+        if isinstance(error, Exception):
+            # TensorFlow may keep what an error cut short while it was traced, and run it at the next call.
+            model.train_function = None
+        raise
+
+
+def _check_arrays(arguments: dict[str, Any]) -> None:
+    data = tuple(arguments.get(name) for name in ("x", "y", "sample_weight"))
     leaves = batch.leaves(data)
     if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
         batch.check(data)
@@ -111,7 +122,7 @@ def _warn_of_batch_norm(model: Any) -> bool:
     if names:
         warnings.warn(
             f"BatchNormalization normalizes over each micro-batch, not over the batch: {', '.join(names)}. "
-            "The update is then not exactly the big batch's. GroupNormalization and LayerNormalization are exact.",
+            "The update is then not exactly the full batch's. GroupNormalization and LayerNormalization are exact.",
             stacklevel=3,
         )
     return bool(names)

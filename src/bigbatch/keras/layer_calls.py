@@ -1,4 +1,4 @@
-"""The calls of a model's layers: put into inference mode, or watched for what looks across examples."""
+"""The calls of a model's layers, intercepted: for inference mode, and to find where activations of two runs differ."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +32,7 @@ def calls(layers: Mapping[str, Any], around: Around) -> Iterator[None]:
 
     try:
         for name, layer in layers.items():
-            # Past Keras's own setattr, which would track it. A layer calls what it finds under this name.
+            # Not by setattr, which Keras overrides to track attributes. A layer looks its call up here first.
             layer.__dict__["call"] = through(name, layer.call)
         yield
     finally:
@@ -42,8 +42,8 @@ def calls(layers: Mapping[str, Any], around: Around) -> Iterator[None]:
                 layer.__dict__["call"] = call
 
 
-def resting(layers: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """These layers are called as in inference, where they know the difference."""
+def in_inference_mode(layers: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """These layers are called with training=False, if their call takes it."""
 
     def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if layers[name]._call_has_training_arg:
@@ -53,8 +53,8 @@ def resting(layers: Mapping[str, Any]) -> contextlib.AbstractContextManager[None
     return calls(layers, around)
 
 
-class Watch:
-    """Finds the layers where a second run, over the batch's first examples, leaves a first one over all of them.
+class ActivationDiff:
+    """Finds the layers where a run over the batch's first examples differs from a first run over all of them.
 
     Args:
         layers: by name.
@@ -62,16 +62,16 @@ class Watch:
         allowed: the relative difference that is rounding.
 
     Attributes:
-        found: their names.
+        differing: their names.
     """
 
     def __init__(self, layers: Mapping[str, Any], whole: bool, allowed: float):
         self.layers, self.whole, self.allowed = layers, whole, allowed
         self.seen: list[tuple[str, list[np.ndarray], list[np.ndarray]]] = []
-        self.found: list[str] = []
+        self.differing: list[str] = []
 
     def first(self) -> contextlib.AbstractContextManager[None]:
-        """Notes what each layer is given and gives."""
+        """Records each layer's inputs and outputs."""
 
         def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = call(*args, **kwargs)
@@ -83,7 +83,7 @@ class Watch:
         return calls(self.layers, around)
 
     def second(self) -> contextlib.AbstractContextManager[None]:
-        """Compares."""
+        """Compares each layer's inputs and outputs with the recorded ones."""
 
         def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = call(*args, **kwargs)
@@ -91,13 +91,13 @@ class Watch:
             if inputs is None or outputs is None:
                 return output
             if not self.seen or self.seen[0][0] != name:
-                self.seen.clear()  # the run takes another way through the model from here on
+                self.seen.clear()  # from here on this run calls other layers than the first
                 return output
             _, inputs_then, outputs_then = self.seen.pop(0)
             if not self._agree(inputs_then, inputs) or self._agree(outputs_then, outputs):
                 return output
-            self.found.append(name)
-            # As if nothing had happened, so that what comes after is judged for itself.
+            self.differing.append(name)
+            # The first run's outputs replace these, so that later layers are compared by their own effect alone.
             parts = iter([_part(then, now, self.whole) for then, now in zip(outputs_then, outputs, strict=False)])
             return tree.map_structure(lambda x: _replaced(x, next(parts, None)) if ops.is_tensor(x) else x, output)
 
@@ -133,7 +133,7 @@ def _replaced(tensor: Any, array: np.ndarray | None) -> Any:
 
 
 def _part(full: np.ndarray, part: np.ndarray, whole: bool) -> np.ndarray | None:
-    """What of the whole batch's array the examples in `part` had; None where it is not told by examples."""
+    """The whole batch's values for the examples in `part`; None where no axis is that of the examples."""
     if whole:
         return full if full.shape == part.shape else None
     if full.ndim != part.ndim:

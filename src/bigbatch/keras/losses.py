@@ -1,27 +1,44 @@
-"""What the means of a model's losses are the means of.
+"""A model's loss, divided into terms, each with the items that its mean is over.
 
 `compute_loss` returns one number: the weighted sum of every output's loss, of `add_loss` and of the regularizers. For
-the law (`bigbatch.law`) each of them must come with its items: examples, the valid steps of a mask, or a sum of sample
-weights. So the compiled losses are called through copies that note what Keras's own reduction divides by.
+the law (`bigbatch.law`) each term needs its items: examples, the valid steps of a mask, or a sum of sample weights. So
+the compiled losses are called through copies that record what Keras's own reduction divides by.
 """
 
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops, tree
 
-# Not public: what a loss does with masks and sample weights. tests/keras/test_private.py fails when they move.
+# Not public: what a loss does with masks and sample weights, and attributes of a model's compiled losses and metrics.
+# tests/keras/test_private.py fails when they move.
 from keras.src.backend import get_keras_mask
 from keras.src.losses.loss import apply_mask
 
 from bigbatch import errors
-from bigbatch.keras import coupled
+from bigbatch.keras import loss_experiments
 
 EXAMPLES = "examples"
 SUM = "sum"
+
+
+class Forward(NamedTuple):
+    """A micro-batch after its forward pass: nestings of arrays, as `model.compute_loss` takes them.
+
+    Attributes:
+        x: inputs.
+        y: targets, or None.
+        y_pred: the model's outputs.
+        sample_weight: weights of the examples, or None.
+    """
+
+    x: Any
+    y: Any
+    y_pred: Any
+    sample_weight: Any
 
 
 @dataclass
@@ -48,13 +65,13 @@ def length(x: Any) -> Any:
 
 
 def check_values(values: Any, x: Any, loss: Any, y: Any, y_pred: Any) -> None:
-    """Accepts one value an example, or one a step of each; anything else has lost the batch."""
+    """Accepts one value an example, or one a step of each: the examples must be the leading dimension."""
     examples = length(x)
     if values.shape[0] != examples:
-        raise lost_the_batch(values, examples)
+        raise not_one_value_an_example(values, examples)
 
 
-def lost_the_batch(values: Any, examples: int | str) -> Exception:
+def not_one_value_an_example(values: Any, examples: int | str) -> Exception:
     """For a loss whose values are not one an example."""
     return ValueError(
         f"A loss must return one value an example. Received: {errors.received('values', values)[10:]} "
@@ -64,63 +81,59 @@ def lost_the_batch(values: Any, examples: int | str) -> Exception:
 
 def terms(
     model: Any,
-    x: Any,
-    y: Any,
-    y_pred: Any,
-    sample_weight: Any,
+    forward: Forward,
+    *,
     replicas: int = 1,
     check: Callable[..., None] = check_values,
-    examined: bool = True,
+    warn: bool = True,
 ) -> list[Term]:
-    """Takes the model's loss apart, compiled losses first.
+    """The terms of the model's loss, compiled losses first.
 
     Args:
         model: a compiled model.
-        x: a micro-batch's inputs, and the three that follow, as `model.compute_loss` takes them.
-        y: its targets.
-        y_pred: what the model made of it.
-        sample_weight: its weights, or None.
+        forward: a micro-batch.
         replicas: Keras divides means by the number of replicas that share the batch; this undoes it.
-        check: what is told a loss's values, the inputs, the loss, its targets and predictions, and refuses.
-        examined: whether to warn of losses that are not means over the examples (`bigbatch.keras.coupled`).
+        check: gets a loss's values, the inputs, the loss, its targets and predictions, and raises where it refuses.
+        warn: whether to warn of losses that are not means over the examples (`bigbatch.keras.loss_experiments`).
     """
+    x, y, y_pred, sample_weight = forward
     if type(model).compute_loss is not keras.Model.compute_loss:
         # The user's own total, which must be a mean over the examples.
         value = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
-        if examined:
-            coupled.examine_model(model, x, y, sample_weight)
+        if warn:
+            loss_experiments.warn_of_added_losses(model, x, y, sample_weight)
         return [_over_examples(_scalar(value) * replicas, x)]
-    found: list[Term] = []
+    terms: list[Term] = []
     if model._compile_loss is not None:
-        noting = _twin(model._compile_loss)
-        flats = noting._flat_losses
+        recording = _twin(model._compile_loss)
+        flats = recording._flat_losses
         if not tree.is_nested(y) and not tree.is_nested(y_pred):
             flats = flats[:1]  # of several losses for one output, Keras minimises the first
-        losses = [_Noting(flat.loss, flat.loss_weights, found, x, replicas, check) for flat in flats]
-        noting._flat_losses = [flat._replace(loss=loss) for flat, loss in zip(flats, losses, strict=True)]
-        noting._metrics = [None] * len(flats)  # they are told the batch's mean, once
-        noting(y, y_pred, sample_weight)
-        if examined:
-            coupled.examine_losses(model, [loss.called for loss in losses])
+        losses = [_Recording(flat.loss, flat.loss_weights, terms, x, replicas, check) for flat in flats]
+        recording._flat_losses = [flat._replace(loss=loss) for flat, loss in zip(flats, losses, strict=True)]
+        recording._metrics = [None] * len(flats)  # `report` updates them, once a window
+        recording(y, y_pred, sample_weight)
+        if warn:
+            loss_experiments.warn_of_compiled_losses(model, [loss.called for loss in losses])
     added = model.losses
-    found += [_over_examples(model._aggregate_additional_loss(loss) * replicas, x) for loss in added]
-    if examined and len(added) > sum(v.regularizer is not None for v in model.trainable_weights):
-        coupled.examine_model(model, x, y, sample_weight)
-    if not found:
+    terms += [_over_examples(model._aggregate_additional_loss(loss) * replicas, x) for loss in added]
+    if warn and len(added) > sum(v.regularizer is not None for v in model.trainable_weights):
+        loss_experiments.warn_of_added_losses(model, x, y, sample_weight)
+    if not terms:
         raise ValueError("No loss to compute. Provide a `loss` argument in `compile()`.")
-    return found
+    return terms
 
 
-def report(model: Any, described: list[Term], means: list[Any], examples: Any) -> Any:
-    """Tells the model's loss metrics the batch's own means, once, as plain `fit` would, and returns the total.
+def report(model: Any, terms: list[Term], means: list[Any], examples: Any) -> Any:
+    """Updates the model's loss metrics with the batch's own means, once, as plain `fit` would, and returns the total.
 
     Args:
         model: the model.
-        described: the terms of any micro-batch of the window; only their weights and names are read.
+        terms: those of any micro-batch of the window; only their weights and names are read.
         means: each term's mean over the window, or its sum.
         examples: how many examples the window held.
     """
-    parts = [mean if term.weight is None else mean * term.weight for term, mean in zip(described, means, strict=True)]
+    parts = [mean if term.weight is None else mean * term.weight for term, mean in zip(terms, means, strict=True)]
     total = sum(parts[1:], parts[0])
     model._loss_tracker.update_state(total, sample_weight=examples)
     if model._compile_loss is not None:
@@ -130,23 +143,24 @@ def report(model: Any, described: list[Term], means: list[Any], examples: Any) -
     return total
 
 
-def update_metrics(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> None:
+def update_metrics(model: Any, forward: Forward) -> None:
     """Adds a micro-batch to the model's metrics, without reading them, where `compute_metrics` is Keras's own."""
+    x, y, y_pred, sample_weight = forward
     if type(model).compute_metrics is not keras.Model.compute_metrics:
         model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
     elif model._compile_metrics is not None:
         model._compile_metrics.update_state(y, y_pred, sample_weight)
 
 
-def quotients(described: list[Term]) -> tuple[list[bool], list[bool]]:
+def are_means(terms: list[Term]) -> tuple[list[bool], list[bool]]:
     """Whether each term, and each kind of items, is a mean; a sum is not divided at the window's end."""
-    return [term.kind != SUM for term in described], [kind != SUM for kind in dict.fromkeys(t.kind for t in described)]
+    return [term.kind != SUM for term in terms], [kind != SUM for kind in dict.fromkeys(term.kind for term in terms)]
 
 
-def kinds(found: list[Term]) -> list[tuple[Any, Any]]:
+def kinds(terms: list[Term]) -> list[tuple[Any, Any]]:
     """For each kind of items: the weighted sum of its terms, which is to be differentiated, and the items."""
     sums: dict[Hashable, tuple[Any, Any]] = {}
-    for term in found:
+    for term in terms:
         value = term.value if term.weight is None else term.value * term.weight
         before = sums.get(term.kind)
         sums[term.kind] = (value, term.items) if before is None else (before[0] + value, before[1])
@@ -160,26 +174,26 @@ def _twin(loss: Any) -> Any:
     return twin
 
 
-class _Noting:
-    """Calls a compiled loss as Keras does, and notes its value and items."""
+class _Recording:
+    """Calls a compiled loss as Keras does, and records its value and items in `terms`."""
 
-    def __init__(self, loss: Any, weight: Any, found: list[Term], x: Any, replicas: int, check: Callable[..., None]):
-        self.loss, self.weight, self.found, self.x = loss, weight, found, x
+    def __init__(self, loss: Any, weight: Any, terms: list[Term], x: Any, replicas: int, check: Callable[..., None]):
+        self.loss, self.weight, self.terms, self.x = loss, weight, terms, x
         self.replicas, self.check = replicas, check
         self.values: Any = None
         self.called: Any = None
         self.name = loss.name
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        noted = _twin(self.loss)
-        noted.call = self._call
-        value = noted(y_true, y_pred, sample_weight)
+        twin = _twin(self.loss)
+        twin.call = self._call
+        value = twin(y_true, y_pred, sample_weight)
         if self.called is None:  # a loss with a __call__ of its own
             self.called = self.loss.name, self.loss, y_true, y_pred, value
         term = self._term(_scalar(value), get_keras_mask(y_pred), sample_weight)
         if self.values is not None and self._narrowed(value):
-            term = self._widened(term, noted, y_true, y_pred, sample_weight)
-        self.found.append(term)
+            term = self._widened(term, twin, y_true, y_pred, sample_weight)
+        self.terms.append(term)
         return value
 
     def _narrowed(self, value: Any) -> bool:
@@ -187,11 +201,11 @@ class _Noting:
         dtypes = [keras.backend.standardize_dtype(x.dtype) for x in (self.values, value)]
         return dtypes == ["float64", "float32"]
 
-    def _widened(self, term: Term, noted: Any, y_true: Any, y_pred: Any, sample_weight: Any) -> Term:
+    def _widened(self, term: Term, twin: Any, y_true: Any, y_pred: Any, sample_weight: Any) -> Term:
         """The same mean, divided in float64."""
-        noted.reduction, values = "sum", self.values
-        noted.call = lambda y_true, y_pred: values
-        total = noted(y_true, y_pred, sample_weight)
+        twin.reduction, values = "sum", self.values
+        twin.call = lambda y_true, y_pred: values
+        total = twin(y_true, y_pred, sample_weight)
         items = ops.cast(term.items, "float64")
         over = ops.cast(math.prod(values.shape), "float64") if term.kind == EXAMPLES else items
         return Term(total / ops.where(over == 0, ops.ones_like(over), over), items, term.weight, term.kind)
@@ -223,9 +237,9 @@ class _Noting:
         kind = (_Same(mask), _Same(own), _Same(sample_weight if weighted else None))
         items = ops.sum(counted)
         if weighted:
-            # What is no weight must not cancel in the sum: then nothing is an update (`bigbatch.keras.skips`).
+            # A negative or infinite weight must not cancel in the sum, but make it NaN, and the window is skipped.
             good = ops.all(ops.logical_and(counted >= 0, counted < float("inf")))
-            items = ops.where(good, items, items * float("nan"))  # with no host wait, as full_like has on PyTorch
+            items = ops.where(good, items, items * float("nan"))  # full_like would wait for the device on PyTorch
         return Term(value, items, self.weight, kind)
 
 

@@ -1,29 +1,34 @@
-"""The random state of Keras, its backend, NumPy and Python, which an experiment gives back."""
+"""The random state of Keras, its backend, NumPy and Python, which an experiment restores."""
 
 import contextlib
 import importlib
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
 
 # Not public: the generator that draws where a seed is None. tests/keras/test_private.py fails when they move.
 from keras.src.backend.common import global_state
 from keras.src.random import seed_generator
 
+from bigbatch.engines import randomness
+
 
 @contextlib.contextmanager
-def kept(model: Any) -> Iterator[None]:
-    """What random numbers are drawn from is afterwards what it was."""
-    own = importlib.import_module(f"bigbatch.keras.backends.{keras.backend.backend()}.audit")
-    python, numpy = random.getstate(), np.random.get_state()
+def preserved(model: Any) -> Iterator[None]:
+    """Afterwards all random numbers are those that would have been drawn before."""
     generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
     try:
-        with own.chance_kept(model):
+        with randomness.preserved(), _backend(model):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
+
+
+def _backend(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Preserves what the backend draws from beside Keras's seeds; JAX draws from keys alone."""
+    name = keras.backend.backend()
+    if name == "jax":
+        return contextlib.nullcontext()
+    engine: Any = importlib.import_module(f"bigbatch.engines.{name}_rng")
+    return engine.kept([v.value for v in model.variables]) if name == "torch" else engine.kept()

@@ -1,7 +1,6 @@
 """What an audit asks of the JAX backend: losses and gradients of a model's variables, compiled."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -54,10 +53,5 @@ def _assigning(model: Any, objective: Objective, run: Callable[..., tuple[Any, A
     return call
 
 
-def chance_kept(model: Any) -> AbstractContextManager[None]:
-    """JAX draws from keys alone."""
-    return nullcontext()
-
-
-def seed_chance(seed: int) -> None:
-    """JAX draws from keys alone."""
+def seed(number: int) -> None:
+    """Nothing to seed: JAX draws from keys alone."""

@@ -1,7 +1,7 @@
-"""The micro-batch that fits on the JAX backend, by the compiler's own account of Keras's step.
+"""The micro-batch that fits on the JAX backend, by the compiler's memory analysis of Keras's step.
 
-Plain `fit` donates the model's state to its step, and what was donated to a step that failed is gone. So here the
-micro-batches are added up by one program, which is given nothing for good, and the update is made by another.
+Plain `fit` donates the model's state to its step, and the buffers of a step that failed are gone. So here one program
+adds the micro-batches up, to which nothing is donated, and another makes the update.
 """
 
 import functools
@@ -17,7 +17,7 @@ from bigbatch import host
 from bigbatch.engines import jax_estimate
 from bigbatch.engines.jax_estimate import is_out_of_memory as is_out_of_memory
 from bigbatch.keras import batch, losses
-from bigbatch.keras.backends.jax.window import _update, add_up, cut
+from bigbatch.keras.backends.jax.window import State, add_up, cut, update
 from bigbatch.plan import RESERVE
 
 
@@ -25,38 +25,37 @@ class Programs:
     """A window's two programs: the sums of a batch's micro-batches, and the update, which the state is donated to."""
 
     def __init__(self, model: Any):
-        described: list[losses.Term] = []
+        terms: list[losses.Term] = []
 
-        def sums(size: int, state: Any, data: Any) -> Any:
-            return add_up(model, state, data, cut(data, size), described)
+        def make_sums(size: int, state: Any, data: Any) -> Any:
+            return add_up(model, State(*state), data, cut(data, size), terms)
 
-        def update(state: Any, found: Any, examples: Any) -> Any:
-            trainable, non_trainable, optimizer_variables, metrics = state
-            return _update(model, described, examples, trainable, optimizer_variables, found, non_trainable, metrics)
+        def make_update(state: Any, sums: Any, examples: Any) -> Any:
+            return update(model, terms, examples, State(*state), sums)
 
-        self.sums, self.update = jax.jit(sums, static_argnums=0), jax.jit(update, donate_argnums=0)
+        self.sums, self.update = jax.jit(make_sums, static_argnums=0), jax.jit(make_update, donate_argnums=0)
         if model.run_eagerly or not model.jit_compile:
-            self.run_sums, self.run_update = sums, update
+            self.run_sums, self.run_update = make_sums, make_update
         else:
             self.run_sums, self.run_update = self.sums, self.update
 
 
-def auto_step(model: Any, fitting: Any) -> Callable[[Any, Any], tuple[dict[str, Any], Any]]:
-    """A step on one batch, cut by `fitting`."""
+def auto_step(model: Any, auto: Any) -> Callable[[Any, Any], tuple[dict[str, Any], Any]]:
+    """A step on one batch, cut by `auto`."""
     programs = Programs(model)
 
     def step(data: Any, state: Any) -> tuple[dict[str, Any], Any]:
         data = _arrays(data)
 
-        def attempt(size: int) -> Any:
-            # An error comes when the result is waited for, and later it would be too late.
+        def run(size: int) -> Any:
+            # JAX raises an error where the host waits for the result. After the update that would be too late.
             return jax.block_until_ready(programs.run_sums(size, state, data))
 
         predictions = functools.partial(Predictions, model, data, state, programs)
-        found, non_trainable, metrics = fitting(data, predictions, attempt)
+        sums, non_trainable, metrics = auto(data, predictions, run)
         trainable, _, optimizer_variables, _ = state
         state = trainable, non_trainable, optimizer_variables, metrics
-        return programs.run_update(state, found, batch.leaves(data)[0].shape[0])
+        return programs.run_update(state, sums, batch.leaves(data)[0].shape[0])
 
     return step
 
@@ -70,39 +69,45 @@ class Predictions:
     def __init__(self, model: Any, data: Any, state: Any = None, programs: Programs | None = None):
         if state is None:
             model._symbolic_build(data_batch=data)
-            several = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables,
-                       model.metrics_variables)  # fmt: skip
-            state = tuple([v.value for v in variables] for variables in several)
+            state = tuple(
+                [v.value for v in variables]
+                for variables in (
+                    model.trainable_variables,
+                    model.non_trainable_variables,
+                    model.optimizer.variables,
+                    model.metrics_variables,
+                )
+            )
         self.programs, self.state, self.data = programs or Programs(model), state, _arrays(data)
         self.length = batch.leaves(data)[0].shape[0]
         self.compiled = 0
 
     def device_memory(self, memory: Any) -> host.Memory:
-        """What is held and free."""
+        """What is in use and free."""
         return jax_estimate.device_memory()
 
     def needs(self, size: int) -> int:
-        """Bytes that an update with micro-batches of `size` examples takes beside what is held."""
+        """Bytes that an update with micro-batches of `size` examples takes beside what is in use."""
         state, data = _abstract(self.state), _abstract(self.data)
         sums = self.programs.sums.trace(size, state, data)
         self.compiled += 1
-        found, non_trainable, metrics = _abstract(sums.out_info)
+        outputs, non_trainable, metrics = _abstract(sums.out_info)
         between = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(sums.out_info))
         trainable, _, optimizer_variables, _ = state
         state = trainable, non_trainable, optimizer_variables, metrics
-        update = self.programs.update.trace(state, found, self.length)
+        update = self.programs.update.trace(state, outputs, self.length)
         return max(jax_estimate.needs_of(sums), between + jax_estimate.needs_of(update))
 
     def how(self) -> str:
         """Where the predictions come from."""
-        return f"by the compiler's account of {self.compiled} programs"
+        return f"by the compiler's memory analysis of {self.compiled} programs"
 
     def notes(self) -> tuple[str, ...]:
         """What to know about the predictions."""
         return ()
 
-    def keeping(self) -> Callable[[], Callable[[], None]]:
-        """Nothing has to be given back, for nothing was changed."""
+    def saver(self) -> Callable[[], Callable[[], None]]:
+        """Nothing has to be restored: the sums' program changes nothing."""
         return lambda: lambda: None
 
     def seconds(self, size: int) -> float:

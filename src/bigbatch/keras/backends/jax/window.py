@@ -1,8 +1,8 @@
 """A window on the JAX backend: one `lax.scan` over its micro-batches, one `optimizer.stateless_apply`.
 
 The scan carries the sums and the state that a forward changes: seeds, moving statistics, metrics. Micro-batches of one
-shape make one scan; a shorter last one is a step of its own. All of it is one compiled function, as in plain `fit`.
-Gradients of large weights are not made in the first scan (see `bigbatch.fused.jax_deferred`).
+shape make one scan; a shorter last one is a scan of its own. All of it is one compiled function, as in plain `fit`.
+`_loop` is all that exactness needs; it asks `bigbatch.fused.jax` to reach the same sums with less work.
 """
 
 import functools
@@ -16,12 +16,24 @@ import numpy as np
 from jax import lax
 from keras import distribution
 
-from bigbatch.fused import jax_deferred
-from bigbatch.fused.jax_conv_layout import with_fast_convolutions
-from bigbatch.keras import batch, losses, noise, skips
-from bigbatch.keras.alone import alone
+from bigbatch.keras import batch, losses, noise_window, skipped
+from bigbatch.keras.guard import guarded
+
+try:
+    from bigbatch.fused import jax as fused
+except ModuleNotFoundError:  # the folder was left out, and the plain loop does everything
+    fused = None
 
 Step = Callable[[Any, Any], tuple[dict[str, Any], Any]]
+
+
+class State(NamedTuple):
+    """The values of the model's variables, as Keras's JAX trainer passes them."""
+
+    trainable: Any
+    non_trainable: Any
+    optimizer: Any
+    metrics: Any
 
 
 class Sums(NamedTuple):
@@ -29,10 +41,10 @@ class Sums(NamedTuple):
 
     Attributes:
         gradients: Σ nᵢ·gᵢ / unit, for each kind of items and each trainable variable.
-        unit: what each kind's items are weighed in: the first micro-batch's; 0 before it.
+        unit: what each kind's items are divided by: the first micro-batch's items; 0 before it.
         items: Σ nᵢ for each kind.
         losses: Σ nᵢ·lossᵢ and Σ nᵢ for each term of the loss.
-        noise: the sum of `noise.part`, or None.
+        noise: the sum of `noise_window.part`, or None.
     """
 
     gradients: Any
@@ -46,7 +58,7 @@ def split_step(model: Any, micro_batch: int) -> Step:
     """`train_step` for a whole batch."""
 
     def train_step(state: Any, data: Any) -> tuple[dict[str, Any], Any]:
-        return _window(model, state, data, cut(data, micro_batch))
+        return _window(model, State(*state), data, cut(data, micro_batch))
 
     return train_step
 
@@ -61,7 +73,7 @@ def cut(data: Any, micro_batch: int) -> list[list[Any]]:
     if distribution.distribution() is None:
         runs = [[leaf[: full * size].reshape(full, size, *leaf.shape[1:]) for leaf in leaves]]
     else:
-        # Every micro-batch takes examples from every device; a contiguous one would have to move.
+        # Every micro-batch takes examples from every device; a contiguous one would be moved between them.
         runs = [[leaf[: full * size].reshape(size, full, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves]]
     if length % size:
         runs.append([leaf[None, full * size :] for leaf in leaves])
@@ -71,7 +83,7 @@ def cut(data: Any, micro_batch: int) -> list[list[Any]]:
 def gather(model: Any, window: list[Any]) -> Any:
     """A window's micro-batches as what `stream_step`'s `train_step` takes: those of one shape, stacked.
 
-    The largest come first. A shuffled data set has its short micro-batch anywhere, and each order would be compiled.
+    The largest come first: a shuffled data set has its short micro-batch anywhere, and each order would be compiled.
     """
     for data in window:
         batch.check(data)
@@ -90,79 +102,70 @@ def stream_step(model: Any) -> Step:
     """`train_step` for a window, as `gather` makes it."""
 
     def train_step(state: Any, window: list[Any]) -> tuple[dict[str, Any], Any]:
-        return _window(model, state, window[0], [batch.leaves(run) for run in window])
+        return _window(model, State(*state), window[0], [batch.leaves(run) for run in window])
 
     return train_step
 
 
-def keep(model: Any) -> list[tuple[Any, Any]]:
-    """The values that `fit` takes out of the variables while it runs."""
+def variable_values(model: Any) -> list[tuple[Any, Any]]:
+    """The variables and their values, which `fit` takes out of them while it runs."""
     if model.built and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     return [(v, v.value) for v in variables]
 
 
-def give_back(kept: list[tuple[Any, Any]]) -> None:
-    """After an error before the first update, which plain `fit` leaves the variables empty by."""
-    for v, value in kept:
+def restore_values(values: list[tuple[Any, Any]]) -> None:
+    """Fills variables that have no value: plain `fit` leaves them so after an error before its first update."""
+    for v, value in values:
+        # `_value` is not public. tests/keras/test_private.py fails when it moves.
         if v._value is None and not value.is_deleted():
             v.assign(value)
 
 
-def _window(model: Any, state: Any, like: Any, runs: list[list[Any]]) -> tuple[dict[str, Any], Any]:
+def _window(model: Any, state: State, like: Any, runs: list[list[Any]]) -> tuple[dict[str, Any], Any]:
     """One update from the micro-batches of `runs`: leaves of equal shape, stacked along a new first dimension."""
-    trainable, _, optimizer_variables, _ = state
-    described: list[losses.Term] = []
+    terms: list[losses.Term] = []
     examples = sum(run[0].shape[0] * run[0].shape[1] for run in runs)
-    found = add_up(model, state, like, runs, described)
-    return _update(model, described, examples, trainable, optimizer_variables, *found)
+    sums, non_trainable, metrics = add_up(model, state, like, runs, terms)
+    return update(model, terms, examples, state._replace(non_trainable=non_trainable, metrics=metrics), sums)
 
 
 def add_up(
-    model: Any, state: Any, like: Any, runs: list[list[Any]], described: list[losses.Term]
+    model: Any, state: State, like: Any, runs: list[list[Any]], terms: list[losses.Term]
 ) -> tuple[Sums, Any, Any]:
     """Forward and backward of all micro-batches: the sums, the non-trainable variables and the metrics'.
 
     Args:
         model: the model.
-        state: its four lists of values.
+        state: its values.
         like: the nesting of a micro-batch.
         runs: the micro-batches, as `_window` takes them.
-        described: is filled with the loss's terms.
+        terms: is filled with the loss's terms.
     """
-    several = len(runs) > 1 or len(runs[0][0]) > 1
-    with alone(model, several):
-        return _added_up(model, state, like, runs, described)
-
-
-def _added_up(
-    model: Any, state: Any, like: Any, runs: list[list[Any]], described: list[losses.Term]
-) -> tuple[Sums, Any, Any]:
-    trainable, non_trainable, optimizer_variables, metrics = state
-    micro_step = _micro_step(model, like, trainable, optimizer_variables, described)
+    single = len(runs) == 1 and len(runs[0][0]) == 1
     first = [leaf[0] for leaf in runs[0]]
-    if len(runs) == 1 and len(runs[0][0]) == 1:
-        # The plain step, with nothing to add up.
-        return micro_step(None, first, non_trainable, metrics)
-    shapes = jax.eval_shape(lambda leaves: micro_step(None, leaves, non_trainable, metrics)[0], first)
+    changing = state.non_trainable, state.metrics
+    micro_step = _MicroStep(model, like, state, terms)
+    with guarded(model, adds_up=not single):
+        if single:
+            return micro_step(None, first, *changing)  # the plain step, with nothing to add up
+        shapes = jax.eval_shape(lambda leaves: micro_step(None, leaves, *changing)[0], first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return _loop(micro_step, (zeros, *changing), runs)
 
-    def micro(state: Any, leaves: list[Any]) -> Any:
-        held, *rest = state
-        more, *rest = micro_step(held, leaves, *rest)
-        return (more.gradients, None), (_added(held, more._replace(gradients=[])), *rest), None
 
+def _loop(micro_step: Callable[..., tuple[Sums, Any, Any]], carry: Any, runs: list[list[Any]]) -> Any:
     def body(carry: Any, leaves: list[Any]) -> tuple[Any, None]:
-        sums, *rest = carry
-        more, *rest = micro_step(sums, leaves, *rest)
-        return (_added(sums, more), *rest), None
+        sums, *changing = carry
+        more, *changing = micro_step(sums, leaves, *changing)
+        return (_added(sums, more), *changing), None
 
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    state = nothing._replace(gradients=[]), non_trainable, metrics
-    gradients, (sums, *rest), _ = jax_deferred.scan(micro, nothing.gradients, state, runs[0])
-    carry = (sums._replace(gradients=gradients), *rest)
-    for run in runs[1:]:
-        carry, _ = lax.scan(with_fast_convolutions(body), carry, run)
+    if fused is not None and fused.applies():
+        carry, runs = _fused_run(fused.scan, micro_step, carry, runs[0]), runs[1:]
+        body = fused.with_fast_convolutions(body)
+    for run in runs:
+        carry, _ = lax.scan(body, carry, run)
     return carry
 
 
@@ -170,105 +173,118 @@ def _added(sums: Sums, more: Sums) -> Sums:
     return jax.tree.map(jnp.add, sums, more)._replace(unit=more.unit)
 
 
-def _update(
-    model: Any,
-    described: list[losses.Term],
-    examples: Any,
-    trainable: Any,
-    optimizer_variables: Any,
-    sums: Sums,
-    non_trainable: Any,
-    metrics: Any,
-) -> tuple[dict[str, Any], Any]:
-    terms_divide, kinds_divide = losses.quotients(described)
+def _fused_run(
+    scan: Callable[..., Any], micro_step: Callable[..., tuple[Sums, Any, Any]], carry: Any, run: list[Any]
+) -> Any:
+    """The first run by `fused.scan`, which gets the gradients separately from all other sums."""
+
+    def micro(carry: Any, leaves: list[Any]) -> Any:
+        sums, *changing = carry
+        more, *changing = micro_step(sums, leaves, *changing)
+        return (more.gradients, None), (_added(sums, more._replace(gradients=[])), *changing), None
+
+    zeros, *changing = carry
+    gradients, (sums, *changing), _ = scan(micro, zeros.gradients, (zeros._replace(gradients=[]), *changing), run)
+    return sums._replace(gradients=gradients), *changing
+
+
+def update(
+    model: Any, terms: list[losses.Term], examples: Any, state: State, sums: Sums
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The update of a window.
+
+    Args:
+        model: the model.
+        terms: the terms of any micro-batch's loss.
+        examples: how many examples the window held.
+        state: the model's values, after the micro-batches.
+        sums: the window's.
+
+    Returns:
+        The logs, and the new values.
+    """
+    terms_are_means, kinds_are_means = losses.are_means(terms)
     means = [
-        total / jnp.where(items == 0, 1, items) if divide else total
-        for (total, items), divide in zip(sums.losses, terms_divide, strict=True)
+        total / jnp.where(items == 0, 1, items) if is_mean else total
+        for (total, items), is_mean in zip(sums.losses, terms_are_means, strict=True)
     ]
     factors = [
-        unit / jnp.where(items == 0, 1, items) if divide else jnp.ones_like(unit)
-        for unit, items, divide in zip(sums.unit, sums.items, kinds_divide, strict=True)
+        unit / jnp.where(items == 0, 1, items) if is_mean else jnp.ones_like(unit)
+        for unit, items, is_mean in zip(sums.unit, sums.items, kinds_are_means, strict=True)
     ]
-    noisy = _noise_opened(model, optimizer_variables)
-    with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
-        total = losses.report(model, described, means, examples)
-        noise_logs = noise.closed(noisy, sums.noise, sums.gradients, factors, examples, total)
+    noisy = _noise_opened(model, state)
+    with keras.StatelessScope(list(zip(model.metrics_variables, state.metrics, strict=True))) as scope:
+        loss = losses.report(model, terms, means, examples)
+        noise_logs = noise_window.closed(noisy, sums.noise, sums.gradients, factors, examples, loss)
         logs = {**model.get_metrics_result(), **noise_logs}
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
+    counted = skipped.counted(terms, sums.items)
 
     def apply() -> Any:
         gradients = []
-        for v, *parts in zip(trainable, *sums.gradients, strict=True):
+        for v, *parts in zip(state.trainable, *sums.gradients, strict=True):
             weighted = [g * factor.astype(g.dtype) for g, factor in zip(parts, factors, strict=True)]
             gradients.append(functools.reduce(jnp.add, weighted).astype(v.dtype))
-        return tuple(map(list, model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)))
-
-    made = None  # whether the update is made, unless it is always
-    if not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
-        # A window that is not finite has no effect on later ones. Loss scaling asks that itself, and takes note.
-        # The sums are asked, so that the division is part of the update's own pass over them.
-        made = jnp.isfinite(total)
-        for g in jax.tree.leaves(sums.gradients):
-            made &= jnp.sum(g - g) == 0  # inf and NaN make NaN of it; one quick pass on a CPU, that makes no array
-    counted = skips.counted(described, sums.items)
-    if counted:
-        some = sum(counted[1:], counted[0]) > 0
-        made = some if made is None else made & some
+        return tuple(map(list, model.optimizer.stateless_apply(state.optimizer, gradients, state.trainable)))
 
     def skip() -> Any:
-        if counted:  # else nothing is said, and the compiled step can be cached, as one that calls back cannot
-            jax.debug.callback(skips.say, *counted)
-        return list(trainable), list(optimizer_variables)
+        if counted:  # a compiled step that calls back cannot be cached: only where there is a reason to log
+            jax.debug.callback(skipped.report, *counted)
+        return list(state.trainable), list(state.optimizer)
 
-    updated = apply() if made is None else lax.cond(made, apply, skip)
-    trainable, optimizer_variables = updated
-    return logs, (trainable, non_trainable, optimizer_variables, metrics)
-
-
-def _noise_opened(model: Any, optimizer_variables: Any) -> noise.Window | None:
-    with keras.StatelessScope(list(zip(model.optimizer.variables, optimizer_variables, strict=True))):
-        return noise.opened(model)
+    condition = _condition(model, sums, loss, counted)
+    trainable, optimizer = apply() if condition is None else lax.cond(condition, apply, skip)
+    return logs, (trainable, state.non_trainable, optimizer, metrics)
 
 
-def _micro_step(
-    model: Any, like: Any, trainable: Any, optimizer_variables: Any, described: list[losses.Term]
-) -> Callable[..., tuple[Sums, Any, Any]]:
-    noisy = _noise_opened(model, optimizer_variables)
+def _condition(model: Any, sums: Sums, loss: Any, counted: list[Any]) -> Any:
+    """Whether the update is made, a scalar; None where it always is."""
+    condition = None
+    if not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):  # which tests finiteness itself
+        # The sums are tested, not the means, so that the division is part of the update's own pass over them.
+        condition = jnp.isfinite(loss)
+        for g in jax.tree.leaves(sums.gradients):
+            condition &= jnp.sum(g - g) == 0  # inf - inf is NaN; one quick pass on a CPU, that makes no array
+    if counted:
+        has_items = sum(counted[1:], counted[0]) > 0
+        condition = has_items if condition is None else condition & has_items
+    return condition
 
-    def forward(trainable: Any, data: Any, non_trainable: Any, metrics: Any) -> tuple[list[Any], Any]:
-        x, y, sample_weight = data
-        training = {"training": True} if model._call_has_training_arg else {}
-        y_pred, non_trainable, added = model.stateless_call(trainable, non_trainable, x, return_losses=True, **training)
-        if added:
-            model._losses_override = added  # where compute_loss finds them, as in Keras's own train_step
-        mapping = [
-            *zip(model.trainable_variables, trainable, strict=True),
-            *zip(model.non_trainable_variables, non_trainable, strict=True),
-            *zip(model.metrics_variables, metrics, strict=True),
-        ]
-        with keras.StatelessScope(mapping) as scope:
-            terms = losses.terms(model, x, y, y_pred, sample_weight)
-            model._losses_override = []
-            kinds = losses.kinds(terms)
-            losses.update_metrics(model, x, y, y_pred, sample_weight)
-        non_trainable, metrics = (
-            [scope.get_current_value(v) for v in variables]
-            for variables in (model.non_trainable_variables, model.metrics_variables)
-        )
-        described[:] = terms
-        with keras.StatelessScope(list(zip(model.optimizer.variables, optimizer_variables, strict=True))):
-            scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
-        sums = [(term.value * term.items, term.items) for term in terms]
-        return scaled, ([items for _, items in kinds], sums, non_trainable, metrics)
 
-    def micro_step(sums: Sums | None, leaves: list[Any], non_trainable: Any, metrics: Any) -> tuple[Sums, Any, Any]:
-        data = batch.unpack(batch.nest(like, leaves))
+def _noise_opened(model: Any, state: State) -> noise_window.Window | None:
+    with _optimizer_scope(model, state):
+        return noise_window.opened(model)
+
+
+def _optimizer_scope(model: Any, state: State) -> keras.StatelessScope:
+    return keras.StatelessScope(list(zip(model.optimizer.variables, state.optimizer, strict=True)))
+
+
+class _MicroStep:
+    """Forward and backward of one micro-batch.
+
+    Args:
+        model: the model.
+        like: the nesting of a micro-batch.
+        state: the model's values; of those that a forward changes each call gets its own.
+        terms: is filled with the loss's terms.
+    """
+
+    def __init__(self, model: Any, like: Any, state: State, terms: list[losses.Term]):
+        self.model, self.like, self.state, self.terms = model, like, state, terms
+        self.noise = _noise_opened(model, state)
+
+    def __call__(self, sums: Sums | None, leaves: list[Any], non_trainable: Any, metrics: Any) -> tuple[Sums, Any, Any]:
+        """The micro-batch's part of the sums, with the unit of `sums`; the non-trainable variables and the metrics'."""
+        data = batch.unpack(batch.nest(self.like, leaves))
         values, back, (items, totals, non_trainable, metrics) = jax.vjp(
-            lambda trainable: forward(trainable, data, non_trainable, metrics), trainable, has_aux=True
+            lambda trainable: self._forward(trainable, data, non_trainable, metrics),
+            self.state.trainable,
+            has_aux=True,
         )
         unit = [jnp.where(n > 0, n, 1) for n in items]
         if sums is not None:
-            unit = [jnp.where(kept > 0, kept, new) for kept, new in zip(sums.unit, unit, strict=True)]
+            unit = [jnp.where(old > 0, old, new) for old, new in zip(sums.unit, unit, strict=True)]
         gradients = []
         for k in range(len(values)):
             weights = [
@@ -276,7 +292,31 @@ def _micro_step(
                 for j, value in enumerate(values)
             ]
             gradients.append([g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in back(weights)[0]])
-        part = noise.part(noisy, gradients, losses.length(data[0]))
+        part = noise_window.part(self.noise, gradients, losses.length(data[0]))
         return Sums(gradients, unit, items, totals, part), non_trainable, metrics
 
-    return micro_step
+    def _forward(self, trainable: Any, data: Any, non_trainable: Any, metrics: Any) -> tuple[list[Any], Any]:
+        """The scaled loss of each kind of items; beside them the items, the terms' sums and the changed variables."""
+        (x, y, sample_weight), model = data, self.model
+        training = {"training": True} if model._call_has_training_arg else {}
+        y_pred, non_trainable, added = model.stateless_call(trainable, non_trainable, x, return_losses=True, **training)
+        if added:
+            # Where compute_loss finds them, as in Keras's own train_step. Not public: tests/keras/test_private.py.
+            model._losses_override = added
+        variables = model.trainable_variables, model.non_trainable_variables, model.metrics_variables
+        mapping = [
+            pair
+            for several, values in zip(variables, (trainable, non_trainable, metrics), strict=True)
+            for pair in zip(several, values, strict=True)
+        ]
+        with keras.StatelessScope(mapping) as scope:
+            forward = losses.Forward(x, y, y_pred, sample_weight)
+            self.terms[:] = losses.terms(model, forward)
+            model._losses_override = []
+            kinds = losses.kinds(self.terms)
+            losses.update_metrics(model, forward)
+        non_trainable, metrics = ([scope.get_current_value(v) for v in several] for several in variables[1:])
+        with _optimizer_scope(model, self.state):
+            scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
+        totals = [(term.value * term.items, term.items) for term in self.terms]
+        return scaled, ([items for _, items in kinds], totals, non_trainable, metrics)

@@ -1,12 +1,9 @@
 """What an audit asks of the TensorFlow backend: losses and gradients of a model's variables, taken eagerly."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import tensorflow as tf
-
-from bigbatch.engines import tensorflow_rng
 
 Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
 
@@ -28,11 +25,6 @@ def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple
     return lambda leaves, scale: (objective(leaves, scale), [])
 
 
-def chance_kept(model: Any) -> AbstractContextManager[None]:
-    """What TensorFlow draws from is afterwards what it was."""
-    return tensorflow_rng.kept()
-
-
-def seed_chance(seed: int) -> None:
-    """Of what draws past Keras."""
-    tf.random.set_seed(seed)
+def seed(number: int) -> None:
+    """Seeds what draws from the backend itself."""
+    tf.random.set_seed(number)

@@ -19,27 +19,27 @@ from bigbatch.keras.backends.tensorflow.update import update
 from bigbatch.keras.backends.tensorflow.window import add_up, build, micro_step
 
 
-def auto_step(model: Any, fitting: Any) -> Callable[[Any], dict[str, Any]]:
-    """A step on one batch, cut by `fitting`: one graph adds up, and another makes the update."""
-    described: list[losses.Term] = []
+def auto_step(model: Any, auto: Any) -> Callable[[Any], dict[str, Any]]:
+    """A step on one batch, cut by `auto`: one graph adds up, and another makes the update."""
+    terms: list[losses.Term] = []
     graph: Any = functools.partial(tf.function, jit_compile=model.jit_compile, autograph=False)
 
     @functools.cache
     def sums(size: int) -> Any:
         def added(data: Any) -> Any:
-            found, unit, described[:] = split_step(model, size, add_up)(data)
-            return found, unit
+            window, unit, terms[:] = split_step(model, size, add_up)(data)
+            return window, unit
 
         return added if model.run_eagerly else graph(added)
 
-    def updated(found: Any, unit: Any) -> dict[str, Any]:
-        return update(model, found, unit, described)
+    def updated(window: Any, unit: Any) -> dict[str, Any]:
+        return update(model, window, unit, terms)
 
     finish = updated if model.run_eagerly else graph(updated)
 
     def step(data: Any) -> dict[str, Any]:
         data = _tensors(data)
-        return finish(*fitting(data, functools.partial(Predictions, model, data), lambda size: sums(size)(data)))
+        return finish(*auto(data, functools.partial(Predictions, model, data), lambda size: sums(size)(data)))
 
     return step
 
@@ -90,7 +90,7 @@ class Predictions:
         """What to know about the predictions."""
         return ("The runtime may order and fuse the graph's operations otherwise.",)
 
-    def keeping(self) -> Callable[[], Callable[[], None]]:
+    def saver(self) -> Callable[[], Callable[[], None]]:
         """A function that notes what a window writes to, in one call; it returns one that gives it back."""
         written = self.written
         read = tf.function(lambda: [tf.identity(v) for v in written])
@@ -109,7 +109,7 @@ class Predictions:
     def seconds(self, size: int) -> float:
         """Of one forward and backward: the least of three, after one."""
         run, least = self._traced(size), math.inf
-        cut, give_back = [leaf[:size] for leaf in self.leaves], self.keeping()()
+        cut, give_back = [leaf[:size] for leaf in self.leaves], self.saver()()
         for _ in range(4):
             started = clock.perf_counter()
             run(cut, tf.zeros([0], self.model._loss_tracker.dtype)).losses[0].numpy()  # waits

@@ -1,4 +1,4 @@
-"""The TensorFlow backend: how the two doors pull a window's micro-batches, and what audit asks of a framework."""
+"""The steps of the TensorFlow backend: how the split and the stream API hand a window its micro-batches."""
 
 import itertools
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from bigbatch.keras.backends.tensorflow.window import Run, add_up
 
 
 def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None = None) -> Callable[[Any], Any]:
-    """`train_step` for a whole batch. It returns what `window` does with the micro-batches: by default, an update."""
+    """`train_step` for a whole batch. It returns what `window` makes of the micro-batches: by default, an update."""
     window = window or _updated
 
     def train_step(data: Any) -> Any:
         static = batch.check(data)
         leaves = [tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)]
         length = losses.length(leaves)
-        # XLA wants static shapes, and products are seen in them: full micro-batches, then the shorter last one.
+        # XLA needs static shapes, as factored gradients do: full micro-batches, then the shorter last one.
         size = min(micro_batch, micro_batch if static is None else static)
         if static is None and model.jit_compile:
             size = tf.minimum(micro_batch, length)
@@ -31,14 +31,14 @@ def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None =
             starts = [[i * size] + [0] * (len(shape) - 1) for shape in shapes]
             return [tf.slice(x, at, [size, *shape[1:]]) for x, at, shape in zip(leaves, starts, shapes, strict=True)]
 
-        def rest(i: Any) -> list[Any]:
+        def last(i: Any) -> list[Any]:
             return [leaf[full * size :] for leaf in leaves]
 
-        runs = [Run(full, fixed), Run(1, rest)]
+        runs = [Run(full, fixed), Run(1, last)]
         if static is not None:
             return window(model, data, runs if length % size else runs[:1])
         if not model.jit_compile:
-            return window(model, data, [runs[0], Run(tf.cast(length % size > 0, tf.int32), rest)])
+            return window(model, data, [runs[0], Run(tf.cast(length % size > 0, tf.int32), last)])
         return tf.cond(length % size > 0, lambda: window(model, data, runs), lambda: window(model, data, runs[:1]))
 
     return train_step
@@ -53,12 +53,12 @@ def gather(model: Any, window: list[Any]) -> Any:
 def _gather(window: list[Any], fixed: bool, in_order: bool) -> list[Any]:
     """Runs of micro-batches: (nesting, lengths of the micro-batches), joined along the examples.
 
-    They part where another dimension than the first changes; the largest come first, as each order would be traced.
-    Those of a run's usual length lie stacked along a new first dimension in a run of their own, without lengths. With
-    `fixed`, for XLA, all do, and they part at another length too.
+    A new run starts where another dimension than the first changes; the largest come first, as each order would be
+    traced. Those of a run's usual length are stacked along a new first dimension in a run of their own, without
+    lengths. With `fixed`, for XLA, all are, and a new run starts at another length too.
     """
-    alone = tf.distribute.get_strategy().num_replicas_in_sync == 1
-    if alone:  # else a short micro-batch leaves some with no example
+    one_replica = tf.distribute.get_strategy().num_replicas_in_sync == 1
+    if one_replica:  # else a short micro-batch leaves some replicas without an example
         for data in window:
             batch.check(data)
     rows = [[tf.convert_to_tensor(leaf) for leaf in batch.leaves(data)] for data in window]
@@ -69,14 +69,14 @@ def _gather(window: list[Any], fixed: bool, in_order: bool) -> list[Any]:
     if not in_order:  # a stateful layer's state goes from one to the next
         rows.sort(key=shape, reverse=True)
     runs: list[Any] = []
-    for _, several in itertools.groupby(rows, key=shape):
-        several = list(several)
-        sizes: list[Any] = [row[0].shape[0] for row in several]
-        full = [row for row, size in zip(several, sizes, strict=True) if size == max(sizes)]
+    for _, group in itertools.groupby(rows, key=shape):
+        alike = list(group)
+        sizes: list[Any] = [row[0].shape[0] for row in alike]
+        full = [row for row, size in zip(alike, sizes, strict=True) if size == max(sizes)]
         # Replicas must have one nesting, whatever lengths each has; and so must windows in which all lengths differ.
-        if not fixed and (not alone or 2 * len(full) <= len(several)):
+        if not fixed and (not one_replica or 2 * len(full) <= len(alike)):
             full = []
-        others = [row for row, size in zip(several, sizes, strict=True) if not full or size != max(sizes)]
+        others = [row for row, size in zip(alike, sizes, strict=True) if not full or size != max(sizes)]
         if full:
             runs.append((_joined(window[0], full, tf.stack), None))
         if others:

@@ -1,12 +1,9 @@
 """What an audit asks of the PyTorch backend: losses, and gradients of a model's variables, not in `.grad`."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-
-from bigbatch.engines import torch_rng
 
 Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
 
@@ -37,11 +34,6 @@ def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple
     return run
 
 
-def chance_kept(model: Any) -> AbstractContextManager[None]:
-    """What PyTorch draws from is afterwards what it was."""
-    return torch_rng.kept([v.value for v in model.variables])
-
-
-def seed_chance(seed: int) -> None:
-    """Of what draws past Keras."""
-    torch.manual_seed(seed)
+def seed(number: int) -> None:
+    """Seeds what draws from the backend itself."""
+    torch.manual_seed(number)

@@ -27,7 +27,7 @@ LARGEST = 2**22  # numbers in an invented array; beyond it nothing is tried
 _examined: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def examine_losses(model: Any, called: list[tuple[str, Callable[..., Any], Any, Any, Any]]) -> None:
+def warn_of_compiled_losses(model: Any, called: list[tuple[str, Callable[..., Any], Any, Any, Any]]) -> None:
     """Warns of compiled losses that look at the whole batch; once for each time the model is compiled.
 
     Args:
@@ -63,7 +63,7 @@ def examine_losses(model: Any, called: list[tuple[str, Callable[..., Any], Any, 
         )
 
 
-def examine_model(model: Any, x: Any, y: Any, sample_weight: Any) -> None:
+def warn_of_added_losses(model: Any, x: Any, y: Any, sample_weight: Any) -> None:
     """Warns of what `add_loss` or a `compute_loss` of the model's own adds that is not a mean over the examples.
 
     Args:
@@ -115,7 +115,7 @@ def _experiment(model: Any) -> Iterator[None]:
     apart = {"jax": "ensure_compile_time_eval", "tensorflow": "init_scope", "torch": "no_grad"}[backend]
     override, model._losses_override = model._losses_override, []
     try:
-        with warnings.catch_warnings(), randomness.kept(model), getattr(framework, apart)():
+        with warnings.catch_warnings(), randomness.preserved(model), getattr(framework, apart)():
             warnings.simplefilter("ignore")
             with keras.StatelessScope(collect_losses=True):
                 yield

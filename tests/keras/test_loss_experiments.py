@@ -247,8 +247,8 @@ def test_the_experiments_change_nothing():
 
     def trained(examine, monkeypatch):
         if not examine:
-            monkeypatch.setattr("bigbatch.keras.coupled.examine_losses", lambda *args: None)
-            monkeypatch.setattr("bigbatch.keras.coupled.examine_model", lambda *args: None)
+            monkeypatch.setattr("bigbatch.keras.loss_experiments.warn_of_compiled_losses", lambda *args: None)
+            monkeypatch.setattr("bigbatch.keras.loss_experiments.warn_of_added_losses", lambda *args: None)
         keras.utils.set_random_seed(5)
         parts = [layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.3), Sampling(ops.sum), layers.Dense(3)]
         model = keras.Sequential([keras.Input((4,)), *parts])
