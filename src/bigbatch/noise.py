@@ -358,8 +358,18 @@ def until_noise(*, eta: float = 1.0, at_most: int) -> UntilNoise:
     return UntilNoise(float(eta), int(at_most))
 
 
-def one_in(noise: Any) -> int:
-    """Accepts what `noise=` may be, as one window in so many: True is 20, and 0 stands for none."""
+def one_in(noise: Any, every: Any = None) -> int:
+    """Accepts what `noise=` may be, as one window in so many: True is 20, and 0 stands for none.
+
+    Where the windows close themselves, `every` is an `UntilNoise`, which measures each.
+    """
+    if isinstance(every, UntilNoise):
+        if noise is not False and (noise is True or one_in(noise) != 1):
+            raise ValueError(
+                f"noise has no effect with every={every}, which measures every window. "
+                f"{errors.received('noise', noise)} Leave it out."
+            )
+        return 1
     if isinstance(noise, bool):
         return 20 if noise else 0
     if isinstance(noise, int) and noise >= 1:

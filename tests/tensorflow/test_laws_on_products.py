@@ -1,7 +1,7 @@
 """The laws run with gradients that wait as products, and without: that they do."""
 
-from bigbatch.tensorflow import window
-from bigbatch.tensorflow.accumulators import ProductSum
+from bigbatch.fused import tensorflow_split
+from bigbatch.fused.tensorflow import DeferredSum
 from conformance import jobs
 from conformance.adapters import tensorflow as adapters
 from conformance.jobs import Spec
@@ -9,14 +9,14 @@ from conformance.wide import WIDTH
 
 
 def test_the_wide_adapter_has_products_and_the_other_has_none(monkeypatch):
-    seen, look = [], window.factored_grad
+    seen, look = [], tensorflow_split.factored_grad
 
     def noting(gradient):
         product = look(gradient)
         seen.extend([] if product is None else [product.shape])
         return product
 
-    monkeypatch.setattr(window, "factored_grad", noting)
+    monkeypatch.setattr(tensorflow_split, "factored_grad", noting)
     for job, products in (("net", 2), ("mean", 1)):
         for run, expected in ((adapters.Split, 0), (adapters.SplitProducts, products)):
             seen.clear()
@@ -28,4 +28,4 @@ def test_the_wide_adapter_has_products_and_the_other_has_none(monkeypatch):
 def test_the_streams_have_them_too():
     for run, expected in ((adapters.Stream, 0), (adapters.StreamProducts, 2)):
         acc = run(Spec("net", jobs.params("net"))).acc
-        assert sum(isinstance(one, ProductSum) for one in acc._sums) == expected
+        assert sum(isinstance(one, DeferredSum) for one in acc._sums) == expected

@@ -126,6 +126,9 @@ def test_zero_gradients_and_windows_of_one():
 def test_bad_input():
     with pytest.raises(ValueError, match="noise must be True, False or an integer of at least 1"):
         make(noise=0)
+    for noise in (True, 5):
+        with pytest.raises(ValueError, match="noise has no effect with every=until_noise.*Received: noise="):
+            make(bb.until_noise(at_most=4), noise)
     with tf.distribute.OneDeviceStrategy("/cpu:0").scope(), pytest.raises(ValueError, match=r"under a tf\.distribute"):
         make()
 

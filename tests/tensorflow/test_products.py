@@ -5,7 +5,8 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.tensorflow.accumulators import DenseSum, ProductSum
+from bigbatch.fused.tensorflow import DeferredSum
+from bigbatch.tensorflow.accumulators import DenseSum
 
 WIDTHS = (96, 64, 64, 2)
 RNG = np.random.default_rng(0)
@@ -42,7 +43,7 @@ class Deep(tf.Module):
 
     def held(self):
         """How many rows each product holds."""
-        return [int(tf.shape(one.left)[0]) for one in self.acc._sums if isinstance(one, ProductSum)]
+        return [int(tf.shape(one.left)[0]) for one in self.acc._sums if isinstance(one, DeferredSum)]
 
 
 def same(one, other, atol=1e-12):
@@ -53,7 +54,7 @@ def same(one, other, atol=1e-12):
 def test_large_matrices_have_rows_and_others_none():
     model = Deep(every=4)
     model.feed([2])
-    assert [type(one) for one in model.acc._sums] == [ProductSum, ProductSum, DenseSum]
+    assert [type(one) for one in model.acc._sums] == [DeferredSum, DeferredSum, DenseSum]
     assert model.held() == [2, 2]
 
 

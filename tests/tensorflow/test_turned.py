@@ -5,7 +5,8 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.fused import tensorflow_transposes
+from bigbatch.fused import tensorflow as fused
+from bigbatch.fused import tensorflow_split, tensorflow_transposes
 
 ROWS, WIDTH = 7, 300  # TensorFlow's two ways round 7 rows differently
 
@@ -103,10 +104,8 @@ def test_a_window_of_one_is_bit_for_bit_what_it_is_without_us(monkeypatch):
     for g, h in zip(model.step(known=False)(one)[1], plain, strict=True):
         np.testing.assert_array_equal(g, h)
     # And this could fail:
-    turn = tensorflow_transposes.with_fast_products
-    monkeypatch.setattr(
-        "bigbatch.tensorflow.split.with_fast_products", lambda graph, several, gradients: turn(graph, True, gradients)
-    )
+    fast = tensorflow_transposes.with_fast_products
+    monkeypatch.setattr(tensorflow_split, "with_fast_products", lambda graph, several, found: fast(graph, True, found))
     assert any(np.any(g != h) for g, h in zip(model.step(known=False)(one)[1], plain, strict=True))
 
 
@@ -153,10 +152,8 @@ def test_a_flushed_window_of_one_is_the_plain_step_to_the_bit(turned, monkeypatc
 
     assert all(after_one())
     # And this could fail:
-    turn = tensorflow_transposes.with_fast_products
-    monkeypatch.setattr(
-        "bigbatch.tensorflow.stream.with_fast_products", lambda graph, several, gradients: turn(graph, True, gradients)
-    )
+    fast = tensorflow_transposes.with_fast_products
+    monkeypatch.setattr(fused, "with_fast_products", lambda graph, several, found: fast(graph, True, found))
     assert not all(after_one())
 
 

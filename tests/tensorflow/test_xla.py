@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.tensorflow.checks import under_xla
+from bigbatch.engines.tensorflow_xla import under_xla
 
 
 def test_a_graph_knows_that_it_is_for_xla():

@@ -1,4 +1,4 @@
-"""The order in which TensorFlow runs a graph's operations, and what it may conclude from a variable's shape."""
+"""The order in which TensorFlow runs a graph's operations, and what it concludes from a variable's shape."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,6 +24,26 @@ def in_turn(work: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
         with after(tf.nest.flatten(results[-1:], expand_composites=True)):
             results.append(work(*each))
     return results
+
+
+def loop(body: Callable[[tf.Tensor, Any], tuple[Any, Any]], start: Any, stop: Any, state: Any) -> Any:
+    """The state after `body`, which takes an index and the state and returns the next ones, until `stop`.
+
+    A tensor of no rows may become one of any number of rows.
+    """
+    return tf.while_loop(
+        lambda i, _: i < stop,
+        body,
+        (start, state),
+        shape_invariants=(tf.TensorShape(()), tf.nest.map_structure(_invariant, state)),
+        parallel_iterations=1,  # more would hold the activations of more than one micro-batch
+    )[1]
+
+
+def _invariant(tensor: Any) -> Any:
+    if isinstance(tensor, tf.TensorArray):
+        return None
+    return tf.TensorShape([None, *tensor.shape[1:]]) if tensor.shape.rank and tensor.shape[0] == 0 else tensor.shape
 
 
 def of_any_shape(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Gradients that may be sparse: their dtype and scale, and rows that are named several times."""
+"""Gradients that may be sparse: their sum, scale and dtype, and rows that are named several times."""
 
 from typing import Any, NamedTuple
 
@@ -18,6 +18,15 @@ def merged(indices: tf.Tensor, values: tf.Tensor) -> SparseRows:
     """Each row once: the values of rows that are named several times are added up."""
     rows, place = tf.unique(indices)
     return SparseRows(rows, tf.math.unsorted_segment_sum(values, place, tf.size(rows)))
+
+
+def add(a: Any, b: Any) -> Any:
+    """The sum of two gradients, tensors or `SparseRows`, either of which may be missing."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, SparseRows):
+        return merged(tf.concat([a.indices, b.indices], 0), tf.concat([a.values, b.values], 0))
+    return a + b
 
 
 def cast(gradient: Gradient, dtype: tf.DType) -> Any:

@@ -11,4 +11,11 @@ from bigbatch.fused.tensorflow_deferred import row_capacity as row_capacity
 from bigbatch.fused.tensorflow_lookups import SplitGradient as SplitGradient
 from bigbatch.fused.tensorflow_lookups import split_gradient as split_gradient
 from bigbatch.fused.tensorflow_lookups import zeros as zeros
+from bigbatch.fused.tensorflow_split import add as add
+from bigbatch.fused.tensorflow_split import loop as loop
+from bigbatch.fused.tensorflow_split import rewritten as rewritten
+from bigbatch.fused.tensorflow_split import stored as stored
+from bigbatch.fused.tensorflow_stream import DeferredSum as DeferredSum
+from bigbatch.fused.tensorflow_stream import is_large as is_large
+from bigbatch.fused.tensorflow_stream import terms as terms
 from bigbatch.fused.tensorflow_transposes import with_fast_products as with_fast_products

@@ -35,6 +35,11 @@ class FactoredGrad(NamedTuple):
         return inputs, outputs
 
     @property
+    def dtype(self) -> tf.DType:
+        """Of the product."""
+        return self.right.dtype
+
+    @property
     def size(self) -> int:
         """How many numbers both factors have."""
         return sum(math.prod(shape) for shape in self._shapes())

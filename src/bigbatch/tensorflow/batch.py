@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from bigbatch import errors
-from bigbatch.tensorflow.checks import require, words
+from bigbatch.tensorflow.checks import message, require
 
 
 def tensors(batch: Any) -> Any:
@@ -42,12 +42,12 @@ def length_of(batch: Any) -> Any:
         return known[0][1]
     lengths = [(where, tf.shape(leaf)[0]) for where, leaf in leaves]
     first, length = lengths[0]
-    checks = [require(length > 0, lambda: words(lambda: errors.check_lengths([(first, 0)])))]
+    checks = [require(length > 0, lambda: message(lambda: errors.check_lengths([(first, 0)])))]
     for where, other in lengths[1:]:
         checks.append(
             require(
                 tf.equal(other, length),
-                lambda where=where, other=other: words(
+                lambda where=where, other=other: message(
                     lambda: errors.check_lengths([(first, 111), (where, 222)]), {"111": length, "222": other}
                 ),
             )

@@ -6,18 +6,11 @@ from typing import Any
 
 import tensorflow as tf
 
-# Nothing public tells that a graph is traced for jit_compile=True. tests/tensorflow/test_xla.py fails if this moves.
-from tensorflow.python.ops import control_flow_util
-
 from bigbatch import errors
+from bigbatch.engines.tensorflow_xla import under_xla
 
 # Counts of items, and losses weighted by them: exact for integers up to 2^53, where a sum in bf16 would stop at 256.
 COUNT = tf.float64
-
-
-def under_xla() -> bool:
-    """Whether the graph being traced is for XLA, which knows no strings and no shapes that depend on values."""
-    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def check_dtype(dtype: Any) -> tf.DType | None:
@@ -29,6 +22,12 @@ def check_dtype(dtype: Any) -> tf.DType | None:
             "Pass tf.float32 or tf.float64, or None to accumulate in the variables' own."
         )
     return dtype
+
+
+def widened(dtype: Any, narrowest: Any) -> tf.DType:
+    """The dtype to accumulate in: a variable's own, or `narrowest` where that is wider."""
+    dtype = tf.as_dtype(dtype)
+    return dtype if narrowest is None or dtype.size >= tf.as_dtype(narrowest).size else tf.as_dtype(narrowest)
 
 
 def check_optimizer(optimizer: Any, nonfinite: str) -> None:
@@ -56,6 +55,19 @@ def check_steps(optimizer: Any) -> None:
                 f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
                 "Leave it out: with bigbatch as well it would accumulate twice."
             )
+
+
+def check_planned(every: Callable[[Any], Any]) -> Any:
+    """The graph of a function of the update's index, whose answer must be one integer.
+
+    Its shape and dtype are known before its value; a wrong one would abort the process.
+    """
+    with tf.init_scope():
+        planned = tf.function(every).get_concrete_function(tf.TensorSpec((), tf.int64))
+    answer = planned.structured_outputs
+    if not tf.is_tensor(answer) or not answer.dtype.is_integer or answer.shape.rank not in (0, None):
+        errors.check_every(answer)  # raises an error that says what it may be
+    return planned
 
 
 def scales_losses(optimizer: Any) -> bool:
@@ -138,8 +150,8 @@ def not_items(items: tf.Tensor) -> tf.Tensor:
     items = tf.reshape(items, ())
     shown = tf.strings.as_string(items) if items.dtype.is_integer else tf.strings.as_string(items, shortest=True)
     kind = f"({items.dtype.name})"
-    not_positive = words(lambda: errors.check_items(-1), {"-1": shown, "(int)": kind})
-    not_finite = words(lambda: errors.check_items(math.inf), {"inf": shown, "(float)": kind})
+    not_positive = message(lambda: errors.check_items(-1), {"-1": shown, "(int)": kind})
+    not_finite = message(lambda: errors.check_items(math.inf), {"inf": shown, "(float)": kind})
     return tf.where(tf.math.is_finite(tf.cast(items, COUNT)), not_positive, not_finite)
 
 
@@ -150,7 +162,7 @@ def require(holds: tf.Tensor, wrong: Callable[[], tf.Tensor]) -> Any:
     return tf.cond(holds, tf.no_op, lambda: tf.raw_ops.Assert(condition=False, data=[wrong()], summarize=1))
 
 
-def words(mistake: Callable[[], Any], shown: Mapping[str, Any] = {}) -> tf.Tensor:
+def message(mistake: Callable[[], Any], shown: Mapping[str, Any] = {}) -> tf.Tensor:
     """What `bigbatch.errors` says of a mistake, with what only the graph knows in the place of the numbers tried."""
     try:
         mistake()

@@ -6,7 +6,8 @@ from typing import Any
 import tensorflow as tf
 
 from bigbatch.engines.tensorflow_writes import written
-from bigbatch.tensorflow.checks import name_of, under_xla
+from bigbatch.engines.tensorflow_xla import under_xla
+from bigbatch.tensorflow.checks import name_of
 
 MOVED = (
     "inside an open window, whose gradients then belong to different values: another apply_gradients, a second "

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from bigbatch.engines.tensorflow_sparse import Gradient, merged
+from bigbatch.engines.tensorflow_xla import under_xla
 from bigbatch.noise import EMPTY, NoiseScale, UntilNoise, averaged, estimate, one_in
-from bigbatch.tensorflow.checks import COUNT, under_xla
+from bigbatch.tensorflow.checks import COUNT
 
 DECAY = NoiseScale().decay
 
@@ -31,12 +32,23 @@ def nothing() -> WindowNoise:
 class Meter(tf.Module):
     """Σ bᵢ‖gᵢ‖² of the open window, and the running moments."""
 
-    def __init__(self, every: Any, noise: bool | int):
+    def __init__(self, windows: int):
         super().__init__()
-        self.one_in = 1 if isinstance(every, UntilNoise) else one_in(noise)
+        self.one_in = windows  # one window in so many is measured
         self.squares = tf.Variable(tf.zeros((), COUNT), trainable=False)
         self.windows = tf.Variable(tf.zeros((), tf.int64), trainable=False)
         self.moments = tf.Variable(tf.constant(EMPTY, COUNT), trainable=False)
+
+    @classmethod
+    def where_asked(cls, every: Any, noise: bool | int) -> "Meter | None":
+        """One for an Accumulator with these options, or None."""
+        windows = one_in(noise, every)
+        if windows and tf.distribute.has_strategy():
+            raise ValueError(
+                "The noise scale is not measured under a tf.distribute strategy: only the optimizer sees the gradient "
+                "of all replicas. Leave noise and until_noise out, or measure on one device."
+            )
+        return cls(windows) if windows else None
 
     def measures(self, index: tf.Tensor) -> tf.Tensor:
         """Whether the window of this update is measured."""

@@ -15,8 +15,7 @@ from bigbatch.plan import Choice, Plan, budget, choose, timed
 from bigbatch.plan import fitting as plan_again
 from bigbatch.tensorflow.batch import length_of, slice_of, spec_of, tensors
 from bigbatch.tensorflow.checks import COUNT, check_dtype
-from bigbatch.tensorflow.split import _part
-from bigbatch.tensorflow.window import Window
+from bigbatch.tensorflow.window import Task, Window, forward_backward, stored
 
 # One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
 # decides how fast training is, and was made on the user's behalf.
@@ -108,18 +107,18 @@ class _Traces:
         return [leaf for leaf in tf.nest.flatten(self.batch) if leaf is not None]
 
     def _traced(self, size: int) -> Any:
-        refused: list[Exception] = []
+        task, refused = Task(self.loss_fn, self.variables, self.dtype, size), []
 
-        def part(cut: Any, unit: tf.Tensor) -> Window:
+        def step(part: Any, unit: tf.Tensor) -> Window:
             try:
-                return _part(self.loss_fn, cut, unit, self.variables, self.dtype, size)
+                return stored(task, forward_backward(task, part, unit))
             except (TypeError, ValueError) as error:
                 refused.append(error)
                 raise
 
         spec = tf.nest.map_structure(lambda leaf: None if leaf is None else spec_of(leaf, size), self.batch)
         try:
-            return tf.function(part).get_concrete_function(spec, tf.TensorSpec((), COUNT))
+            return tf.function(step).get_concrete_function(spec, tf.TensorSpec((), COUNT))
         except (TypeError, ValueError) as error:
             # AutoGraph raises another, whose text begins with where it was.
             raise (refused or [error])[0] from None

@@ -1,9 +1,10 @@
-"""What one call of the stream door came to."""
+"""What one call of the stream API came to."""
 
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from bigbatch import skipped
 from bigbatch.tensorflow.noise import WindowNoise
 
 OPEN, MADE, NOT_FINITE, EMPTY, CARRIED, DROPPED, NOT_ITEMS, MOVED = range(8)
@@ -50,12 +51,12 @@ class Update(NamedTuple):
     @property
     def skipped(self) -> str | None:
         """Why no update was made; None where it was, or the window is open. Reading it waits for the device."""
-        held = f"{int(self.micro_batches)} micro-batches of a partial window"
+        held = skipped.micro_batches(int(self.micro_batches))
         return {
-            NOT_FINITE: f"the window is not finite: loss {float(self.loss)}, gradient norm {float(self.grad_norm)}",
-            EMPTY: "no variable got a gradient",
-            NOT_ITEMS: "the items of a micro-batch are not positive and finite",
+            NOT_FINITE: skipped.not_finite(float(self.loss), float(self.grad_norm)),
+            EMPTY: skipped.NO_GRADIENT,
+            NOT_ITEMS: f"{skipped.BAD_ITEMS}, or zero",
             MOVED: "the optimizer made another step inside the window: another apply_gradients or Accumulator",
-            CARRIED: f"carried: {held} wait for more",
-            DROPPED: f"dropped: {held}",
+            CARRIED: skipped.CARRIED.format(held=held),
+            DROPPED: skipped.DROPPED.format(held=held),
         }.get(int(self.outcome))
