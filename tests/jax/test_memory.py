@@ -56,7 +56,7 @@ def test_what_fits_is_chosen_by_a_few_compilations(arguments, room):
     assert 1 << 19 < plan.needs <= 1 << 20
     assert plan.micro_batch < 1024
     assert len(plan.candidates) <= 6
-    assert plan.how == f"by the compiler's account of {len(plan.candidates)} programs"
+    assert plan.how == f"by the compiler's memory analysis of {len(plan.candidates)} programs"
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     assert bb.plan(loss_fn)(*shapes).candidates == plan.candidates
 
@@ -158,7 +158,7 @@ def test_out_of_memory_costs_only_time(arguments, caplog, part, at):
     assert fault.count > 8
     fault.at = None
     assert same(found, trained(bb.value_and_grad(dropout, **options, micro_batch=2)))
-    assert caplog.records[-1].getMessage() == 'micro_batch="auto": out of memory at 4; done again with 2.'
+    assert caplog.records[-1].getMessage() == 'micro_batch="auto": out of memory at 4; the window is run again with 2.'
 
 
 def test_other_errors_are_not_caught(arguments):

@@ -1,4 +1,4 @@
-"""What a compiled program needs, by the compiler's own account, and what the device has."""
+"""What a compiled program needs, by the compiler's memory analysis, and what the device has."""
 
 from typing import Any
 
@@ -7,30 +7,31 @@ from jax.extend.core import jaxprs_in_params
 
 from bigbatch import host
 
-# Each prediction is a compilation. Whatever takes nine tenths of the room will do.
+# Each prediction is a compilation. A micro-batch that takes nine tenths of the headroom will do.
 TRIES, ENOUGH = 3, 0.9
 
 
 def needs_of(traced: Any) -> int:
-    """Bytes that a program, as `jax.jit(…).trace` makes it, takes beside its arguments, which are there already.
+    """Bytes that a program takes beside its arguments, which are in memory already. It is compiled to find out.
 
-    It is compiled for that.
+    Args:
+        traced: as `jax.jit(…).trace` returns it.
 
     Raises:
-        NotImplementedError: the device's compiler does not say.
+        NotImplementedError: the device's compiler has no memory analysis.
     """
     used = traced.lower().compile().memory_analysis()
     if used is None:
         raise NotImplementedError(
             "This device's compiler does not say what a program needs. Pass micro_batch as a number."
         )
-    # peak_memory_in_bytes leaves the temporaries out on a CPU.
+    # peak_memory_in_bytes leaves the temporaries out on a CPU; tests/jax/test_private.py.
     needs = used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
     return needs + (_inside_convolutions(traced.jaxpr.jaxpr) if jax.default_backend() == "cpu" else 0)
 
 
 def _inside_convolutions(program: Any) -> int:
-    """What a CPU's convolutions take inside, which the compiler leaves out: a copy of all that one of them reads."""
+    """What a CPU's convolution allocates when it runs, which the analysis leaves out: a copy of all that it reads."""
     most = 0
     for equation in program.eqns:
         if equation.primitive.name == "conv_general_dilated":
@@ -41,20 +42,20 @@ def _inside_convolutions(program: Any) -> int:
 
 
 def device_memory() -> host.Memory:
-    """Of the default device: a CPU is the machine's."""
+    """The default device's memory; a CPU's is the machine's."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return host.memory()
-    held = stats["bytes_in_use"]
-    return host.Memory(held, stats["bytes_limit"] - held, str(device))
+    in_use = stats["bytes_in_use"]
+    return host.Memory(in_use, stats["bytes_limit"] - in_use, str(device))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a program ended because there was no memory left.
 
-    JAX raises the program's own error where it is called, and a `ValueError` of the same text where several of its
-    results are waited for.
+    JAX raises a `RuntimeError` where the program is called, and a `ValueError` of the same text where
+    `block_until_ready` waits for several of its results; tests/jax/test_private.py.
     """
-    waited_for = isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error)
-    return waited_for or host.is_out_of_memory(error)
+    while_waiting = isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error)
+    return while_waiting or host.is_out_of_memory(error)

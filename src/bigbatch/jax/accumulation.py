@@ -12,8 +12,8 @@ from bigbatch.every import Every, Items
 from bigbatch.jax import checks
 from bigbatch.jax import noise as noisy
 from bigbatch.jax import state as codes
+from bigbatch.jax.checks import as_items, as_value, check_parameter, known_value, widened
 from bigbatch.jax.state import AccumulateState, checksum, emptied, update_of
-from bigbatch.jax.window import as_items, as_value, at_hand, check_parameter, widened
 from bigbatch.noise import UntilNoise
 
 
@@ -98,7 +98,7 @@ class Accumulation(NamedTuple):
         count: Any = every(state.updates)  # pyright: ignore[reportArgumentType] (a traced integer)
         if not (isinstance(count, jax.Array) and jnp.issubdtype(count.dtype, jnp.integer) and count.ndim == 0):
             return state.micro_batches >= errors.check_every(count), True
-        known = at_hand(count)
+        known = known_value(count)
         if known is not None:
             return state.micro_batches >= errors.check_every(known.item()), True
         return state.micro_batches >= count, count >= 1

@@ -16,7 +16,7 @@ from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Examples, Run
 from bigbatch.jax.batch import Batch, check_in_axes
-from bigbatch.jax.terms import as_terms, split_aux
+from bigbatch.jax.window import Options
 
 
 def audit(
@@ -61,57 +61,46 @@ def audit(
     length = Batch(loss_fn, args, {}, in_axes, micro_batch).length
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)
+    options = Options(loss_fn, argnums, has_aux, has_items, in_axes, aux=None, dtype=None, names=())
     with jax.enable_x64(True):
-        runner = AuditRunner(loss_fn, args, in_axes, argnums, has_aux, has_items, micro_batch, "float64")
+        runner = AuditRunner(options, args, micro_batch, "float64")
         if runner.runs():
             return examine(runner)
-    return examine(AuditRunner(loss_fn, args, in_axes, argnums, has_aux, has_items, micro_batch, None))
+    return examine(AuditRunner(options, args, micro_batch, None))
 
 
 class AuditRunner:
     """Runs of one loss function on one batch (see `audit_experiments`); without a dtype, in the arguments' own."""
 
-    def __init__(
-        self,
-        loss_fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        in_axes: Sequence[Any],
-        argnums: int,
-        has_aux: bool,
-        has_items: bool,
-        micro_batch: int,
-        dtype: str | None,
-    ):
+    def __init__(self, options: Options, args: tuple[Any, ...], micro_batch: int, dtype: str | None):
         def cast(x: Any) -> Any:
             if dtype is None or not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             return jnp.asarray(x, dtype)
 
-        batch = Batch(loss_fn, jax.tree.map(cast, args), {}, in_axes, micro_batch)
-        batch.check_parameters((argnums,))
-        # On the host, where no size that is taken needs a program of its own.
+        batch = options.batch(jax.tree.map(cast, args), {}, micro_batch)
+        batch.check_parameters(options.numbers)
+        # On the host, where slices of different lengths need no compiled program each.
         self.leaves = [
             leaf if leaf.axis is None or _is_key(leaf.value) else leaf._replace(value=np.asarray(leaf.value))
             for leaf in batch.leaves
         ]
         self.tree = batch.tree
         self.length, self.micro_batch = batch.length, micro_batch
-        paths = jax.tree_util.tree_leaves_with_path(args[argnums])
-        self.names = [jax.tree_util.keystr(path) or f"args[{argnums}]" for path, _ in paths]
+        paths = jax.tree_util.tree_leaves_with_path(options.parameters(args))
+        self.names = [jax.tree_util.keystr(path) or f"args[{options.argnums}]" for path, _ in paths]
         self.dtype = dtype or min((str(leaf.dtype) for _, leaf in paths), key=lambda name: jnp.dtype(name).itemsize)
 
         def losses(args: Any, examples: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-            result = loss_fn(*args)
-            terms = as_terms(split_aux(result)[0] if has_aux else result, examples, has_items)
-            return (terms.losses, terms.items) if terms.several else ({"": terms.losses}, {"": terms.items})
+            terms, _ = options.run(args, {}, examples)
+            return (terms.losses, terms.items) if terms.named else ({"": terms.losses}, {"": terms.items})
 
         def gradients(args: Any, examples: int, scale: Any) -> Any:
-            def of(wanted: Any) -> Any:
-                found, items = losses((*args[:argnums], wanted, *args[argnums + 1 :]), examples)
-                return jax.tree.map(lambda loss: loss * jnp.asarray(scale, loss.dtype), found), items
+            def scaled(*args: Any) -> Any:
+                values, items = losses(args, examples)
+                return jax.tree.map(lambda loss: loss * jnp.asarray(scale, loss.dtype), values), items
 
-            jacobian, items = jax.jacrev(of, has_aux=True)(args[argnums])
-            return jacobian, items
+            return jax.jacrev(scaled, options.argnums, has_aux=True)(*args)
 
         self._losses = jax.jit(losses, static_argnums=1)
         self._gradients = jax.jit(gradients, static_argnums=1)
@@ -119,12 +108,12 @@ class AuditRunner:
     def runs(self) -> bool:
         """Whether the loss function can compute in this dtype."""
         try:
-            self._gradients(self.take(range(self.micro_batch), 0, 0), self.micro_batch, 1.0)
+            self._gradients(self.arguments(range(self.micro_batch), 0, 0), self.micro_batch, 1.0)
         except (TypeError, ValueError):
             return False
         return True
 
-    def take(self, rows: Examples, seed: int, part: int) -> Any:
+    def arguments(self, rows: Examples, seed: int, part: int) -> Any:
         """The arguments for these rows. PRNG keys given whole are folded, as `bb.value_and_grad` does."""
         index = np.asarray(list(rows))
 
@@ -153,19 +142,19 @@ class AuditRunner:
         sums: dict[str, list[np.ndarray]] = {}
         counts: dict[str, float] = {}
         for k, rows in enumerate(parts):
-            jacobian, counted = self._gradients(self.take(rows, seed, k), len(rows), scale)
+            jacobian, counted = self._gradients(self.arguments(rows, seed, k), len(rows), scale)
             for name, tree in jacobian.items():
                 n = float(counted[name]) if items is None else items[k]
-                found = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
-                before = sums.get(name, [0.0] * len(found))
-                sums[name] = [s + n * g if n else s + 0 * np.zeros_like(g) for s, g in zip(before, found, strict=True)]
+                grads = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+                before = sums.get(name, [0.0] * len(grads))
+                sums[name] = [s + n * g if n else s + 0 * np.zeros_like(g) for s, g in zip(before, grads, strict=True)]
                 counts[name] = counts.get(name, 0.0) + n
-        means = [[g / (counts[name] * scale) for g in several] for name, several in sums.items()]
+        means = [[g / (counts[name] * scale) for g in grads] for name, grads in sums.items()]
         return {name: np.asarray(sum(g)) for name, *g in zip(self.names, *means, strict=True)}
 
     def loss(self, rows: Examples, *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows; of several terms, their sum and the first one's items."""
-        losses, items = self._losses(self.take(rows, seed, 0), len(rows))
+        losses, items = self._losses(self.arguments(rows, seed, 0), len(rows))
         return Run(sum(map(float, losses.values())), float(next(iter(items.values()))))
 
     def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What becomes of a loss function's auxiliary outputs."""
+"""The auxiliary outputs of a loss function: their mean, their sum, all of them, or the next micro-batch's argument."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from bigbatch.jax.batch import Batch
 from bigbatch.jax.distributed import summed
 from bigbatch.jax.terms import weighted_mean
 
-WORDS = ("mean", "sum", "concatenate")
+RULES = ("mean", "sum", "concatenate")
 
 
 @dataclass(frozen=True)
@@ -35,70 +35,70 @@ def carry(argnum: int) -> Carry:
 
 
 class Aux:
-    """The words for the auxiliary outputs, a tree that is a prefix of theirs."""
+    """The `aux` argument: rules for the auxiliary outputs, in a tree that is a prefix of theirs."""
 
-    def __init__(self, words: Any):
-        self.words, self.tree = jax.tree.flatten(words)
-        for word in self.words:
-            if not isinstance(word, Carry):
-                errors.check_choice("aux", word, WORDS)
+    def __init__(self, rules: Any):
+        self.rules, self.tree = jax.tree.flatten(rules)
+        for rule in self.rules:
+            if not isinstance(rule, Carry):
+                errors.check_choice("aux", rule, RULES)
 
     @property
     def argnums(self) -> tuple[int, ...]:
         """The arguments that are carried."""
-        return tuple(word.argnum for word in self.words if isinstance(word, Carry))
+        return tuple(rule.argnum for rule in self.rules if isinstance(rule, Carry))
 
     def specs(self, spread: P) -> Any:
-        """How the outputs lie on devices, where an example's entries are `spread`: `out_specs` for `shard_map`."""
-        return self.tree.unflatten(spread if word == "concatenate" else P() for word in self.words)
+        """The outputs' layout on devices, where examples are `spread`: `out_specs` for `shard_map`."""
+        return self.tree.unflatten(spread if rule == "concatenate" else P() for rule in self.rules)
 
     def split(self, outputs: Any) -> tuple[list[Any], dict[int, Any]]:
-        """One micro-batch's outputs: those to keep, None in place of the others, and those that are carried."""
+        """One micro-batch's outputs: those to stack, with None in place of the others; and those that are carried."""
         try:
             parts = self.tree.flatten_up_to(outputs)
         except ValueError as error:
-            received = f"{jax.tree.unflatten(self.tree, self.words)} for outputs of {jax.tree.structure(outputs)}"
+            received = f"{jax.tree.unflatten(self.tree, self.rules)} for outputs of {jax.tree.structure(outputs)}"
             raise ValueError(f"aux must be nested as loss_fn's auxiliary outputs are. Received: {received}.") from error
-        kept = [None if isinstance(word, Carry) else part for word, part in zip(self.words, parts, strict=True)]
-        carried = {w.argnum: part for w, part in zip(self.words, parts, strict=True) if isinstance(w, Carry)}
-        return kept, carried
+        pairs = list(zip(self.rules, parts, strict=True))
+        stacked = [None if isinstance(rule, Carry) else part for rule, part in pairs]
+        return stacked, {rule.argnum: part for rule, part in pairs if isinstance(rule, Carry)}
 
-    def join(self, full: list[Any], tail: list[Any], carried: dict[int, Any], finish: Callable[..., Any]) -> Any:
-        """The window's outputs, once `finish` has made one of the stacked parts and the shorter micro-batch's."""
+    def join(self, full: list[Any], last: list[Any], carried: dict[int, Any], finish: Callable[..., Any]) -> Any:
+        """The window's outputs: what is carried, and `finish(rule, stacked, last)` of the others."""
         return self.tree.unflatten(
-            carried[word.argnum] if isinstance(word, Carry) else finish(word, f, t)
-            for word, f, t in zip(self.words, full, tail, strict=True)
+            carried[rule.argnum] if isinstance(rule, Carry) else finish(rule, *parts)
+            for rule, *parts in zip(self.rules, full, last, strict=True)
         )
 
 
-def finish(word: str, parts: Sequence[Any], items: jax.Array, batch: Batch, names: Sequence[str]) -> Any:
+def finish(rule: str, full: Any, last: Any, items: jax.Array, batch: Batch, names: Sequence[str]) -> Any:
     """One output of all micro-batches as the window's.
 
     Args:
-        word: what becomes of it.
-        parts: the full micro-batches' outputs, stacked, and the shorter one's or None.
+        rule: "mean", "sum" or "concatenate".
+        full: the full micro-batches' outputs, stacked.
+        last: the shorter micro-batch's, or None.
         items: what the micro-batches count for in a mean.
-        batch: where they come from.
+        batch: the batch that they are of.
         names: the axes of the devices that they are spread over.
     """
 
-    def leaf(full: jax.Array, tail: jax.Array | None) -> jax.Array:
-        if word == "concatenate":
+    def leaf(full: jax.Array, last: jax.Array | None) -> jax.Array:
+        if rule == "concatenate":
             if full.shape[1:2] != (batch.size,):
                 raise ValueError(
                     "An auxiliary output to concatenate must have one entry an example along its leading dimension. "
                     f"Received: shape {full.shape[1:]} from a micro-batch of {batch.size}. Say 'mean' or 'sum'."
                 )
-            return batch.gather(full, tail)
-        every = stack(full, tail)
-        if word == "mean":
-            return weighted_mean(every, items, names)
-        return summed(every.sum(0, dtype=None if every.dtype == bool else every.dtype), names)
+            return batch.unstride(full, last)
+        stacked = stack(full, last)
+        if rule == "mean":
+            return weighted_mean(stacked, items, names)
+        return summed(stacked.sum(0, dtype=None if stacked.dtype == bool else stacked.dtype), names)
 
-    full, tail = parts
-    return jax.tree.map(lambda x: leaf(x, None), full) if tail is None else jax.tree.map(leaf, full, tail)
+    return jax.tree.map(lambda x: leaf(x, None), full) if last is None else jax.tree.map(leaf, full, last)
 
 
-def stack(full: jax.Array, tail: jax.Array | None) -> jax.Array:
+def stack(full: jax.Array, last: jax.Array | None) -> jax.Array:
     """The shorter micro-batch's value after those of the full ones."""
-    return full if tail is None else jnp.concatenate([full, tail[None]])
+    return full if last is None else jnp.concatenate([full, last[None]])

@@ -1,4 +1,4 @@
-"""A call's arguments as micro-batches: which leaves are cut and where, and how micro-batch i is taken out."""
+"""A call's arguments as micro-batches: which leaves are cut along which axis, and what micro-batch i is given."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigbatch import errors
-from bigbatch.jax.window import check_parameter
+from bigbatch.jax.checks import check_parameter
 
 
 class Leaf(NamedTuple):
@@ -20,16 +20,22 @@ class Leaf(NamedTuple):
 
     value: Any
     axis: int | None  # that holds the examples; None where every micro-batch gets it whole
-    where: str  # as it is written, `batch['x']`
-    argnum: int | None  # the positional argument that it belongs to; None for a keyword argument's
+    where: str  # its name in errors, `batch['x']`
+    argnum: int | None  # the positional argument that it belongs to; None in a keyword argument
 
 
 class Batch:
-    """The arguments of one call, to be dealt out to micro-batches.
+    """The arguments of one call, cut into micro-batches.
 
-    Examples are dealt in turn: of N full micro-batches, number i gets examples i, i + N, i + 2N, … A batch whose
-    examples are spread over devices stays where it is that way, for each device holds a part of every micro-batch.
-    What does not fill a micro-batch, at the end, is a shorter one of its own.
+    Examples are strided: of N full micro-batches, number i gets examples i, i + N, i + 2N, … A batch whose examples are
+    spread over devices stays where it is that way, for each device holds a part of every micro-batch. The examples that
+    do not fill a micro-batch make a shorter one at the end.
+
+    Attributes:
+        size: examples in a full micro-batch.
+        full: the number of full micro-batches.
+        remainder: examples in the shorter one at the end; 0 where there is none.
+        count: the number of all micro-batches.
     """
 
     def __init__(
@@ -45,10 +51,10 @@ class Batch:
         self.leaves = [*_leaves(loss_fn, args, in_axes), *_whole(kwargs)]
         lengths = [(leaf.where, leaf.value.shape[leaf.axis]) for leaf in self.leaves if leaf.axis is not None]
         self.length = errors.check_lengths(lengths)
-        self.size = min(micro_batch, self.length)  # of a full micro-batch
-        self.full, self.rest = divmod(self.length, self.size)
-        self.count = self.full + (self.rest > 0)
-        self._dealt = self._deal() if self.count > 1 else []  # here, for the loop's trace must not hold it
+        self.size = min(micro_batch, self.length)
+        self.full, self.remainder = divmod(self.length, self.size)
+        self.count = self.full + (self.remainder > 0)
+        self._strided = self._stride() if self.count > 1 else []  # here, so that it is done outside the loop's trace
 
     @property
     def axes(self) -> list[int | None]:
@@ -56,7 +62,7 @@ class Batch:
         return [leaf.axis for leaf in self.leaves]
 
     def check_whole(self, option: str, argnums: Sequence[int]) -> None:
-        """Refuses positional arguments that are not there, or that are cut."""
+        """Refuses numbers of positional arguments that do not exist or are cut."""
         for k in argnums:
             if not 0 <= k < len(self.args):
                 raise ValueError(
@@ -76,55 +82,67 @@ class Batch:
             if leaf.argnum in argnums:
                 check_parameter(leaf.value, leaf.where, floating=True)
 
-    def examples(self) -> jax.Array:
-        """The lengths of the micro-batches."""
-        return jnp.asarray([self.size] * self.full + [self.rest] * (self.rest > 0))
+    def lengths(self) -> jax.Array:
+        """The number of examples in each micro-batch."""
+        return jnp.asarray([self.size] * self.full + [self.remainder] * (self.remainder > 0))
 
-    def _deal(self) -> list[Any]:
-        """The leaves as (…, size, full, …) where they were (…, examples, …), without moving anything."""
+    def _stride(self) -> list[Any]:
+        """The leaves reshaped from (…, examples, …) to (…, size, full, …), which moves no data."""
 
-        def deal(x: jax.Array, axis: int) -> jax.Array:
-            if self.rest:
+        def reshape(x: jax.Array, axis: int) -> jax.Array:
+            if self.remainder:
                 x = lax.slice_in_dim(x, 0, self.size * self.full, axis=axis)
             spec = _spec(x)
             shape = *x.shape[:axis], self.size, self.full, *x.shape[axis + 1 :]
             return _reshaped(x, shape, spec and (*spec[: axis + 1], None, *spec[axis + 1 :]))
 
-        return [leaf.value if leaf.axis is None else deal(leaf.value, leaf.axis) for leaf in self.leaves]
+        return [leaf.value if leaf.axis is None else reshape(leaf.value, leaf.axis) for leaf in self.leaves]
 
-    def take(self, i: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of full micro-batch i, where i may be traced; as they are, where it is the only one."""
+    def micro_batch(self, i: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of full micro-batch i, which may be traced; the call's own where there is only one."""
         if self.count == 1:
             return self.args, self.kwargs
 
-        def part(leaf: Leaf, dealt: Any) -> Any:
-            if leaf.axis is None:
-                return _folded(leaf.value, i)
-            return lax.dynamic_index_in_dim(dealt, i, leaf.axis + 1, keepdims=False)
+        return self.nested(
+            [
+                x if leaf.axis is None else lax.dynamic_index_in_dim(x, i, leaf.axis + 1, keepdims=False)
+                for leaf, x in zip(self.leaves, self._strided, strict=True)
+            ],
+            i,
+        )
 
-        return self.tree.unflatten(map(part, self.leaves, self._dealt))
-
-    def tail(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def last_micro_batch(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the shorter micro-batch at the end."""
+        cut = iter(self.remaining())
+        return self.nested([leaf.value if leaf.axis is None else next(cut) for leaf in self.leaves], self.full)
 
-        def part(leaf: Leaf) -> Any:
-            if leaf.axis is None:
-                return _folded(leaf.value, self.full)
-            return lax.slice_in_dim(leaf.value, self.size * self.full, self.length, axis=leaf.axis)
+    def stacked(self) -> list[Any]:
+        """The leaves that are cut, of all full micro-batches: number i is [i] of each, for a `lax.scan` over them."""
+        cut = [(x, leaf.axis) for leaf, x in zip(self.leaves, self._strided, strict=True) if leaf.axis is not None]
+        return [jnp.moveaxis(x, axis + 1, 0) for x, axis in cut]
 
-        return self.tree.unflatten(map(part, self.leaves))
+    def remaining(self) -> list[Any]:
+        """The leaves that are cut, of the shorter micro-batch at the end."""
+        cut = [(leaf.value, leaf.axis) for leaf in self.leaves if leaf.axis is not None]
+        return [lax.slice_in_dim(x, self.size * self.full, self.length, axis=axis) for x, axis in cut]
 
-    def gather(self, full: jax.Array, tail: jax.Array | None) -> jax.Array:
-        """(full, size, …) and (rest, …) → (examples, …), in the batch's own order."""
+    def nested(self, leaves: Sequence[Any], i: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Micro-batch i's arguments, of these leaves; keys that it gets whole are folded."""
+        return self.tree.unflatten(
+            _folded(x, i) if leaf.axis is None else x for leaf, x in zip(self.leaves, leaves, strict=True)
+        )
+
+    def unstride(self, full: jax.Array, last: jax.Array | None) -> jax.Array:
+        """(full, size, …) and (remainder, …) → (examples, …), in the batch's own order."""
         joined = full.swapaxes(0, 1)
         spec = _spec(joined)
         shape = self.full * self.size, *full.shape[2:]
         joined = _reshaped(joined, shape, spec and (spec[0], *spec[2:]))
-        return joined if tail is None else jnp.concatenate([joined, tail])
+        return joined if last is None else jnp.concatenate([joined, last])
 
 
 def _spec(x: jax.Array) -> tuple[Any, ...] | None:
-    """How an array lies on a mesh with explicit axes, where JAX asks how a reshaped one shall lie; else None."""
+    """An array's layout on a mesh with explicit axes, where JAX asks for the reshaped array's layout too; else None."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return spec if any(part is not None for part in spec) else None
 
@@ -207,7 +225,7 @@ def _is_raw_key(value: Any) -> bool:
 
 
 def _names(loss_fn: Any, count: int) -> list[str]:
-    """What the arguments are called in loss_fn, for errors."""
+    """The names of the arguments in loss_fn, for errors."""
     try:
         parameters = list(inspect.signature(loss_fn).parameters.values())
     except (TypeError, ValueError):
@@ -217,7 +235,7 @@ def _names(loss_fn: Any, count: int) -> list[str]:
 
 
 def _folded(value: Any, i: Any) -> Any:
-    """A PRNG key of micro-batch i's own; anything else as it is."""
+    """A PRNG key folded with i, so that each micro-batch draws its own; anything else as it is."""
     if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return value
     keys = jax.vmap(jax.random.fold_in, (0, None))(value.reshape(-1), i)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from bigbatch.jax.checks import widened
 from bigbatch.jax.state import NONE
-from bigbatch.jax.window import widened
 from bigbatch.noise import EMPTY, NoiseScale, UntilNoise, averaged, estimate
 
 DECAY = NoiseScale().decay

@@ -1,4 +1,4 @@
-"""The micro-batch that fits, by the compiler's own account of what a window needs."""
+"""The micro-batch that fits, by the compiler's memory analysis of a window."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import math
 import sys
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,12 @@ import numpy as np
 from jax.core import Tracer
 
 from bigbatch.engines.jax_estimate import ENOUGH, TRIES, device_memory, is_out_of_memory, needs_of
-from bigbatch.jax.batch import Batch
 from bigbatch.jax.distributed import are_bound
-from bigbatch.jax.split import value_and_grad
-from bigbatch.plan import Plan, budget, choose, halved, not_even_one, timed
+from bigbatch.jax.window import Options, value_and_grad
+from bigbatch.plan import Budget, Choice, Plan, budget, choose, fitting, timed
 
-# One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
-# decides how fast training is, and was made on the user's behalf.
+# One line a choice, as a warning: those are seen where logging was never set up. The choice decides how fast training
+# is, and was made on the user's behalf.
 logger = logging.getLogger("bigbatch.jax")
 
 
@@ -41,8 +40,8 @@ def plan(
     """A function of the micro-batch that fits, and why, without running out of memory to find out.
 
     It is called with the arguments of `value_and_grad`'s function, or with `jax.ShapeDtypeStruct`s in place of arrays.
-    Each size is compiled, and the compiler says what the program takes beside its arguments; nothing is run. That is
-    exact, and takes a few compilations, so it is content with a micro-batch that fills nine tenths of the room::
+    Each size is compiled, and the compiler's memory analysis tells what the program takes beside its arguments; nothing
+    is run. A few compilations are enough: the search ends at a micro-batch that fills nine tenths of the headroom::
 
         plan = bb.plan(loss_fn, memory="8GiB")(params, batch)
         plan.show()
@@ -73,157 +72,130 @@ def plan(
 
     Twice the parameters are kept free for the optimizer's step.
     """
-    options = {"has_items": has_items, "in_axes": in_axes, "aux": aux, "dtype": dtype}
-    door = _Door(loss_fn, argnums, has_aux, False, options, _names(axis_name))
-    door.at(1)  # refuses what is wrong with the options
+    options = Options(loss_fn, argnums, has_aux, has_items, in_axes, aux, dtype, axis_name).checked()
 
     @functools.wraps(loss_fn)
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        return _plan(door, args, kwargs, memory, time)
+        call = _Call(options, args, kwargs)
+        return _of_all_devices(call.plan(memory, time), call.devices)
 
     return planned
 
 
-def fitting(
-    loss_fn: Callable[..., Any],
-    argnums: int | Sequence[int],
-    has_aux: bool,
-    holomorphic: bool,
-    *,
-    axis_name: str | Sequence[str],
-    **options: Any,
-) -> Callable[..., Any]:
+def with_planned_micro_batch(options: Options) -> Callable[..., Any]:
     """`value_and_grad` with the micro-batch that fits, planned once for each shape of the arguments.
 
     Called with arrays, and not inside `jax.jit`, it also survives an out-of-memory: the call is made again with
-    micro-batches of half the size, and goes on with those. Nothing has to be taken back, for nothing was changed.
+    micro-batches of half the size, and later calls use that size. Nothing has to be restored, for nothing was changed.
     """
-    door = _Door(loss_fn, argnums, has_aux, holomorphic, options, _names(axis_name))
-    door.at(1)  # refuses what is wrong with the options
-    plans: dict[Any, Plan] = {}
-    sizes: dict[Any, int] = {}
+    choices: dict[Any, Choice] = {}
 
-    @functools.wraps(loss_fn)
+    @functools.wraps(options.loss_fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        key = treedef, *(_abstract(leaf) if _is_array(leaf) else repr(leaf) for leaf in leaves)
-        if key not in plans:
+        call = _Call(options, args, kwargs)
+        key = call.devices, call.tree, *(_abstract(leaf) if _is_array(leaf) else repr(leaf) for leaf in call.leaves)
+        if key not in choices:
             started = clock.perf_counter()
-            plans[key] = _plan(door, args, kwargs, None, False)
-            sizes[key] = plans[key].micro_batch
-            logger.warning('micro_batch="auto": %s in %.1f s.', plans[key], clock.perf_counter() - started)
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return door.at(sizes[key])(*args, **kwargs)
-        while True:
-            try:
-                # An error comes when the result is waited for, and later it would be the user's.
-                return jax.block_until_ready(door.at(sizes[key])(*args, **kwargs))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if sizes[key] == 1:
-                    error.add_note(not_even_one(plans[key]))
-                    raise
-            # Here, outside the except, the failed frames are gone and with them the arrays that they held.
-            failed = sizes[key]
-            sizes[key] = halved(plans[key].batch, failed)
-            logger.warning(
-                'micro_batch="auto": out of memory at %s; done again with %s.', f"{failed:,}", f"{sizes[key]:,}"
-            )
+            found = call.plan(None, False)
+            choices[key] = Choice(found, found.micro_batch)
+            chosen = _of_all_devices(found, call.devices)
+            logger.warning('micro_batch="auto": %s in %.1f s.', chosen, clock.perf_counter() - started)
+        choice = choices[key]
+
+        def run(size: int) -> Any:
+            return value_and_grad(options, size * call.devices)(*args, **kwargs)
+
+        if any(isinstance(leaf, Tracer) for leaf in call.leaves):
+            return run(choice.micro_batch)
+        # Without waiting, the error would come later, in the user's code.
+        return fitting(
+            lambda size: jax.block_until_ready(run(size)), choice, choice.plan.batch, is_out_of_memory, logger
+        )
 
     return wrapped
 
 
-class _Door(NamedTuple):
-    """The arguments of `value_and_grad` but for the micro-batch."""
+class _Call:
+    """The programs for one call's arguments, one for each size of micro-batch. Sizes are those of one device."""
 
-    loss_fn: Callable[..., Any]
-    argnums: int | Sequence[int]
-    has_aux: bool
-    holomorphic: bool
-    options: dict[str, Any]
-    names: tuple[str, ...]
+    def __init__(self, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        # Inside shard_map an axis has no name for a program of its own, and what is reduced at the end takes nothing
+        # beside the gradients. On a mesh in scope each device takes the same part of a micro-batch.
+        names = () if are_bound(options.names) else options.names
+        shape = jax.sharding.get_abstract_mesh().shape
+        self.devices = math.prod(shape.get(name, 1) for name in names)
+        self.options = options._replace(names=names)
+        self.args, self.kwargs = args, kwargs
+        self.leaves, self.tree = jax.tree.flatten((args, kwargs))
+        self.arrays = [_abstract(leaf) for leaf in self.leaves if _is_array(leaf)]
 
-    def at(self, micro_batch: int, names: tuple[str, ...] | None = None) -> Callable[..., Any]:
-        names = self.names if names is None else names
-        given = {**self.options, "axis_name": names, "micro_batch": micro_batch}
-        return value_and_grad(self.loss_fn, self.argnums, self.has_aux, self.holomorphic, **given)
+    def plan(self, memory: Any, time: bool) -> Plan:
+        """As the public `plan`, for one device."""
+        length = self.length() // self.devices
+        known: dict[int, int] = {}
+        found = choose(
+            self.needs,
+            length,
+            self.budget(memory),
+            lambda: f"by the compiler's memory analysis of {len(known)} programs",
+            tries=TRIES,
+            enough=ENOUGH,
+            given=memory,
+            known=known,
+        )
+        return timed(found, self.needs, lambda size: self.seconds(size) * size / length) if time else found
 
+    def budget(self, memory: Any) -> Budget:
+        """What a window may take beside the state of an optimizer."""
+        params = jax.tree.leaves([self.args[k] for k in self.options.numbers])
+        # Adam's, even where it exists already: a step that does not donate it makes a new one.
+        keep = 2 * sum(math.prod(p.shape) * p.dtype.itemsize for p in params if hasattr(p, "dtype"))
+        return budget(memory, device_memory(), keep=keep)
 
-def _names(axis_name: str | Sequence[str]) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    def length(self) -> int:
+        """Examples in the batch."""
+        lengths: list[int] = []
 
+        def note(*given: Any) -> None:
+            batch = self.options.batch(*self.nested(given), sys.maxsize)
+            batch.check_parameters(self.options.numbers)
+            lengths.append(batch.length)
 
-def _plan(door: _Door, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Any, time: bool) -> Plan:
-    # Inside shard_map an axis has no name for a program of its own, and what is reduced at the end takes nothing beside
-    # the gradients. On a mesh in scope a micro-batch is all devices' together, each with the same part of it.
-    names = () if are_bound(door.names) else door.names
-    shape = jax.sharding.get_abstract_mesh().shape
-    unit = math.prod(shape.get(name, 1) for name in names)
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    arrays = [_abstract(leaf) for leaf in leaves if _is_array(leaf)]
-    known: dict[int, int] = {}
+        jax.eval_shape(note, *self.arrays)
+        return lengths[0]
 
-    def nested(given: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        following = iter(given)
-        return treedef.unflatten(next(following) if _is_array(leaf) else leaf for leaf in leaves)
-
-    def count(*given: Any) -> int:
-        batch = Batch(door.loss_fn, *nested(given), door.options["in_axes"], sys.maxsize)
-        batch.check_parameters((door.argnums,) if isinstance(door.argnums, int) else door.argnums)
-        return batch.length
-
-    length = _constant(count, arrays) // unit
-
-    def needs(size: int) -> int:
-        run = door.at(size * unit, names)
+    def needs(self, size: int) -> int:
+        """Bytes that a window of this micro-batch takes."""
+        run = value_and_grad(self.options, size * self.devices)
 
         def call(*given: Any) -> Any:
-            args, kwargs = nested(given)
+            args, kwargs = self.nested(given)
             return run(*args, **kwargs)
 
-        return needs_of(jax.jit(call).trace(*arrays))
+        return needs_of(jax.jit(call).trace(*self.arrays))
 
-    def seconds(size: int) -> float:
-        run = jax.jit(door.at(size * unit))
-        jax.block_until_ready(run(*args, **kwargs))
+    def seconds(self, size: int) -> float:
+        """Of a window: the least of three, after a first one."""
+        run = jax.jit(value_and_grad(self.options, size * self.devices))
+        jax.block_until_ready(run(*self.args, **self.kwargs))
         least = math.inf
         for _ in range(3):
             started = clock.perf_counter()
-            jax.block_until_ready(run(*args, **kwargs))
+            jax.block_until_ready(run(*self.args, **self.kwargs))
             least = min(least, clock.perf_counter() - started)
-        return least * size / length
+        return least
 
-    params = [args[k] for k in ((door.argnums,) if isinstance(door.argnums, int) else door.argnums)]
-    # As Adam has it: even where its state is there already, a step that does not donate it makes it anew.
-    keep = 2 * sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params) if hasattr(p, "dtype"))
-    allowed = budget(memory, device_memory(), keep=keep)
-    found = choose(
-        needs,
-        length,
-        allowed,
-        lambda: f"by the compiler's account of {len(known)} programs",
-        tries=TRIES,
-        enough=ENOUGH,
-        given=memory,
-        known=known,
-    )
-    if time:
-        found = timed(found, needs, seconds)
-    return found if unit == 1 else _of_all_devices(found, unit)
+    def nested(self, arrays: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's (args, kwargs) with these in place of its arrays."""
+        following = iter(arrays)
+        return self.tree.unflatten(next(following) if _is_array(leaf) else leaf for leaf in self.leaves)
 
 
-def _constant(function: Callable[..., int], arrays: list[jax.ShapeDtypeStruct]) -> int:
-    """What a function of shapes returns."""
-    found: list[int] = []
-    jax.eval_shape(lambda *given: found.append(function(*given)), *arrays)
-    return found[0]
-
-
-def _of_all_devices(plan: Plan, unit: int) -> Plan:
-    candidates = tuple(c._replace(micro_batch=c.micro_batch * unit) for c in plan.candidates)
+def _of_all_devices(plan: Plan, devices: int) -> Plan:
+    """A plan for one device, with the sizes of all of them together."""
+    candidates = tuple(c._replace(micro_batch=c.micro_batch * devices) for c in plan.candidates)
     return dataclasses.replace(
-        plan, micro_batch=plan.micro_batch * unit, batch=plan.batch * unit, candidates=candidates
+        plan, micro_batch=plan.micro_batch * devices, batch=plan.batch * devices, candidates=candidates
     )
 
 

@@ -97,11 +97,11 @@ def has_updated(state: AccumulateState) -> jax.Array:
     Inside a `chain`, find the state with `optax.tree.get(opt_state, "AccumulateState")`.
     """
     if not isinstance(state, AccumulateState):
-        raise not_accumulated(state)
+        raise no_accumulate_state(state)
     return (state.micro_batches == 0) & (state.last.skipped == APPLIED)
 
 
-def not_accumulated(state: Any) -> Exception:
+def no_accumulate_state(state: Any) -> Exception:
     """For a state without a window in it."""
     return TypeError(
         f"The state holds no AccumulateState of bb.accumulate. Received: {type(state).__name__}. "

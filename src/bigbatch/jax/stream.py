@@ -8,9 +8,8 @@ import optax
 from bigbatch import errors
 from bigbatch.every import Every, as_every
 from bigbatch.jax.accumulation import Accumulation
-from bigbatch.jax.checks import accumulated, check_window
-from bigbatch.jax.state import AccumulateState, emptied, not_accumulated
-from bigbatch.jax.window import check_dtype
+from bigbatch.jax.checks import accumulate_states, check_dtype, check_window
+from bigbatch.jax.state import AccumulateState, emptied, no_accumulate_state
 from bigbatch.noise import UntilNoise, one_in
 
 
@@ -98,9 +97,9 @@ def flush(
         TypeError: the state holds no `AccumulateState`.
         ValueError: the state is not one of `tx` and `params`.
     """
-    if not accumulated(state):
-        raise not_accumulated(state)
-    for held in accumulated(state):
+    if not accumulate_states(state):
+        raise no_accumulate_state(state)
+    for held in accumulate_states(state):
         check_window(held)  # before the parameters are looked at: it knows those of nnx
     return tx.update(optax.tree.zeros_like(params), state, params, flush=True, **extra)
 
@@ -108,7 +107,7 @@ def flush(
 def reset(state: AccumulateState) -> AccumulateState:
     """The same state with an empty window."""
     if not isinstance(state, AccumulateState):
-        raise not_accumulated(state)
+        raise no_accumulate_state(state)
     empty = emptied(optax.tree.zeros_like(state.grads), state.updates, state.inner, state.last)
     return empty._replace(noise=state.noise)
 

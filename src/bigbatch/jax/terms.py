@@ -7,27 +7,43 @@ import jax
 import jax.numpy as jnp
 
 from bigbatch import errors
+from bigbatch.jax.checks import as_items, known_value
 from bigbatch.jax.distributed import summed
-from bigbatch.jax.window import as_items, at_hand
 
 
 class Terms(NamedTuple):
-    """A micro-batch's mean losses and their items: scalars, or mappings from a term's name; later many, stacked."""
+    """A micro-batch's mean losses and their items: scalars, or dicts of them by the terms' names.
+
+    Of all micro-batches of a window, each scalar is an array with one entry a micro-batch.
+    """
 
     losses: Any
     items: Any
 
     @property
-    def several(self) -> bool:
+    def named(self) -> bool:
         """Whether there are terms by name."""
         return isinstance(self.losses, dict)
 
+    @property
+    def total(self) -> Any:
+        """The loss to differentiate where these are the whole batch's terms."""
+        return sum(self.losses.values()) if self.named else self.losses
+
+    def weighted(self, totals: Any, count: int) -> Any:
+        """The loss to differentiate of one of `count` micro-batches: each named term by its share of its own items.
+
+        Shares are multiplied by the count, by which the sums are divided at the end: 1/4096 might underflow in float16.
+        """
+        shares = {n: jnp.where(totals[n] == 0, 0, count * i / totals[n]) for n, i in self.items.items()}
+        return sum(shares[name].astype(loss.dtype) * loss for name, loss in self.losses.items())
+
     def poisoned(self, tree: Any) -> Any:
-        """The same arrays, or NaN where items turn out to be none (see `as_items`)."""
-        unseen = [items for items in jax.tree.leaves(self.items) if at_hand(items) is None]
-        if not unseen:
+        """The same arrays; all NaN where items that could not be read are bad, and so NaN (see `as_items`)."""
+        unread = [items for items in jax.tree.leaves(self.items) if known_value(items) is None]
+        if not unread:
             return tree
-        poison = jnp.where(jnp.isnan(sum(unseen)), jnp.nan, 0)
+        poison = jnp.where(jnp.isnan(sum(unread)), jnp.nan, 0)
         return jax.tree.map(lambda x: x + poison.astype(x.dtype), tree)
 
     def means(self, names: Sequence[str]) -> Any:
@@ -36,10 +52,13 @@ class Terms(NamedTuple):
 
 
 def as_terms(value: Any, items: float, has_items: bool) -> Terms:
-    """Accepts what `loss_fn` returned; `items` is what it counts for unless it says."""
+    """Accepts what `loss_fn` returned; `items` is what a loss counts for that comes without items of its own."""
     if has_items:
         if not (isinstance(value, tuple) and len(value) == 2):
-            raise TypeError(f"With has_items, loss_fn must return (loss, items). {_returned(value)}")
+            raise TypeError(
+                f"With has_items, loss_fn must return (loss, items). {_returned(value)} "
+                "Say has_aux=True too for ((loss, items), aux)."
+            )
         return Terms(_loss(value[0]), as_items(value[1]))
     if isinstance(value, Mapping):
         pairs = {name: _pair(name, term) for name, term in value.items()}
@@ -62,7 +81,7 @@ def split_aux(result: Any) -> tuple[Any, Any]:
 
 
 def weighted_mean(values: jax.Array, items: jax.Array, names: Sequence[str]) -> jax.Array:
-    """Σ nᵢ·vᵢ / Σ nᵢ over the leading axis and devices, in at least float32. What counts for no items may be NaN."""
+    """Σ nᵢ·vᵢ / Σ nᵢ over the leading axis and the devices, in at least float32. A value over 0 items may be NaN."""
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     weight = items.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
     return summed(jnp.where(weight == 0, 0, weight * values).sum(0), names) / summed(weight.sum(), names)
