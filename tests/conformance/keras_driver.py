@@ -1,8 +1,8 @@
-"""Keras's two doors, driven as a Keras user would; the three backends' adapters share it.
+"""Keras's two APIs, driven as a Keras user would; the three backends' adapters share it.
 
-The stream's window is pulled and trained on in one call, so there is no inside of a window to feed, save or look into:
-between two steps of `fit` nothing is left over. Its adapter says so, and shows the laws the `split` form: whole
-windows. What only the stream can be asked (partial windows, `every`) is in tests/keras/test_stream.py.
+The stream's window is read and trained on in one call, so there is no open window to feed, save or look into: between
+two steps of `fit` nothing is left over. So its adapter shows the laws whole windows, as the split API's does. What only
+a stream can do (partial windows, `every`) is in tests/keras/test_stream.py.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -128,7 +129,7 @@ class Model(keras.Model):
 
 @keras.saving.register_keras_serializable("bigbatch")
 class WideModel(Model):
-    """The same on matrices so large that on TensorFlow their gradients wait as products."""
+    """The same on matrices so large that on TensorFlow their gradients are deferred as factors."""
 
     def call(self, x: Any, training: bool = False) -> Any:
         if not is_wide(self.job):
@@ -146,7 +147,7 @@ class WideModel(Model):
 
 
 class Waits(Mode):
-    """Counts what makes the host wait for a device; inside a compiled function nothing can."""
+    """Counts what makes the host wait for a device; nothing inside a compiled function does."""
 
     READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select")
 
@@ -186,7 +187,7 @@ class KerasRun:
         self.open()
 
     def open(self) -> None:
-        """The door, which `Plain` does not have."""
+        """Installs the API, which `Plain` does not have."""
 
     def arrays(self, m: MicroBatch) -> tuple[Any, np.ndarray, np.ndarray]:
         """x, y and sample_weight. Data comes in the type of the loss; the model casts what it takes."""
@@ -209,7 +210,7 @@ class KerasRun:
         return SimpleNamespace(micro_batches=len(micro_batches), items=items, loss=loss, skipped=skipped)
 
     def gradient(self, micro_batches: Sequence[MicroBatch]) -> dict[str, np.ndarray | None]:
-        """The window up to its update: the same door before the same optimizer, stopped where it would be applied."""
+        """The window up to its update: the same API and optimizer, stopped where it would be applied."""
         optimizer = self.model.optimizer
 
         def apply(*args: Any, **kwargs: Any) -> None:
@@ -374,14 +375,14 @@ class Split(KerasRun):
     size: int | None = None
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> float:
-        self.door(micro_batches)
+        self.install(micro_batches)
         return super().train(micro_batches)
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        self.door(micro_batches)
+        self.install(micro_batches)
         super().step(micro_batches)
 
-    def door(self, micro_batches: Sequence[MicroBatch]) -> None:
+    def install(self, micro_batches: Sequence[MicroBatch]) -> None:
         if self.size != len(micro_batches[0]["x"]):
             self.size = len(micro_batches[0]["x"])
             bb.accumulate(self.model, micro_batch=self.size)
@@ -428,10 +429,34 @@ class PlainWide(Plain):
 
 
 class SplitProducts(Split):
+    """Each window that is traced proves that it deferred products: the same numbers could come without."""
+
     model_class = WideModel
+
+    def train(self, micro_batches: Sequence[MicroBatch]) -> float:
+        from bigbatch.fused import keras_tensorflow
+
+        self.install(micro_batches)
+        in_graph = self.model.train_function is None and not self.model.run_eagerly
+        can = self.wide and self.spec.dtype != "half" and len(micro_batches) > 1 and self.size <= 8
+        plain = keras_tensorflow.DeferredSum
+        with mock.patch.object(keras_tensorflow, "DeferredSum", wraps=plain) as deferred:
+            loss = super().train(micro_batches)
+        assert deferred.called or not (in_graph and can), "no product was deferred"
+        return loss
 
 
 class SplitSmallProducts(Split):
+    """Each finite window of weights that are multiplied proves that it was fused."""
+
+    def window(self, micro_batches: Sequence[MicroBatch]) -> SimpleNamespace:
+        from conformance.torch_products import must_fuse
+
+        can = self.spec.job == "net" and self.spec.dtype != "half"
+        can = can and all(np.isfinite(a).all() for m in micro_batches for a in m.values())
+        with must_fuse(len(micro_batches) if can else 0):
+            return super().window(micro_batches)
+
     def train(self, micro_batches: Sequence[MicroBatch]) -> float:
         from conformance.torch_products import small_ones_too
 
@@ -488,7 +513,11 @@ class Adapter:
 
 
 ADAPTERS = [Adapter("split", Split, Plain), Adapter("stream", Stream, PlainFit)]
-if BACKEND == "tensorflow":  # where products can wait: in what both doors hand their micro-batches to
-    ADAPTERS.append(Adapter("split-products", SplitProducts, PlainWide))
-if BACKEND == "torch":
-    ADAPTERS.append(Adapter("split-products", SplitSmallProducts, Plain))
+try:  # where products are deferred: in what both APIs hand their micro-batches to
+    import bigbatch.fused  # noqa: F401
+
+    if BACKEND != "jax":
+        run = {"tensorflow": (SplitProducts, PlainWide), "torch": (SplitSmallProducts, Plain)}[BACKEND]
+        ADAPTERS.append(Adapter("split-products", *run))
+except ModuleNotFoundError:  # --hide-fused
+    pass

@@ -1,4 +1,4 @@
-"""Keras's two doors on the TensorFlow backend, which Keras takes from the environment when it is imported."""
+"""Keras's two APIs on the TensorFlow backend, which Keras takes from the environment when it is imported."""
 
 import os
 
