@@ -1,4 +1,4 @@
-"""Plain `fit` on one device beside both doors on two: MirroredStrategy on TensorFlow, DataParallel on JAX.
+"""Plain `fit` on one device beside both APIs on two: MirroredStrategy on TensorFlow, DataParallel on JAX.
 
 Run by test_devices.py in a process of its own, since devices are made before anything runs on them.
 """
@@ -37,12 +37,12 @@ def several(kernels, biases):
     return optimizers.MultiOptimizer(lambda variable: kernels if "kernel" in variable.path else biases)
 
 
-def fitted(make, door, size, scope):
+def fitted(make, api, size, scope):
     with scope():
         model = mlp(optimizer=make())
         model.optimizer.build(model.trainable_variables)
-        if door:
-            bb.accumulate(model, **door)
+        if api:
+            bb.accumulate(model, **api)
     model.fit(**FIT, batch_size=size)
     return model
 
@@ -61,10 +61,10 @@ else:
     keras.distribution.set_distribution(keras.distribution.DataParallel())
     scope = contextlib.nullcontext
 for name, make in OPTIMIZERS.items():
-    # Both doors make the update in the same place; one shows what it does with each optimizer.
-    for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2))[: 2 if name == "momentum" else 1]:
-        close(fitted(make, door, size, scope), plain[name])
-        print(f"{name} {door}: exact on two devices")
+    # Both APIs make the update in the same place; one shows what it does with each optimizer.
+    for api, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2))[: 2 if name == "momentum" else 1]:
+        close(fitted(make, api, size, scope), plain[name])
+        print(f"{name} {api}: exact on two devices")
 
 # What is of one device is refused with words. The model is as it was.
 model = fitted(OPTIMIZERS["momentum"], None, 10, scope)

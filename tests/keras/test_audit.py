@@ -56,13 +56,13 @@ def test_it_is_what_a_window_does():
         model._symbolic_build(data_batch=tuple(map(ops.convert_to_tensor, given)))
         bench = AuditRunner(model, given, zoo.N, zoo.MICRO_BATCH)
         parts = [range(i, min(i + zoo.MICRO_BATCH, zoo.N)) for i in range(0, zoo.N, zoo.MICRO_BATCH)]
-        wanted = bench.gradient(parts, seed=0, quiet=frozenset())
+        expected = bench.gradient(parts, seed=0, quiet=frozenset())
         before = {v.path: array(v) for v in model.trainable_variables}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the BatchNormalization
             bb.accumulate(model, micro_batch=zoo.MICRO_BATCH).train_on_batch(*given)
         for v in model.trainable_variables:
-            np.testing.assert_allclose(before[v.path] - array(v), 0.1 * wanted[v.path], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(before[v.path] - array(v), 0.1 * expected[v.path], rtol=1e-9, atol=1e-12)
 
 
 def everything(model):
@@ -79,7 +79,7 @@ def test_everything_is_left_as_it_was(error):
     train_function, attributes = model.train_function, set(vars(model))
     before, drawn = everything(model), array(keras.random.normal((2,)))
     keras.utils.set_random_seed(7)
-    wanted = array(keras.random.normal((2,)))
+    expected = array(keras.random.normal((2,)))
     if error:
         calls = []
 
@@ -100,7 +100,7 @@ def test_everything_is_left_as_it_was(error):
         bb.audit(model, *zoo.examples(), micro_batch=4)
     assert everything(model) == before
     assert drawn.shape == (2,)
-    np.testing.assert_array_equal(array(keras.random.normal((2,))), wanted)
+    np.testing.assert_array_equal(array(keras.random.normal((2,))), expected)
     assert model.train_function is train_function
     assert set(vars(model)) == attributes
     assert not any("call" in vars(layer) for layer in model._flatten_layers())

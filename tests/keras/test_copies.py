@@ -12,7 +12,7 @@ import bigbatch.keras as bb
 from conformance.keras_driver import array
 from conformance.keras_parity import close, data, float64, mlp
 
-DOORS = [({"micro_batch": 4}, 10), ({"every": 5}, 2)]
+APIS = [({"micro_batch": 4}, 10), ({"every": 5}, 2)]
 COPIES = {
     "copy.copy": copy.copy,
     "copy.deepcopy": copy.deepcopy,
@@ -39,10 +39,10 @@ def ours(caught):
     return [str(one.message) for one in caught if "accumulate" in str(one.message)]
 
 
-@pytest.mark.parametrize(("door", "size"), DOORS)
+@pytest.mark.parametrize(("api", "size"), APIS)
 @pytest.mark.parametrize("way", COPIES)
-def test_a_copy_accumulates_from_where_the_model_was(way, door, size):
-    plain, model = mlp(), bb.accumulate(mlp(), **door)
+def test_a_copy_accumulates_from_where_the_model_was(way, api, size):
+    plain, model = mlp(), bb.accumulate(mlp(), **api)
     fit(plain, 10)
     fit(model, size)
     again = COPIES[way](model)

@@ -11,7 +11,7 @@ import pytest
 import bigbatch.keras as bb
 from conformance.keras_driver import array
 from conformance.keras_parity import data, float64, mlp
-from conformance.laws import STREAM_MESSAGES, MESSAGES
+from conformance.laws import MESSAGES, STREAM_MESSAGES
 
 
 @pytest.fixture(autouse=True)
@@ -149,24 +149,24 @@ def sparse(array):
 
 if keras.backend.backend() != "torch":  # where Keras makes dense tensors of them
 
-    @pytest.mark.parametrize("door", [{"micro_batch": 2}, {"every": 2}])
-    def test_a_sparse_batch(door):
-        model = bb.accumulate(mlp(), **door)
+    @pytest.mark.parametrize("api", [{"micro_batch": 2}, {"every": 2}])
+    def test_a_sparse_batch(api):
+        model = bb.accumulate(mlp(), **api)
         with pytest.raises(TypeError, match=r"must be a dense array. Received: batch\['x'\].*Pass a dense array"):
             model.fit(sparse(data(8)[0]), data(8)[1], batch_size=4, verbose=0)
 
 
 if keras.backend.backend() == "tensorflow":
 
-    @pytest.mark.parametrize("door", [{"micro_batch": 2}, {"every": 2}, {"micro_batch": "auto"}])
+    @pytest.mark.parametrize("api", [{"micro_batch": 2}, {"every": 2}, {"micro_batch": "auto"}])
     @pytest.mark.parametrize("in_a_data_set", [False, True])
-    def test_a_ragged_batch(door, in_a_data_set):
+    def test_a_ragged_batch(api, in_a_data_set):
         tf = import_module("tensorflow")
         rows, y = tf.ragged.constant([[1], [2, 3], [4], [1, 2, 3]]), np.ones((4, 3))
         mean = keras.layers.Lambda(lambda x: tf.reduce_mean(x, axis=1), output_shape=(3,))
         model = keras.Sequential([keras.Input((None,), dtype="int32", ragged=True), keras.layers.Embedding(5, 3), mean])
         model.compile("sgd", "mse")
-        bb.accumulate(model, **door)
+        bb.accumulate(model, **api)
         given = (tf.data.Dataset.from_tensor_slices((rows, y)).batch(2),) if in_a_data_set else (rows, y)
         before = model.get_weights()
         match = r"dense array. Received: batch\['x'\], a RaggedTensor of shape .*to_tensor\(\) and mask"
@@ -186,10 +186,10 @@ if keras.backend.backend() == "jax":
             bb.accumulate(Own(), every=2)
 
 
-@pytest.mark.parametrize("door", [{"micro_batch": 2}, {"every": 2}])
+@pytest.mark.parametrize("api", [{"micro_batch": 2}, {"every": 2}])
 class TestAtFit:
-    def refused(self, door, match, x, y, kind=ValueError, **options):
-        model = bb.accumulate(mlp(**options), **door)
+    def refused(self, api, match, x, y, kind=ValueError, **options):
+        model = bb.accumulate(mlp(**options), **api)
         before = [array(v) for v in model.variables]
         for train in (
             lambda: model.fit(x, y, batch_size=4, verbose=0),
@@ -199,30 +199,30 @@ class TestAtFit:
                 train()
         assert all(np.array_equal(array(v), b) for v, b in zip(model.variables, before, strict=True))
 
-    def test_lengths(self, door):
+    def test_lengths(self, api):
         x, y = data(8)
-        self.refused(door, r"Received: batch\['x'\] of length 8, batch\['y'\] of length 7", x, y[:7])
+        self.refused(api, r"Received: batch\['x'\] of length 8, batch\['y'\] of length 7", x, y[:7])
 
-    def test_the_batch_is_not_leading(self, door):
+    def test_the_batch_is_not_leading(self, api):
         x, y = data(8)
-        self.refused(door, r"Received: batch\['x'\] of length 4, batch\['y'\] of length 8", x.T, y)
+        self.refused(api, r"Received: batch\['x'\] of length 4, batch\['y'\] of length 8", x.T, y)
 
-    def test_a_scalar(self, door):
+    def test_a_scalar(self, api):
         x, _ = data(8)
-        self.refused(door, r"must be an array with a leading dimension", x, np.float64(1), kind=TypeError)
+        self.refused(api, r"must be an array with a leading dimension", x, np.float64(1), kind=TypeError)
 
-    def test_a_loss_that_is_not_reduced(self, door):
+    def test_a_loss_that_is_not_reduced(self, api):
         loss = keras.losses.MeanSquaredError(reduction=None)
-        self.refused(door, "The loss must be a scalar of a floating type", *data(8), loss=loss)
+        self.refused(api, "The loss must be a scalar of a floating type", *data(8), loss=loss)
 
-    def test_a_loss_that_lost_the_batch(self, door):
+    def test_a_loss_that_lost_the_batch(self, api):
 
         def loss(y, y_pred):
             return keras.ops.mean(keras.ops.square(y - y_pred), axis=0)
 
-        self.refused(door, "A loss must return one value an example", *data(8), loss=loss)
+        self.refused(api, "A loss must return one value an example", *data(8), loss=loss)
 
-    def test_a_loss_that_leaves_examples_out(self, door):
+    def test_a_loss_that_leaves_examples_out(self, api):
         """How many values are left, only the data can tell."""
 
         def loss(y, y_pred):
@@ -236,29 +236,29 @@ class TestAtFit:
         kinds = [ValueError]
         if keras.backend.backend() == "tensorflow":
             kinds.append(import_module("tensorflow").errors.InvalidArgumentError)
-        self.refused(door, "A loss must return one value an example", x, y, kind=tuple(kinds), loss=loss)
+        self.refused(api, "A loss must return one value an example", x, y, kind=tuple(kinds), loss=loss)
 
-    def test_gradient_accumulation_steps(self, door):
+    def test_gradient_accumulation_steps(self, api):
         x, y = data(8)
         optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
         with pytest.raises(ValueError, match="gradient_accumulation_steps=2"):
-            bb.accumulate(mlp(optimizer=optimizer), **door)
-        model = bb.accumulate(mlp(), **door)
+            bb.accumulate(mlp(optimizer=optimizer), **api)
+        model = bb.accumulate(mlp(), **api)
         model.compile(optimizer, "mse")
         with pytest.raises(ValueError, match="gradient_accumulation_steps=2"):
             model.fit(x, y, verbose=0)
 
-    def test_not_compiled(self, door):
-        model = bb.accumulate(keras.Sequential([keras.layers.Dense(1)]), **door)
+    def test_not_compiled(self, api):
+        model = bb.accumulate(keras.Sequential([keras.layers.Dense(1)]), **api)
         with pytest.raises(ValueError, match="You must call `compile\\(\\)` before"):
             model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
 
-    def test_batch_norm_is_named_once(self, door):
+    def test_batch_norm_is_named_once(self, api):
         frozen = keras.layers.BatchNormalization(name="still", trainable=False)
         layers = [keras.Input((4,)), keras.layers.BatchNormalization(name="norm"), frozen, keras.layers.Dense(3)]
         model = keras.Sequential(layers)
         model.compile("sgd", "mse")
-        bb.accumulate(model, **door)
+        bb.accumulate(model, **api)
         with pytest.warns(UserWarning, match="not over the batch: norm. The update"):
             model.fit(*data(8), verbose=0)
         with warnings.catch_warnings():

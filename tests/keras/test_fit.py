@@ -163,8 +163,8 @@ def test_data_sets(kind):
     x, y = data()
     plain = mlp()
     plain.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
-    for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
-        model = bb.accumulate(mlp(), **door)
+    for api, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
+        model = bb.accumulate(mlp(), **api)
         steps = -(-22 // size) if kind == "generator" else None
         model.fit(sources(x, y, size)[kind], epochs=2, steps_per_epoch=steps, shuffle=False, verbose=0)
         close(model, plain)
@@ -181,8 +181,8 @@ def test_class_weight_with_data_sets(kind):
 
     plain = make()
     plain.fit(sources(x, y, 10)[kind], **options)  # Keras's weights for tf.data are float32, those for arrays are not
-    for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
-        model = bb.accumulate(make(), **door)
+    for api, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
+        model = bb.accumulate(make(), **api)
         model.fit(sources(x, y, size)[kind], **options)
         close(model, plain)
 
@@ -199,8 +199,8 @@ def test_validation_callbacks_and_steps():
 
     x, y = data()
     seen = {}
-    for name, door, size in (("plain", None, 10), ("split", {"micro_batch": 4}, 10), ("stream", {"every": 5}, 2)):
-        model = mlp() if door is None else bb.accumulate(mlp(), **door)
+    for name, api, size in (("plain", None, 10), ("split", {"micro_batch": 4}, 10), ("stream", {"every": 5}, 2)):
+        model = mlp() if api is None else bb.accumulate(mlp(), **api)
         steps = Steps()
         logs = model.fit(
             x, y, batch_size=size, epochs=2, validation_split=0.25, validation_batch_size=7, callbacks=[steps],
@@ -252,8 +252,8 @@ def test_before_compile_again_and_back():
 
 def test_a_saved_model_knows_nothing_of_bigbatch(tmp_path):
     x, y = data()
-    for door in ({"micro_batch": 4}, {"every": 2}):
-        model = bb.accumulate(mlp(), **door)
+    for api in ({"micro_batch": 4}, {"every": 2}):
+        model = bb.accumulate(mlp(), **api)
         model.fit(x, y, batch_size=10, verbose=0)
         model.save(tmp_path / "model.keras")
         assert "bigbatch" not in json.dumps(model.get_compile_config()) + model.to_json()
@@ -311,8 +311,8 @@ def test_mixed_precision(policy):
         start = [array(v) for v in mlp().trainable_variables]
         plain = mlp()
         plain.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
-        for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
-            model = bb.accumulate(mlp(), **door)
+        for api, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
+            model = bb.accumulate(mlp(), **api)
             model.fit(x, y, batch_size=size, epochs=2, shuffle=False, verbose=0)
             assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
             assert int(array(model.optimizer.iterations)) == int(array(plain.optimizer.iterations)) > 0
@@ -321,7 +321,7 @@ def test_mixed_precision(policy):
                 assert a.dtype == "float32"
                 way = np.linalg.norm(array(b) - s)
                 assert way > 0
-                assert np.linalg.norm(array(a) - array(b)) < 8 * eps * way, (a.path, door)
+                assert np.linalg.norm(array(a) - array(b)) < 8 * eps * way, (a.path, api)
     finally:
         keras.config.set_floatx(before[0])
         keras.config.set_dtype_policy(before[1])

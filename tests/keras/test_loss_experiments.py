@@ -17,7 +17,7 @@ ONES = (RNG.random((12, 3)) < 0.5).astype("float64")
 LABELS = RNG.integers(0, 3, 12)
 IMAGES = RNG.normal(size=(12, 4, 4, 2))
 MASKS = (RNG.random((12, 4, 4, 1)) < np.linspace(0.1, 0.9, 12)[:, None, None, None]).astype("float64")
-DOORS = [({"micro_batch": 4}, 12), ({"every": 3}, 4)]
+APIS = [({"micro_batch": 4}, 12), ({"every": 3}, 4)]
 OF_A_BATCH, MIXING, ADDED = "returns one number a batch", "compares the examples", "add_loss or compute_loss"
 
 
@@ -26,9 +26,9 @@ def _float64():
     float64()
 
 
-def heard(model, x, y, door=DOORS[0]):
+def heard(model, x, y, api=APIS[0]):
     """What the losses' warnings are, of two calls of fit."""
-    how, size = door
+    how, size = api
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         bb.accumulate(model, **how)
@@ -52,22 +52,22 @@ def segmenter(loss):
     return model
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("kind", [keras.losses.Dice, keras.losses.Tversky])
 class TestOverlap:
-    def test_over_the_batch_it_warns_once_with_the_remedy(self, kind, door):
-        (text,) = heard(segmenter(kind()), IMAGES, MASKS, door)
+    def test_over_the_batch_it_warns_once_with_the_remedy(self, kind, api):
+        (text,) = heard(segmenter(kind()), IMAGES, MASKS, api)
         assert f"{OF_A_BATCH}, which bigbatch does not find to be the mean over its examples: {kind().name}." in text
         assert "pass axis=" in text
 
-    def test_an_examples_own_is_quiet(self, kind, door):
-        assert heard(segmenter(kind(axis=(1, 2, 3))), IMAGES, MASKS, door) == []
+    def test_an_examples_own_is_quiet(self, kind, api):
+        assert heard(segmenter(kind(axis=(1, 2, 3))), IMAGES, MASKS, api) == []
 
 
 def test_compiled_again_it_warns_again_and_accumulated_again_it_does_not():
     model = segmenter("dice")
     assert len(heard(model, IMAGES, MASKS)) == 1
-    assert heard(model, IMAGES, MASKS, DOORS[1]) == []
+    assert heard(model, IMAGES, MASKS, APIS[1]) == []
     model.compile("sgd", "dice")
     assert len(heard(model, IMAGES, MASKS)) == 1
 
@@ -121,10 +121,10 @@ def by_the_largest(y, y_pred):
     return ops.mean(ops.square(y - y_pred), axis=-1) / ops.max(ops.abs(y_pred))
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("loss", [mean, a_value_an_example])
-def test_a_mean_of_ones_own_is_quiet(loss, door):
-    assert heard(compiled(loss, layers.Dense(3)), X, Y, door) == []
+def test_a_mean_of_ones_own_is_quiet(loss, api):
+    assert heard(compiled(loss, layers.Dense(3)), X, Y, api) == []
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def adding(kind, of):
 
 @pytest.mark.parametrize("kind", [Adds, Sampling])
 class TestAddLoss:
-    @pytest.mark.parametrize("door", DOORS)
-    def test_a_sum_is_named(self, kind, door):
-        (text,) = heard(adding(kind, ops.sum), X, Y, door)
+    @pytest.mark.parametrize("api", APIS)
+    def test_a_sum_is_named(self, kind, api):
+        (text,) = heard(adding(kind, ops.sum), X, Y, api)
         assert ADDED in text
         assert ": adds (add_loss)." in text
         assert "keras.ops.mean" in text

@@ -38,14 +38,14 @@ def _float32():
 
 
 @pytest.fixture
-def room(monkeypatch):
+def free_memory(monkeypatch):
     """As much memory as one says."""
 
-    def room(size):
+    def free_memory(size):
         free = lambda self, given: Memory(0, math.ceil(size / (1 - self.reserve)) + 1, "the test")  # noqa: E731
         monkeypatch.setattr(Predictions, "device_memory", free)
 
-    return room
+    return free_memory
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ def test_it_grows_with_the_micro_batch():
     assert 1.5 * 64 * 4 * 1920 <= large - small <= 6 * 64 * 4 * 1920
 
 
-def test_what_fits_is_chosen(room):
-    room(2 << 20)
+def test_what_fits_is_chosen(free_memory):
+    free_memory(2 << 20)
     model = mlp()
     plan = bb.plan(model, *data())
     assert 1 << 20 < plan.needs <= 2 << 20
@@ -125,7 +125,7 @@ def test_it_takes_what_fit_takes():
     assert bb.plan(model, batches, memory=0.5).batch == 64
 
 
-def test_planning_leaves_no_trace():
+def test_planning_changes_nothing():
     model = mlp(keras.layers.BatchNormalization, lambda: keras.layers.Dropout(0.5))
     model.train_on_batch(*data(4))
     before, random = held(model), _random_state()
@@ -176,7 +176,7 @@ def test_longer_inputs_are_planned_anew(caplog):
     assert len(said(caplog)) == 2
 
 
-def test_auto_is_the_fixed_door_bit_for_bit(planned_for):
+def test_auto_is_the_fixed_size_bit_for_bit(planned_for):
     """Weights, a regularizer, several losses of one batch, metrics, a scaled loss: all that a window adds up."""
 
     def run(micro_batch):
@@ -404,7 +404,7 @@ def test_a_budget_without_sense(given):
         bb.plan(mlp(), *data(8), memory=given)
 
 
-def test_bad_input(room, monkeypatch):
+def test_bad_input(free_memory, monkeypatch):
     model, (x, y) = mlp(), data(8)
     with pytest.raises(TypeError, match=r"^memory must be a size or a fraction\. Received: memory=\[1\] \(list\)"):
         bb.plan(model, x, y, memory=[1])
@@ -418,7 +418,7 @@ def test_bad_input(room, monkeypatch):
         bb.plan(model, x, y[:7])
     with pytest.raises(TypeError, match="micro_batch must be an integer"):
         bb.accumulate(model, micro_batch="automatic")
-    room(1000)
+    free_memory(1000)
     x, y = data(2)
     with pytest.raises(MemoryError, match="No micro-batch fits in memory"):
         bb.accumulate(model, micro_batch="auto").train_on_batch(x, y)
@@ -430,7 +430,7 @@ def test_bad_input(room, monkeypatch):
             call()
 
 
-def test_the_fixed_door_comes_back():
+def test_the_fixed_size_comes_back():
     model = bb.accumulate(mlp(), micro_batch="auto")
     model.train_on_batch(*data(8))
     planned = model.__dict__["make_train_function"]

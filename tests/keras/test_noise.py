@@ -1,4 +1,4 @@
-"""The noise scale through `fit`: the right numbers, in both doors, and nothing else moved."""
+"""The noise scale through `fit`: the right numbers, in both APIs, and nothing else moved."""
 
 import csv
 import importlib
@@ -20,9 +20,9 @@ planning = importlib.import_module("bigbatch.keras.plan")  # the package has its
 
 X, Y = data(14, units=1)
 SIZES = [4, 4, 4, 2]
-DOORS = {"split": ({"micro_batch": 4}, 14), "stream": ({"every": 4}, 4)}
-# Both doors end in the same lines; where they are compiled one of them shows most things.
-SHOWN = list(DOORS)[: 2 if BACKEND == "torch" else 1]
+APIS = {"split": ({"micro_batch": 4}, 14), "stream": ({"every": 4}, 4)}
+# Both APIs end in the same lines; where they are compiled one of them shows most things.
+SHOWN = list(APIS)[: 2 if BACKEND == "torch" else 1]
 OPTIONS = [{}, {"jit_compile": True}, {"run_eagerly": True}][: 3 if BACKEND == "tensorflow" else 1]
 
 
@@ -39,7 +39,7 @@ def linear(optimizer=None, loss="mse", **options):
     return model
 
 
-def by_hand(contributions, sizes=SIZES):
+def from_definition(contributions, sizes=SIZES):
     """From what each example adds to the window's mean gradient, of shape (examples, parameters)."""
     total, stops = sum(sizes), np.cumsum(sizes)
     parts = [total / n * contributions[stop - n : stop].sum(0) for n, stop in zip(sizes, stops, strict=True)]
@@ -53,25 +53,25 @@ def of_squares(x=X, y=Y, factor=1.0):
     return 2 * factor * (factor * x.sum(1, keepdims=True) - y) * x
 
 
-def is_close(model, wanted, windows=1, relative=1e-10):
+def is_close(model, expected, windows=1, relative=1e-10):
     running = bb.noise_scale(model)
     assert running.windows == windows
-    assert [running.trace, running.squared_norm] == pytest.approx([wanted.trace, wanted.squared_norm], rel=relative)
+    assert [running.trace, running.squared_norm] == pytest.approx([expected.trace, expected.squared_norm], rel=relative)
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "".join(options) or "plain")
-def test_a_window_says_what_every_gradient_by_itself_would(door, options):
-    (how, size), model = DOORS[door], linear(**options)
+def test_a_window_says_what_every_gradient_by_itself_would(api, options):
+    (how, size), model = APIS[api], linear(**options)
     logs = bb.accumulate(model, **how, noise=1).fit(X, Y, batch_size=size, shuffle=False, epochs=2, verbose=0).history
-    is_close(model, by_hand(of_squares() / 14), windows=2)
+    is_close(model, from_definition(of_squares() / 14), windows=2)
     assert logs["noise_scale"] == pytest.approx([bb.noise_scale(model).scale] * 2)
     advice = bb.advice(bb.noise_scale(model), batch=14, micro_batch=4)
     assert advice.verdict in ("worth it", "past the knee", "wasteful", "not known")
 
 
-@pytest.mark.parametrize("door", SHOWN)
-def test_losses_that_count_different_things(door):
+@pytest.mark.parametrize("api", SHOWN)
+def test_losses_that_count_different_things(api):
     """A weighted mean, a mean over examples and a sum; the noise is that of examples."""
     weight = np.random.default_rng(2).uniform(0.1, 3, 14)
 
@@ -87,7 +87,7 @@ def test_losses_that_count_different_things(door):
         return model
 
     ones = np.ones(14)
-    how, size = DOORS[door]
+    how, size = APIS[api]
     model = bb.accumulate(make(), **how, noise=1)
     model.fit(X, [Y] * 3, sample_weight=[weight, ones, ones], batch_size=size, shuffle=False, verbose=0)
     contributions = (
@@ -95,7 +95,7 @@ def test_losses_that_count_different_things(door):
         + 0.5 * of_squares(factor=2.0) / 14
         + 0.01 * of_squares(factor=3.0)
     )
-    is_close(model, by_hand(contributions))
+    is_close(model, from_definition(contributions))
 
 
 def test_with_the_micro_batch_that_fits(monkeypatch):
@@ -103,7 +103,7 @@ def test_with_the_micro_batch_that_fits(monkeypatch):
     monkeypatch.setattr(planning, "_planned", lambda *args: SimpleNamespace(micro_batch=4))
     model = bb.accumulate(linear(), micro_batch="auto", noise=2)
     logs = model.fit(X, Y, batch_size=14, shuffle=False, epochs=3, verbose=0).history
-    is_close(model, by_hand(of_squares() / 14), windows=2)
+    is_close(model, from_definition(of_squares() / 14), windows=2)
     assert logs["noise_scale"] == pytest.approx([bb.noise_scale(model).scale] * 3)
 
 
@@ -115,12 +115,12 @@ def test_under_loss_scaling():
     for optimizer in scaling[: 1 if BACKEND == "jax" else 2]:
         model = bb.accumulate(linear(optimizer), micro_batch=4, noise=1)
         model.fit(X, Y, batch_size=14, shuffle=False, verbose=0)
-        is_close(model, by_hand(of_squares() / 14))
+        is_close(model, from_definition(of_squares() / 14))
 
 
-@pytest.mark.parametrize("door", SHOWN)
-def test_the_updates_are_the_same(door):
-    how, size = DOORS[door]
+@pytest.mark.parametrize("api", SHOWN)
+def test_the_updates_are_the_same(api):
+    how, size = APIS[api]
     plain = bb.accumulate(mlp(), **how)
     logs = plain.fit(*data(42), batch_size=size, epochs=2, shuffle=False, verbose=0).history
     model = bb.accumulate(mlp(), **how, noise=2)
@@ -183,15 +183,15 @@ def test_what_shows_no_noise():
     assert str(bb.noise_scale(zero)).startswith("none: the gradient is zero")
 
 
-@pytest.mark.parametrize("door", SHOWN)
-def test_a_window_of_nan_is_left_out(door):
-    (how, size), model = DOORS[door], linear()
+@pytest.mark.parametrize("api", SHOWN)
+def test_a_window_of_nan_is_left_out(api):
+    (how, size), model = APIS[api], linear()
     bb.accumulate(model, **how, noise=1)
     bad = np.where(np.arange(14)[:, None] == 5, math.nan, Y)
     model.fit(X, bad, batch_size=size, shuffle=False, verbose=0)
     assert bb.noise_scale(model).windows == 0
     model.fit(X, Y, batch_size=size, shuffle=False, verbose=0)
-    is_close(model, by_hand(of_squares() / 14))
+    is_close(model, from_definition(of_squares() / 14))
 
 
 def test_without_it_nothing_is_there():

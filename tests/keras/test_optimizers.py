@@ -80,8 +80,8 @@ def test_in_float64():
     start = [array(v) for v in plain.trainable_variables]
     plain.fit(**fit, batch_size=10)
     assert not any(np.allclose(array(v), s) for v, s in zip(plain.trainable_variables, start, strict=True))
-    for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
-        ours = bb.accumulate(towers("tanh", Squares()), **door)
+    for api, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
+        ours = bb.accumulate(towers("tanh", Squares()), **api)
         ours.fit(**fit, batch_size=size)
         compare(plain, ours, 1e-12)
 
@@ -118,8 +118,8 @@ def test_loss_scaling():
 
     plain = make()
     plain.fit(**fit, batch_size=10)
-    for door, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
-        ours = bb.accumulate(make(), **door)
+    for api, size in (({"micro_batch": 4}, 10), ({"every": 5}, 2)):
+        ours = bb.accumulate(make(), **api)
         ours.fit(**fit, batch_size=size)
         close(ours, plain)
         assert 0 < int(array(ours.optimizer.inner_optimizer.iterations)) < 4

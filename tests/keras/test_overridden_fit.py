@@ -9,7 +9,7 @@ import bigbatch.keras as bb
 from conformance.keras_driver import array
 from conformance.keras_parity import BACKEND, close, data, float64, same_logs
 
-DOORS = [({"micro_batch": 4}, 10), ({"every": 5}, 2)]
+APIS = [({"micro_batch": 4}, 10), ({"every": 5}, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +75,8 @@ def texts(n=22):
     return x.astype("U22"), y
 
 
-@pytest.mark.parametrize(("door", "size"), DOORS)
-def test_an_overridden_fit_takes_raw_data(door, size):
+@pytest.mark.parametrize(("api", "size"), APIS)
+def test_an_overridden_fit_takes_raw_data(api, size):
     x, y = texts()
     weight = np.random.default_rng(2).uniform(0.1, 3, 22)
     counted = []
@@ -88,15 +88,15 @@ def test_an_overridden_fit_takes_raw_data(door, size):
     options = {"sample_weight": weight, "epochs": 2, "shuffle": False, "verbose": 0, "validation_data": texts(7)}
     plain = made()
     logs = plain.fit(x, y, batch_size=10, **options).history
-    ours = bb.accumulate(made(), **door)
+    ours = bb.accumulate(made(), **api)
     same_logs(ours.fit(x, y, batch_size=size, callbacks=[Counting()], **options).history, logs)
     close(ours, plain)
     assert counted == [0, 1, 2] * 2
 
 
-@pytest.mark.parametrize(("door", "size"), DOORS)
-def test_an_overridden_train_on_batch(door, size):
-    plain, ours = made(), bb.accumulate(made(), **door)
+@pytest.mark.parametrize(("api", "size"), APIS)
+def test_an_overridden_train_on_batch(api, size):
+    plain, ours = made(), bb.accumulate(made(), **api)
     for model in (plain, ours):
         for _ in range(2):
             model.train_on_batch(*texts(10))

@@ -1,4 +1,4 @@
-"""What this room takes from Keras that Keras does not promise: each is there, and does what is relied on."""
+"""What bigbatch.keras uses of Keras and its backends that is not public: each is there, and does what is relied on."""
 
 import inspect
 import json
@@ -235,6 +235,18 @@ def test_a_group_beside_keras_own_is_not_read_with_the_weights(tmp_path):
     model.load_weights(path)
 
 
+def test_a_method_of_the_instances_own_dictionary_comes_first():
+    model = trained()
+    owners = [(model, "evaluate"), (model.optimizer, "apply"), (model.trainable_variables[0], "assign")]
+    if BACKEND == "tensorflow":
+        owners.append((model.trainable_variables[0].value, "assign_add"))
+    for owner, method in owners:
+        owner.__dict__[method] = lambda: 7
+        assert getattr(owner, method)() == 7
+        del owner.__dict__[method]
+        assert callable(getattr(owner, method))
+
+
 def test_arrays_have_a_data_adapter():
     adapter = get_data_adapter(
         *data(10), None, batch_size=4, steps_per_epoch=None, shuffle=False, class_weight=None
@@ -279,3 +291,22 @@ if BACKEND == "jax":
         v._value = None
         v.assign(np.zeros(2))
         np.testing.assert_array_equal(array(v), 0)
+
+
+if BACKEND == "torch":
+
+    def test_a_tensors_version_counts_the_writes_to_it():
+        import torch
+
+        p = torch.zeros(2)
+        before = p._version
+        p.add_(1)
+        assert p._version == before + 1
+
+    def test_the_foreach_functions_that_the_update_uses():
+        import torch
+
+        tensors = [torch.full((2,), 3.0), torch.full((2, 2), 2.0)]
+        torch._foreach_mul_(tensors, torch.tensor(0.5))
+        assert [t.max().item() for t in tensors] == [1.5, 1.0]
+        assert [round(n.item(), 4) for n in torch._foreach_norm(tensors)] == [2.1213, 2.0]

@@ -61,18 +61,18 @@ if BACKEND == "tensorflow":
 
     # Of micro-batches of 2, thirteen products take three quarters of the gradients' memory, and four a quarter.
     @pytest.mark.parametrize(
-        ("n", "door"), [(17, "split"), (75, "split"), (75, "one call"), (17, "stream"), (150, "stream")]
+        ("n", "api"), [(17, "split"), (75, "split"), (75, "one call"), (17, "stream"), (150, "stream")]
     )
-    def test_factors_are_buffered_up_to_their_capacity(n, door, seen):
+    def test_factors_are_buffered_up_to_their_capacity(n, api, seen):
         plain, model = (
             deep(),
-            bb.accumulate(deep(), **({"every": -(-n // MICRO)} if door == "stream" else {"micro_batch": MICRO})),
+            bb.accumulate(deep(), **({"every": -(-n // MICRO)} if api == "stream" else {"micro_batch": MICRO})),
         )
         logs = plain.train_on_batch(X[:n], Y[:n], return_dict=True)
-        if door == "one call":
+        if api == "one call":
             ours = model.train_on_batch(X[:n], Y[:n], return_dict=True)
         else:  # where the graph does not know how many examples there are
-            size = MICRO if door == "stream" else n
+            size = MICRO if api == "stream" else n
             history = model.fit(X[:n], Y[:n], batch_size=size, shuffle=False, verbose=0).history
             ours = {name: values[0] for name, values in history.items()}
         same_logs(ours, logs, 1e-10)
@@ -137,7 +137,7 @@ if BACKEND == "tensorflow":
         assert seen == []
 
     def test_noise_is_measured_of_them_too(seen):
-        """In one window of two; eagerly nothing waits, and the gradients are there to be measured."""
+        """In one window of two; eagerly nothing is deferred, and the gradients are there to be measured."""
         found = []
         for eagerly in (False, True):
             model = deep()
@@ -160,7 +160,7 @@ if BACKEND == "tensorflow":
         close(model, plain, 1e-10)
         assert seen == []
 
-    def test_a_window_that_is_not_finite_leaves_no_trace():
+    def test_a_window_that_is_not_finite_has_no_effect():
         model, plain = bb.accumulate(deep(), micro_batch=MICRO), deep()
         bad = X[:16].copy()
         bad[9] = np.inf
@@ -212,7 +212,7 @@ if BACKEND == "jax":
 
         def noting(traced, zeros, count):
             parts, group, program = look(traced, zeros, count)
-            products = [part for several in parts for part in several if isinstance(part, jax_deferred.Product)]
+            products = [part for several in parts for part in several if isinstance(part, jax_deferred.FactoredGrad)]
             shapes.append([tuple(sorted(part.dot.outvars[0].aval.shape)) for part in products])
             return parts, group, program
 
@@ -221,14 +221,14 @@ if BACKEND == "jax":
 
     # Of micro-batches of 2, fourteen take three quarters of the larger gradient's memory, and twelve the smaller's.
     @pytest.mark.parametrize(
-        ("n", "door", "products"),
+        ("n", "api", "products"),
         [(17, "split", 2), (5, "split", 0), (27, "split", 1), (75, "split", 0), (17, "stream", 2), (75, "stream", 0)],
     )
-    def test_factors_are_kept_up_to_their_capacity(n, door, products, seen):
-        option = {"every": -(-n // MICRO)} if door == "stream" else {"micro_batch": MICRO}
+    def test_factors_are_kept_up_to_their_capacity(n, api, products, seen):
+        option = {"every": -(-n // MICRO)} if api == "stream" else {"micro_batch": MICRO}
         plain, model = deep(), bb.accumulate(deep(), **option)
         logs = plain.train_on_batch(X[:n], Y[:n], return_dict=True)
-        size = MICRO if door == "stream" else n
+        size = MICRO if api == "stream" else n
         history = model.fit(X[:n], Y[:n], batch_size=size, shuffle=False, verbose=0).history
         same_logs({name: values[0] for name, values in history.items()}, logs, 1e-10)
         close(model, plain, 1e-10)

@@ -20,7 +20,7 @@ def _float64():
 
 
 class Words(keras.Model):
-    """Which word comes after three, told by the table of words itself where it is tied."""
+    """Predicts the word after three, with the table of words itself as the last layer where it is tied."""
 
     def __init__(self, tied):
         super().__init__()
@@ -40,13 +40,13 @@ def model(tied):
     return made
 
 
-DOORS = {"split": ({"micro_batch": MICRO}, 30), "stream": ({"every": 10}, 3)}
+APIS = {"split": ({"micro_batch": MICRO}, 30), "stream": ({"every": 10}, 3)}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("door", DOORS)
-def test_the_update_is_the_batchs(tied, door):
-    options, batch_size = DOORS[door]
+@pytest.mark.parametrize("api", APIS)
+def test_the_update_is_the_batchs(tied, api):
+    options, batch_size = APIS[api]
     ours, plain = bb.accumulate(model(tied), **options), model(tied)
     for _ in range(2):  # two windows an epoch, and their graph is run again
         ours.fit(TOKENS, NEXT, batch_size=batch_size, shuffle=False, verbose=0)
@@ -83,8 +83,8 @@ if BACKEND == "tensorflow":
     from bigbatch.fused import keras_tensorflow
 
     @pytest.mark.parametrize(("tied", "terms"), [(False, 1), (True, 2)])
-    @pytest.mark.parametrize("door", DOORS)
-    def test_the_tables_gradient_is_split(monkeypatch, tied, terms, door):
+    @pytest.mark.parametrize("api", APIS)
+    def test_the_tables_gradient_is_split(monkeypatch, tied, terms, api):
         found = []
         look = keras_tensorflow.split_gradient
 
@@ -94,7 +94,7 @@ if BACKEND == "tensorflow":
             return taken
 
         monkeypatch.setattr(keras_tensorflow, "split_gradient", noting)
-        options, batch_size = DOORS[door]
+        options, batch_size = APIS[api]
         bb.accumulate(model(tied), **options).fit(TOKENS[:30], NEXT[:30], batch_size=batch_size, verbose=0)
         assert found
         assert set(found) == {terms}

@@ -35,7 +35,7 @@ if BACKEND == "jax":
         size = memory.argument_size_in_bytes + memory.output_size_in_bytes
         return (size - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 2**20
 
-    def by_hand(model):
+    def hand_written(model):
         def step(state, x, y):
             trainable, non_trainable, optimizer = state
 
@@ -53,12 +53,12 @@ if BACKEND == "jax":
         variables = model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
         return mebibytes(step, tuple([v.value for v in several] for several in variables), X, Y)
 
-    @pytest.mark.parametrize("door", ["split", "stream"])
-    def test_a_window_needs_no_more_memory_than_the_scan_by_hand(door):
+    @pytest.mark.parametrize("api", ["split", "stream"])
+    def test_a_window_needs_no_more_memory_than_a_hand_written_scan(api):
         model = mlp()
-        hand = by_hand(model)
-        data = (X, Y) if door == "split" else [(X.reshape(N, MICRO, -1), Y.reshape(N, MICRO))]
-        bb.accumulate(model, **({"micro_batch": MICRO} if door == "split" else {"every": N}))
+        hand = hand_written(model)
+        data = (X, Y) if api == "split" else [(X.reshape(N, MICRO, -1), Y.reshape(N, MICRO))]
+        bb.accumulate(model, **({"micro_batch": MICRO} if api == "split" else {"every": N}))
         parts = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
         state = model._get_jax_state(**dict.fromkeys(parts, True))
         # A few scalars more: the metrics and the items. An array of a layer's weights would be a fortieth.
@@ -68,12 +68,12 @@ if BACKEND == "jax":
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
-    @pytest.mark.parametrize("door", ["split", "stream"])
-    def test_one_micro_batch_is_in_flight_at_a_time(door):
+    @pytest.mark.parametrize("api", ["split", "stream"])
+    def test_one_micro_batch_is_in_flight_at_a_time(api):
         model = mlp()
         stacked = X.reshape(N, MICRO, -1), Y.reshape(N, MICRO)
-        window = (X, Y) if door == "split" else [(stacked, None)]
-        bb.accumulate(model, **({"micro_batch": MICRO} if door == "split" else {"every": N}))
+        window = (X, Y) if api == "split" else [(stacked, None)]
+        bb.accumulate(model, **({"micro_batch": MICRO} if api == "split" else {"every": N}))
         graph = tf.function(model.train_step, autograph=False).get_concrete_function(window).graph.as_graph_def()
         nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
         loops = [node for node in nodes if node.op in ("While", "StatelessWhile")]
@@ -99,14 +99,14 @@ if BACKEND == "torch":
             run(X[: micro_batches * MICRO], Y[: micro_batches * MICRO])
         return counting.count
 
-    def test_a_micro_batch_passes_over_the_weights_as_often_as_in_the_loop_by_hand():
+    def test_a_micro_batch_passes_over_the_weights_as_often_as_in_a_hand_written_loop():
         model = mlp()
 
-        def by_hand(x, y):
+        def hand_written(x, y):
             for x_part, y_part in zip(*[torch.tensor(v).split(MICRO) for v in (x, y)], strict=True):
                 model.loss(y_part, model(x_part, training=True)).backward()
             model.zero_grad()
 
-        hand = passes(by_hand, 6) - passes(by_hand, 2)
+        hand = passes(hand_written, 6) - passes(hand_written, 2)
         bb.accumulate(model, micro_batch=MICRO)
         assert passes(model.train_on_batch, 6) - passes(model.train_on_batch, 2) == hand > 0

@@ -51,12 +51,12 @@ if BACKEND == "torch":
 
     ALL = {(11, 6), (6, 7), (35, 35), (35, 2)}
 
-    @pytest.mark.parametrize("door", ["split", "stream"])
+    @pytest.mark.parametrize("api", ["split", "stream"])
     @pytest.mark.parametrize("twice", [False, True])
-    def test_the_update_is_the_batchs(door, twice, taken):
+    def test_the_update_is_the_batchs(api, twice, taken):
         plain, model = words(twice), words(twice)
         logs = plain.fit(X, Y, batch_size=23, shuffle=False, verbose=0).history
-        if door == "split":
+        if api == "split":
             bb.accumulate(model, micro_batch=3)
             ours = model.fit(X, Y, batch_size=23, shuffle=False, verbose=0).history
         else:
@@ -98,7 +98,7 @@ if BACKEND == "torch":
             np.testing.assert_allclose(ours, autograds, atol=100 * 2.0**-10 * np.abs(autograds).max())
         assert set(taken) == ALL
 
-    def test_a_window_that_is_not_finite_leaves_no_trace(taken):
+    def test_a_window_that_is_not_finite_has_no_effect(taken):
         plain, model = words(), bb.accumulate(words(), micro_batch=3)
         bad = Y.copy()
         bad[11] = np.nan

@@ -15,8 +15,8 @@ import keras
 import numpy as np
 from keras import ops
 
-# Not public: the generator that draws where a seed is None, and the adapter of arrays.
-# tests/keras/test_private.py fails when they move.
+# Not public: the generator that draws where a seed is None, the adapter of arrays, what builds a model from data, and
+# the list of a layer's losses. tests/keras/test_private.py fails when they move.
 from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
@@ -52,8 +52,8 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
         # - module (batch_normalization): An example's output of batch_normalization depends on the other examples …
 
     The answer is about this batch. Give it one like those you train on: ragged where they are, with masks that differ.
-    Some dozens of examples are enough; the whole batch must fit in memory, and 10 to 50 passes over it are made, on JAX
-    with a compilation for each size that a micro-batch, or a repetition of examples, has.
+    Some dozens of examples are enough; the whole batch must fit in memory, and it is passed over 10 to 50 times, on
+    JAX with a compilation for each size that a micro-batch, or a repetition of examples, has.
 
     Args:
         model: a compiled model. One that is not built yet is built, as `fit` would.
@@ -80,7 +80,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)
     if noise.devices(model) > 1:
-        raise ValueError(f"An audit is made on one device. Received: {noise.devices(model)} devices.")
+        raise ValueError(f"An audit runs on one device. Received: {noise.devices(model)} devices.")
     check_model(model)
     check_cut(model)
     adapter = get_data_adapter(

@@ -1,8 +1,8 @@
-"""What `partial="carry"` holds between two epochs, in the checkpoint of a `BackupAndRestore`.
+"""The micro-batches that `partial="carry"` holds between two epochs, in the checkpoint of a `BackupAndRestore`.
 
 Keras writes two files, one after the other and in place: the weights, and the epoch. The carried micro-batches go into
-the file of the weights, with the epoch and the number of updates, and that file is written aside and renamed. So all of
-it is one checkpoint or none; where the epoch's own file was cut off, the weights' file says what belongs there.
+the file of the weights, with the epoch and the number of updates. That file is written under another name and renamed,
+so that it is always one whole checkpoint. Where the epoch's own file is damaged, it is restored from the weights' file.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ COUNTS = ("epoch", "updates", "window", "micro_batches")
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds beside the weights.
+    """The contents of a checkpoint beside the weights.
 
     Attributes:
         epoch: the epoch that comes next.
@@ -44,8 +44,8 @@ class Saved(NamedTuple):
 
 def updates_of(model: Any) -> int:
     """How many updates the model's optimizer has made."""
-    made: Any = keras.ops.convert_to_numpy(model.optimizer.iterations.value)
-    return int(made)
+    iterations: Any = keras.ops.convert_to_numpy(model.optimizer.iterations.value)
+    return int(iterations)
 
 
 def write(path: Path, saved: Saved) -> None:
@@ -60,7 +60,7 @@ def write(path: Path, saved: Saved) -> None:
                 if leaf.dtype.kind in "OSU":
                     one.create_dataset(str(j), data=leaf.astype(object), dtype=h5py.string_dtype())
                 else:
-                    # HDF5 has no bfloat16: the bytes, and what they are.
+                    # HDF5 has no bfloat16: the bytes, with their dtype and shape.
                     one.create_dataset(str(j), data=np.frombuffer(leaf.tobytes(), np.uint8))
                     one[str(j)].attrs["dtype"], one[str(j)].attrs["shape"] = leaf.dtype.name, leaf.shape
 
@@ -69,7 +69,7 @@ def read(path: Path) -> Saved | None:
     """What `write` added, checked whole; None where it added nothing.
 
     Raises:
-        OSError: the file is damaged. It is what `BackupAndRestore` goes back to an older checkpoint for.
+        OSError: the file is damaged. `BackupAndRestore` goes back to an older checkpoint after an OSError.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -105,7 +105,7 @@ def _leaves(group: Any) -> list[np.ndarray]:
 
 
 class Checkpoints:
-    """What `fit` writes and reads by `model.save_weights` and `model.load_weights`, as its callbacks call them.
+    """Replaces `model.save_weights` and `model.load_weights`, which `fit`'s callbacks call, while `fit` runs.
 
     Args:
         model: the model, which has Keras's own two methods.
@@ -115,11 +115,9 @@ class Checkpoints:
 
     def __init__(self, model: Any, windows: Any, callbacks: Any):
         self.model, self.windows = model, windows
-        several = getattr(callbacks, "callbacks", None) or keras.tree.flatten(callbacks)
-        # Not public: where the callback keeps what, and its epoch. tests/keras/test_private.py fails when they move.
-        self.backups = {
-            str(one._weights_path): one for one in several if isinstance(one, keras.callbacks.BackupAndRestore)
-        }
+        callbacks = getattr(callbacks, "callbacks", None) or keras.tree.flatten(callbacks)
+        # Not public: the callback's paths and its epoch. tests/keras/test_private.py fails when they move.
+        self.backups = {str(c._weights_path): c for c in callbacks if isinstance(c, keras.callbacks.BackupAndRestore)}
         self.went_back = self.loaded = False
         for path in self.backups:
             if windows.partial == "carry" and "://" in path:
@@ -130,45 +128,33 @@ class Checkpoints:
                 )
 
     def count(self) -> None:
-        """Numbers the next window by the updates so far, whatever a callback has restored them from."""
+        """Sets the next window's index from the updates so far, which a callback may have restored."""
         if not self.loaded:
             self.windows.index = updates_of(self.model)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Stands before the model's two methods while `fit` runs."""
+        """Replaces the model's two methods while `fit` runs."""
         plain = {name: getattr(self.model, name) for name in ("save_weights", "load_weights")}
         before = {name: self.model.__dict__.get(name) for name in plain}
 
-        def save_weights(filepath: Any, *args: Any, **kwargs: Any) -> None:
-            backup = self.backups.get(str(filepath))
-            if backup is None or "://" in str(filepath):
-                plain["save_weights"](filepath, *args, **kwargs)
-                return
-            path = Path(filepath)
-            aside = path.with_name("part.weights.h5")
-            type(self.model).save_weights(self.model, aside)
-            write(aside, self._saved(backup))
-            with aside.open("rb+") as file:
-                os.fsync(file.fileno())
-            aside.replace(path)
+        def through(ours: Callable[..., None], plain: Callable[..., None]) -> Callable[..., None]:
+            def method(filepath: Any, *args: Any, **kwargs: Any) -> None:
+                backup = self.backups.get(str(filepath))
+                if backup is None or "://" in str(filepath):
+                    plain(filepath, *args, **kwargs)
+                else:
+                    ours(backup, Path(filepath), *args, **kwargs)
 
-        def load_weights(filepath: Any, *args: Any, **kwargs: Any) -> None:
-            backup = self.backups.get(str(filepath))
-            if backup is None or "://" in str(filepath):
-                plain["load_weights"](filepath, *args, **kwargs)
-                return
-            try:
-                saved = read(Path(filepath))
-                type(self.model).load_weights(self.model, filepath, *args, **kwargs)
-            except OSError as error:
-                raise self._damaged(backup, error) from error
-            self._restore(backup, saved)
+            return method
 
         for backup in self.backups.values():
             _find_weights(backup)
-        # Past Keras's setattr, which would track them.
-        self.model.__dict__.update(save_weights=save_weights, load_weights=load_weights)
+        # Not by setattr, which Keras overrides to track attributes.
+        self.model.__dict__.update(
+            save_weights=through(self._save, plain["save_weights"]),
+            load_weights=through(self._load, plain["load_weights"]),
+        )
         try:
             yield
         finally:
@@ -176,6 +162,22 @@ class Checkpoints:
                 self.model.__dict__.pop(name)
                 if method is not None:
                     self.model.__dict__[name] = method
+
+    def _save(self, backup: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+        part = path.with_name("part.weights.h5")
+        type(self.model).save_weights(self.model, part)
+        write(part, self._saved(backup))
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def _load(self, backup: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+        try:
+            saved = read(path)
+            type(self.model).load_weights(self.model, path, *args, **kwargs)
+        except OSError as error:
+            raise self._damaged(backup, error) from error
+        self._restore(backup, saved)
 
     def _saved(self, backup: Any) -> Saved:
         arrays = [
@@ -208,14 +210,14 @@ class Checkpoints:
         if self.went_back:
             logger.warning("Went back to %s.", place)
         metadata = Path(backup._training_metadata_path)
-        found = _epoch(metadata)
-        if found != saved.epoch:
-            logger.warning("%s has epoch %s; the weights are of %s, where fit goes on.", metadata.name, found, place)
+        epoch = _epoch(metadata)
+        if epoch != saved.epoch:
+            logger.warning("%s has epoch %s; the weights are of %s, where fit goes on.", metadata.name, epoch, place)
             _write_epoch(metadata, saved.epoch)
 
 
 def _find_weights(backup: Any) -> None:
-    """Where a kill came between the removal of two files, as `fit` removes its checkpoint at the end."""
+    """Restores the weights' file where a kill came between the removal of two files, as `fit` ends with it."""
     weights, older, metadata = map(
         Path, (backup._weights_path, backup._prev_weights_path, backup._training_metadata_path)
     )
@@ -223,9 +225,9 @@ def _find_weights(backup: Any) -> None:
         return
     if older.exists():
         logger.warning("The checkpoint %s is gone; fit goes back to the older one, %s.", weights.name, older.name)
-        aside = weights.with_name("part.weights.h5")
-        shutil.copyfile(older, aside)
-        aside.replace(weights)
+        part = weights.with_name("part.weights.h5")
+        shutil.copyfile(older, part)
+        part.replace(weights)
     elif metadata.exists():
         logger.warning("The checkpoint %s is gone; fit goes back to update 0.", weights.name)
         metadata.unlink()
@@ -239,6 +241,6 @@ def _epoch(metadata: Path) -> int | None:
 
 
 def _write_epoch(metadata: Path, epoch: int) -> None:
-    aside = metadata.with_name("part.json")
-    aside.write_text(json.dumps({"epoch": epoch, "batch": 0}))
-    aside.replace(metadata)
+    part = metadata.with_name("part.json")
+    part.write_text(json.dumps({"epoch": epoch, "batch": 0}))
+    part.replace(metadata)

@@ -46,6 +46,7 @@ def check_one_device(model: Any) -> None:
 
 def check_cut(model: Any) -> None:
     """Refuses a model whose batches cannot be cut into micro-batches."""
+    # Not public. tests/keras/test_private.py fails when it moves.
     names = [layer.name for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
     if names:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What becomes of accumulation in a copy of the model.
+"""Accumulation in copies of the model.
 
-`copy` and `pickle` ask the model how it is made again, and the answer holds `accumulate`. `clone_model` asks nothing
-of the kind, so there a warning says that the clone does not accumulate. A file from `model.save` is Keras's own.
+`copy` and `pickle` call the model's `__reduce__`, whose result makes the copy accumulate. `clone_model` calls nothing
+of that kind, so a warning states that the clone does not accumulate. A file from `model.save` is Keras's own.
 """
 
 import sys
@@ -15,12 +15,12 @@ from keras.src.models import cloning
 
 
 def attach(model: Any, again: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Has copies of the model accumulate, or say that they do not.
+    """Makes copies of the model accumulate, and clones warn that they do not.
 
     Args:
         model: an accumulated model.
         again: makes another model accumulate.
-        options: what it is given beside the model.
+        options: its arguments beside the model.
     """
 
     def reduce() -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ Around = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], An
 def named(model: keras.Model) -> dict[str, Any]:
     """The model's layers and the model itself, each by a name of its own."""
     layers: dict[str, Any] = {}
+    # Not public, as `_call_has_training_arg` below. tests/keras/test_private.py fails when they move.
     for layer in model._flatten_layers():
         name = layer.name
         if name in layers:

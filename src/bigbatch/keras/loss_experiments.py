@@ -1,8 +1,8 @@
 """Losses that are not the mean of their examples' own values, which no sum over micro-batches can make exact.
 
-They are found by experiment, when the first micro-batch of a compiled model is traced: the loss is asked about a few
-invented examples. One value an example must stay as it is when the other examples change. One number a batch must be
-the mean of its parts' numbers, as a mean is, and a sum, a Dice or a Circle loss is not.
+They are found by experiment, when the first micro-batch of a compiled model is traced: the loss is computed of a few
+random examples. If it has one value an example, that must not change when the other examples change. If it has one
+number a batch, that must be the mean of the numbers of the batch's halves: a sum or a Dice loss fails.
 """
 
 import contextlib
@@ -19,34 +19,34 @@ from keras import ops, tree
 
 from bigbatch.keras import randomness
 
-EXAMPLES = 4  # invented ones, half of which change
-NOISY = 32  # as many, where Dropout is at work
+EXAMPLES = 4  # random ones, half of which change
+EXAMPLES_WITH_DROPOUT = 32
 UNKNOWN = 32  # in the place of a dimension that a graph does not know
-LARGEST = 2**22  # numbers in an invented array; beyond it nothing is tried
+LARGEST = 2**22  # numbers in an array of random examples; for larger ones there is no experiment
 
-_examined: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_done: "weakref.WeakSet[Any]" = weakref.WeakSet()  # compiled losses, and models
 
 
 def warn_of_compiled_losses(model: Any, called: list[tuple[str, Callable[..., Any], Any, Any, Any]]) -> None:
-    """Warns of compiled losses that look at the whole batch; once for each time the model is compiled.
+    """Warns of compiled losses that are not means over the examples; once for each time the model is compiled.
 
     Args:
         model: a compiled model.
         called: each loss's name and the call that returned the values of a micro-batch, with its targets and
             predictions; all three may be symbolic.
     """
-    if model._compile_loss in _examined:
+    if model._compile_loss in _done:
         return
-    _examined.add(model._compile_loss)
+    _done.add(model._compile_loss)
     of_batches, mixing = [], []
     for name, call, y, y_pred, values in called:
         of_batch = len(values.shape) == 0
         experiment = _is_a_mean if of_batch else _mixes
-        with _experiment(model):
-            found = _try(functools.partial(experiment, call, y, y_pred))
-        if of_batch and not found:
+        with _isolated(model):
+            result = _try(functools.partial(experiment, call, y, y_pred))
+        if of_batch and not result:
             of_batches.append(name)
-        elif found and not of_batch:
+        elif result and not of_batch:
             mixing.append(name)
     if of_batches:
         _warn(
@@ -72,21 +72,21 @@ def warn_of_added_losses(model: Any, x: Any, y: Any, sample_weight: Any) -> None
         y: its targets, or None.
         sample_weight: its weights, or None.
     """
-    if model in _examined:
+    if model in _done:
         return
-    _examined.add(model)
+    _done.add(model)
     added = len(model.losses) - sum(v.regularizer is not None for v in model.trainable_weights)
-    with _experiment(model):
-        # In inference mode there is no Dropout to hide what is a mean; but some layers add nothing there.
-        quiet, loud = (functools.partial(_means, model, (x, y, sample_weight), mode) for mode in (False, True))
-        several = _try(quiet)
-        if several is None or len(several) < added:
-            several = _try(loud)
-    found = [model.name] if several is None else [name for name, mean in several if not mean]
-    if found:
+    with _isolated(model):
+        # In inference mode no Dropout hides that a loss is a mean; but some layers add their loss in training only.
+        inference, training = (functools.partial(_means, model, (x, y, sample_weight), mode) for mode in (False, True))
+        results = _try(inference)
+        if results is None or len(results) < added:
+            results = _try(training)
+    others = [model.name] if results is None else [name for name, is_mean in results if not is_mean]
+    if others:
         _warn(
             "add_loss or compute_loss adds a number that bigbatch does not find to be the mean over the examples: "
-            f"{_listed(found)}.",
+            f"{_listed(others)}.",
             "Divide by the number of examples, as keras.ops.mean does in the place of keras.ops.sum.",
         )
 
@@ -100,7 +100,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _try(experiment: Callable[[], Any]) -> Any:
-    """What it finds; None where the invented examples do not suit, so that it says nothing."""
+    """The experiment's result; None where the loss or the model does not accept the random examples."""
     try:
         return experiment()
     except Exception:
@@ -108,14 +108,15 @@ def _try(experiment: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _experiment(model: Any) -> Iterator[None]:
-    """Outside of the graph that is being traced, with no variable and no random state changed."""
+def _isolated(model: Any) -> Iterator[None]:
+    """Runs outside of the graph that is being traced, and changes no variable and no random state."""
     backend = keras.backend.backend()
     framework: Any = importlib.import_module(backend)
-    apart = {"jax": "ensure_compile_time_eval", "tensorflow": "init_scope", "torch": "no_grad"}[backend]
+    outside = {"jax": "ensure_compile_time_eval", "tensorflow": "init_scope", "torch": "no_grad"}[backend]
+    # `_losses_override` is not public. tests/keras/test_private.py fails when it moves.
     override, model._losses_override = model._losses_override, []
     try:
-        with warnings.catch_warnings(), randomness.preserved(model), getattr(framework, apart)():
+        with warnings.catch_warnings(), randomness.preserved(model), getattr(framework, outside)():
             warnings.simplefilter("ignore")
             with keras.StatelessScope(collect_losses=True):
                 yield
@@ -124,11 +125,11 @@ def _experiment(model: Any) -> Iterator[None]:
 
 
 def _mixes(call: Callable[..., Any], y: Any, y_pred: Any) -> bool | None:
-    """Whether an example's value changes with the other examples; None where it changes by itself."""
-    both = _invented((y, y_pred), (False, True), 0)
+    """Whether an example's value changes with the other examples; None where it changes at random."""
+    both = _random((y, y_pred), (False, True), 0)
     half = EXAMPLES // 2
     others = tree.map_structure(
-        lambda a, b: np.concatenate([a[:half], b[half:]]), both, _invented((y, y_pred), (False, True), 1)
+        lambda a, b: np.concatenate([a[:half], b[half:]]), both, _random((y, y_pred), (False, True), 1)
     )
     first, again, changed = (
         _numbers(call(*_mapped(ops.convert_to_tensor, given)))[:half] for given in (both, both, others)
@@ -138,7 +139,7 @@ def _mixes(call: Callable[..., Any], y: Any, y_pred: Any) -> bool | None:
 
 def _is_a_mean(call: Callable[..., Any], y: Any, y_pred: Any) -> bool | None:
     """Whether a batch's number is the mean of its halves' numbers."""
-    both = _invented((y, y_pred), (False, True), 0)
+    both = _random((y, y_pred), (False, True), 0)
     whole, again, *halves = (float(_numbers(call(*_mapped(ops.convert_to_tensor, part)))) for part in _parts(both))
     return _agree(whole, again, halves, _is_narrow(y_pred))
 
@@ -146,7 +147,7 @@ def _is_a_mean(call: Callable[..., Any], y: Any, y_pred: Any) -> bool | None:
 def _means(model: Any, data: Any, training: bool) -> list[tuple[str, bool | None]]:
     """What adds to the model's loss, by name, and whether it is a mean over the examples."""
     names: list[str] = []
-    data = _invented(data, (True, False, True), 0, NOISY if training else EXAMPLES)
+    data = _random(data, (True, False, True), 0, EXAMPLES_WITH_DROPOUT if training else EXAMPLES)
 
     def run() -> list[Any]:
         values: list[Any] = []
@@ -157,32 +158,32 @@ def _means(model: Any, data: Any, training: bool) -> list[tuple[str, bool | None
                 values.append(_added(model, _mapped(ops.convert_to_tensor, part), training, names))
         return values
 
-    if keras.backend.backend() == "jax":  # where fit has taken the values out of the variables
+    if keras.backend.backend() == "jax":  # whose fit takes the values out of the variables
         run = importlib.import_module("jax").jit(run)
-    whole, again, *halves = [[float(_numbers(value)) for value in several] for several in run()]
+    whole, again, *halves = [[float(_numbers(value)) for value in values] for values in run()]
     narrow = model.compute_dtype in ("float16", "bfloat16")
     columns = zip(names, whole, again, zip(*halves, strict=True), strict=True)
     return [(name, _agree(one, two, parts, narrow)) for name, one, two, parts in columns]
 
 
 def _added(model: Any, data: Any, training: bool, names: list[str]) -> list[Any]:
-    """What the layers and a `compute_loss` of the model's own add for this batch; `names` gets where from."""
+    """The losses that layers and the model's own `compute_loss` add for this batch; `names` gets their sources."""
     x, y, sample_weight = data
     values: list[Any] = []
 
-    def noting(layer: Any) -> Callable[[Any], None]:
+    def recording(layer: Any) -> Callable[[Any], None]:
         def add_loss(loss: Any) -> None:
-            several = tree.flatten(loss)
-            values.extend(ops.sum(value) for value in several)
-            names.extend(f"{layer.name} (add_loss)" for _ in several)
+            flat = tree.flatten(loss)
+            values.extend(ops.sum(value) for value in flat)
+            names.extend(f"{layer.name} (add_loss)" for _ in flat)
             type(layer).add_loss(layer, loss)
 
         return add_loss
 
-    layers = model._flatten_layers()
+    layers = model._flatten_layers()  # not public: tests/keras/test_private.py
     try:
         for layer in layers:
-            layer.__dict__["add_loss"] = noting(layer)  # past Keras's own setattr, which would track it
+            layer.__dict__["add_loss"] = recording(layer)  # not by setattr, which tracks attributes
         y_pred = model(x, training=training) if model._call_has_training_arg else model(x)
         if type(model).compute_loss is not keras.Model.compute_loss:
             values.append(model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight))
@@ -205,31 +206,31 @@ def _agree(whole: float, again: float, halves: Any, narrow: bool) -> bool | None
 
 
 def _parts(data: Any) -> list[Any]:
-    """The whole batch, again, and its halves."""
+    """The whole batch, twice, and its halves."""
     half = len(tree.flatten(data)[0]) // 2
     return [data, data, _mapped(lambda x: x[:half], data), _mapped(lambda x: x[half:], data)]
 
 
-def _invented(data: Any, fractions: tuple[bool, ...], seed: int, examples: int = EXAMPLES) -> Any:
-    """Examples of these shapes.
+def _random(data: Any, fractions: tuple[bool, ...], seed: int, examples: int = EXAMPLES) -> Any:
+    """Random examples of these shapes.
 
     Args:
         data: nestings of tensors.
         fractions: for each, whether numbers of a floating type lie between 0 and 1; else all numbers are 0 or 1.
-        seed: what is drawn from.
+        seed: of the generator.
         examples: how many.
     """
     rng = np.random.default_rng(seed)
-    chances = np.linspace(0.8, 0.2, examples)  # of a one, so that examples differ in what they have of them
+    probabilities = np.linspace(0.8, 0.2, examples)  # of a one: examples must differ in their number of ones
 
     def one(tensor: Any, fraction: bool) -> np.ndarray:
         shape = (examples, *(UNKNOWN if n is None else n for n in tensor.shape[1:]))
         if np.prod(shape, dtype=np.int64) > LARGEST:
-            raise ValueError("Too large to try.")
+            raise ValueError("Too large for an experiment.")
         dtype = keras.backend.standardize_dtype(tensor.dtype)
         drawn = rng.random(shape)
         if not ("float" in dtype and fraction):
-            drawn = drawn < chances.reshape(-1, *[1] * (len(shape) - 1))
+            drawn = drawn < probabilities.reshape(-1, *[1] * (len(shape) - 1))
         else:
             drawn = 0.05 + 0.9 * drawn
         return drawn.astype("float32" if dtype == "bfloat16" else dtype)
@@ -260,7 +261,7 @@ def _is_narrow(tensor: Any) -> bool:
 
 
 def _weight(variable: Any) -> Any:
-    """An invented value, made on the device, so that it need not lie beside the model's own."""
+    """A synthetic value of a variable, computed inside the program, which then stores no second model."""
     size, shape = int(np.prod(variable.shape, dtype=np.int64)), tuple(variable.shape)
     if "float" not in variable.dtype:
         return ops.zeros(shape, variable.dtype)

@@ -233,7 +233,7 @@ class _Recording:
         dtype = self.values.dtype if self._narrowed(value) else value.dtype
         weights = ops.convert_to_tensor(sample_weight, dtype) if weighted else None
         counted: Any = apply_mask(weights, both, dtype=dtype, reduction="sum")
-        # Kept in the kind, so that no other mask can take its id.
+        # The kind holds the mask itself, so that no other object gets the same id.
         kind = (_Same(mask), _Same(own), _Same(sample_weight if weighted else None))
         items = ops.sum(counted)
         if weighted:

@@ -1,11 +1,11 @@
-"""The file of the backend that Keras runs on."""
+"""The module of the backend that Keras runs on."""
 
 import importlib
 from typing import Any
 
 import keras
 
-# The file in which each backend's steps stand.
+# The module that has each backend's steps.
 _STEPS = {"jax": "window", "tensorflow": "steps", "torch": "window"}
 
 

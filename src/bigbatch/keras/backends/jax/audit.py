@@ -11,13 +11,12 @@ Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
 
 
 def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair, compiled."""
+    """`objective`'s results for arrays and a scale, and the gradient of the first of each pair, compiled."""
 
     def run(pure: Callable[[Any], Any], values: Any) -> tuple[Any, Any, Any]:
-        found, back, aux = jax.vjp(pure, values, has_aux=True)
-        several = range(len(found))
-        chosen = [[jnp.full_like(value, j == k) for j, value in enumerate(found)] for k in several]
-        return found, aux, [back(one)[0] for one in chosen]
+        losses, back, aux = jax.vjp(pure, values, has_aux=True)
+        one_hot = [[jnp.full_like(value, j == k) for j, value in enumerate(losses)] for k in range(len(losses))]
+        return losses, aux, [back(cotangents)[0] for cotangents in one_hot]
 
     return _assigning(model, objective, run)
 
@@ -28,27 +27,27 @@ def losses(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple
 
 
 def _assigning(model: Any, objective: Objective, run: Callable[..., tuple[Any, Any, Any]]) -> Callable[..., Any]:
-    """A compiled function of the model's variables, which assigns what it changed."""
+    """A compiled function of the model's variables, which assigns those that it changed."""
     trainable = model.trainable_variables
     others = [*model.non_trainable_variables, *model.metrics_variables]
 
     @jax.jit
-    def compiled(values: Any, held: Any, leaves: list[Any], scale: Any) -> Any:
+    def compiled(values: Any, state: Any, leaves: list[Any], scale: Any) -> Any:
         def pure(values: Any) -> tuple[list[Any], Any]:
-            mapping = list(zip([*trainable, *others], [*values, *held], strict=True))
+            mapping = list(zip([*trainable, *others], [*values, *state], strict=True))
             with keras.StatelessScope(mapping, collect_losses=True) as scope:
-                found = objective(leaves, scale)
+                results = objective(leaves, scale)
             changed = [scope.get_current_value(v) for v in others]
-            return [value for value, _ in found], ([items for _, items in found], changed)
+            return [value for value, _ in results], ([items for _, items in results], changed)
 
         return run(pure, values)
 
     def call(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
-        values, held = ([v.value for v in variables] for variables in (trainable, others))
-        found, (items, changed), grads = compiled(values, held, leaves, scale)
+        values, state = ([v.value for v in variables] for variables in (trainable, others))
+        losses, (items, changed), grads = compiled(values, state, leaves, scale)
         for v, value in zip(others, changed, strict=True):
             v.assign(value)
-        return list(zip(found, items, strict=True)), grads
+        return list(zip(losses, items, strict=True)), grads
 
     return call
 

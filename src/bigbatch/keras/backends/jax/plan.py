@@ -68,6 +68,7 @@ class Predictions:
 
     def __init__(self, model: Any, data: Any, state: Any = None, programs: Programs | None = None):
         if state is None:
+            # Not public. tests/keras/test_private.py fails when it moves.
             model._symbolic_build(data_batch=data)
             state = tuple(
                 [v.value for v in variables]

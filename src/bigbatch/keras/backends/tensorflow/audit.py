@@ -9,13 +9,13 @@ Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
 
 
 def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair."""
+    """`objective`'s results for arrays and a scale, and the gradient of the first of each pair."""
     variables = [v.value for v in model.trainable_variables]
 
     def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
         with tf.GradientTape(persistent=True) as tape:
-            found = objective(leaves, scale)
-        return found, [tape.gradient(value, variables) for value, _ in found]
+            results = objective(leaves, scale)
+        return results, [tape.gradient(value, variables) for value, _ in results]
 
     return run
 

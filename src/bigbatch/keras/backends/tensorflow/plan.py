@@ -1,4 +1,4 @@
-"""The micro-batch that fits on the TensorFlow backend, read off the traced graph of a micro-batch."""
+"""The micro-batch that fits on the TensorFlow backend, predicted from the traced graph of a micro-batch."""
 
 import functools
 import math
@@ -68,19 +68,19 @@ class Predictions:
         self.written: list[Any] = []
 
     def device_memory(self, memory: Any) -> host.Memory:
-        """What is held and free."""
+        """What is in use and free."""
         return tensorflow_estimate.device_memory(memory)
 
     def needs(self, size: int) -> int:
-        """Bytes that a window of micro-batches of `size` examples takes beside what is held."""
+        """Bytes that a window of micro-batches of `size` examples takes beside what is in use."""
         traced = self._traced(size)
         trained = {id(v.value) for v in self.model.trainable_variables}
         self.written = [v for v in traced.graph.variables if id(v) not in trained]
         gradients = [g for g in tf.nest.flatten(traced.structured_outputs.gradients) if g is not None]
         cut = sum(bytes_of((size, *leaf.shape[1:]), leaf.dtype) for leaf in self.leaves)
-        # The cut is a copy, and in a window of several the sums so far lie beside the gradients.
-        several = sum(bytes_of(g.shape, g.dtype) for g in gradients) if size < self.length else 0
-        return cut + peak(traced.graph) + several
+        # The micro-batch is a copy, and in a window of more than one the sums exist beside the gradients.
+        sums = sum(bytes_of(g.shape, g.dtype) for g in gradients) if size < self.length else 0
+        return cut + peak(traced.graph) + sums
 
     def how(self) -> str:
         """Where the predictions come from."""
@@ -91,30 +91,30 @@ class Predictions:
         return ("The runtime may order and fuse the graph's operations otherwise.",)
 
     def saver(self) -> Callable[[], Callable[[], None]]:
-        """A function that notes what a window writes to, in one call; it returns one that gives it back."""
+        """A function that saves what a window writes to, in one call; it returns one that restores it."""
         written = self.written
         read = tf.function(lambda: [tf.identity(v) for v in written])
 
-        def keep() -> Callable[[], None]:
+        def save() -> Callable[[], None]:
             values = read()
 
-            def give_back() -> None:
+            def restore() -> None:
                 for variable, value in zip(written, values, strict=True):
                     variable.assign(value)
 
-            return give_back
+            return restore
 
-        return keep
+        return save
 
     def seconds(self, size: int) -> float:
         """Of one forward and backward: the least of three, after one."""
         run, least = self._traced(size), math.inf
-        cut, give_back = [leaf[:size] for leaf in self.leaves], self.saver()()
+        cut, restore = [leaf[:size] for leaf in self.leaves], self.saver()()
         for _ in range(4):
             started = clock.perf_counter()
             run(cut, tf.zeros([0], self.model._loss_tracker.dtype)).losses[0].numpy()  # waits
             least = min(least, clock.perf_counter() - started)
-        give_back()
+        restore()
         return least
 
     def _traced(self, size: int) -> Any:

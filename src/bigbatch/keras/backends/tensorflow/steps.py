@@ -46,6 +46,7 @@ def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None =
 
 def gather(model: Any, window: list[Any]) -> Any:
     """A window's micro-batches as what `stream_step`'s `train_step` takes: few tensors, however many there are."""
+    # Not public: `_flatten_layers`. tests/keras/test_private.py fails when it moves.
     in_order = any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
     return model.distribute_strategy.run(_gather, args=(window, bool(model.jit_compile), in_order))
 

@@ -9,16 +9,16 @@ Objective = Callable[[list[Any], Any], list[tuple[Any, Any]]]
 
 
 def gradients(model: Any, objective: Objective) -> Callable[[list[Any], Any], tuple[list[Any], list[list[Any]]]]:
-    """What `objective` returns of arrays and a scale, and the gradient of the first of each pair; not in `.grad`."""
+    """`objective`'s results for arrays and a scale, and the gradient of the first of each pair; not in `.grad`."""
     parameters = [v.value for v in model.trainable_variables]
 
     def run(leaves: list[Any], scale: Any) -> tuple[list[Any], list[list[Any]]]:
-        found = objective(leaves, scale)
-        return found, [
+        results = objective(leaves, scale)
+        return results, [
             list(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
             if value.requires_grad
             else [None] * len(parameters)
-            for value, _ in found
+            for value, _ in results
         ]
 
     return run

@@ -16,6 +16,7 @@ class GradientGuard:
     def __init__(self, parameters: list[Any], adds_up: bool):
         self.parameters = parameters
         self.unchanged = parameters if adds_up else []
+        # `_version` is not public. tests/keras/test_private.py fails when it moves.
         self.versions = [p._version for p in self.unchanged]
         self.note()
 

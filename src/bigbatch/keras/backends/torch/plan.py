@@ -39,6 +39,7 @@ class Predictions:
 
     def __init__(self, model: Any, data: Any):
         self.model, data = model, _tensors(data)
+        # Not public. tests/keras/test_private.py fails when it moves.
         model._symbolic_build(data_batch=data)
         self.parameters = [v.value for v in model.trainable_variables]
         self.meter = noise.meter_of(model)
