@@ -47,14 +47,7 @@ def check_optimizer(optimizer: Any, nonfinite: str) -> None:
 
 def check_steps(optimizer: Any) -> None:
     """Refuses a Keras optimizer that accumulates by itself."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    for one in (inner, *getattr(inner, "optimizers", ())):  # a MultiOptimizer's
-        steps = getattr(one, "gradient_accumulation_steps", None)
-        if steps:
-            raise ValueError(
-                f"The optimizer accumulates too. Received: gradient_accumulation_steps={steps}. "
-                "Leave it out: with bigbatch as well it would accumulate twice."
-            )
+    errors.check_accumulates_once(optimizer)
 
 
 def check_planned(every: Callable[[Any], Any]) -> Any:

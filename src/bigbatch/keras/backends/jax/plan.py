@@ -70,15 +70,8 @@ class Predictions:
         if state is None:
             # Not public. tests/keras/test_private.py fails when it moves.
             model._symbolic_build(data_batch=data)
-            state = tuple(
-                [v.value for v in variables]
-                for variables in (
-                    model.trainable_variables,
-                    model.non_trainable_variables,
-                    model.optimizer.variables,
-                    model.metrics_variables,
-                )
-            )
+            kinds = model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
+            state = tuple([v.value for v in variables] for variables in (*kinds, model.metrics_variables))
         self.programs, self.state, self.data = programs or Programs(model), state, _arrays(data)
         self.length = batch.leaves(data)[0].shape[0]
         self.compiled = 0

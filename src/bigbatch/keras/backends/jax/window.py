@@ -6,6 +6,7 @@ shape make one scan; a shorter last one is a scan of its own. All of it is one c
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,12 +88,13 @@ def gather(model: Any, window: list[Any]) -> Any:
     """
     for data in window:
         batch.check(data)
-    rows = sorted(map(batch.leaves, window), key=lambda row: [leaf.shape for leaf in row], reverse=True)
-    shapes = [[leaf.shape for leaf in row] for row in rows]
-    starts = [i for i in range(len(rows)) if i == 0 or shapes[i] != shapes[i - 1]]
+
+    def shapes(row: list[Any]) -> list[Any]:
+        return [leaf.shape for leaf in row]
+
     runs = []
-    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-        columns = zip(*rows[start:stop], strict=True)
+    for _, alike in itertools.groupby(sorted(map(batch.leaves, window), key=shapes, reverse=True), key=shapes):
+        columns = zip(*alike, strict=True)
         stacked = [np.stack(c) if isinstance(c[0], np.ndarray) else jnp.stack(c) for c in columns]
         runs.append(batch.nest(window[0], stacked))
     return runs
@@ -191,18 +193,7 @@ def _fused_run(
 def update(
     model: Any, terms: list[losses.Term], examples: Any, state: State, sums: Sums
 ) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """The update of a window.
-
-    Args:
-        model: the model.
-        terms: the terms of any micro-batch's loss.
-        examples: how many examples the window held.
-        state: the model's values, after the micro-batches.
-        sums: the window's.
-
-    Returns:
-        The logs, and the new values.
-    """
+    """The logs and the model's new values, from those after the micro-batches, and a window's sums and loss terms."""
     terms_are_means, kinds_are_means = losses.are_means(terms)
     means = [
         total / jnp.where(items == 0, 1, items) if is_mean else total
@@ -304,18 +295,15 @@ class _MicroStep:
             # Where compute_loss finds them, as in Keras's own train_step. Not public: tests/keras/test_private.py.
             model._losses_override = added
         variables = model.trainable_variables, model.non_trainable_variables, model.metrics_variables
-        mapping = [
-            pair
-            for several, values in zip(variables, (trainable, non_trainable, metrics), strict=True)
-            for pair in zip(several, values, strict=True)
-        ]
+        values = trainable, non_trainable, metrics
+        mapping = [pair for pairs in zip(variables, values, strict=True) for pair in zip(*pairs, strict=True)]
         with keras.StatelessScope(mapping) as scope:
             forward = losses.Forward(x, y, y_pred, sample_weight)
             self.terms[:] = losses.terms(model, forward)
             model._losses_override = []
             kinds = losses.kinds(self.terms)
             losses.update_metrics(model, forward)
-        non_trainable, metrics = ([scope.get_current_value(v) for v in several] for several in variables[1:])
+        non_trainable, metrics = ([scope.get_current_value(v) for v in of_kind] for of_kind in variables[1:])
         with _optimizer_scope(model, self.state):
             scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
         totals = [(term.value * term.items, term.items) for term in self.terms]
