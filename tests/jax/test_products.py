@@ -1,4 +1,4 @@
-"""Factors of large weights' gradients, kept by the loop and multiplied out once after it: which, when, and rightly."""
+"""Factors of large weights' gradients, kept by the loop and whose product after it is the sum: which, when, and rightly."""
 
 import jax
 import jax.numpy as jnp

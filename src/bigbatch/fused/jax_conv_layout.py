@@ -1,8 +1,11 @@
-"""Convolutions in a loop, on a CPU: written the one way in which XLA is quick there.
+"""Convolutions in a loop on a CPU, in the one layout in which XLA computes them fast there.
 
 XLA's fast convolution on a CPU takes examples first and channels last, and kernels as height, width, in, out. Others
-are transposed to that by a pass over the program's entry alone, which looks into no loop (jax-ml/jax#12868): there they
-are ten times slower, and a layer's two gradients are never laid out so. A loop over micro-batches is such a loop.
+are transposed to that by a pass that looks into no loop (jax-ml/jax#12868): in a loop over micro-batches they are ten
+times slower, and a layer's two gradients never have that layout.
+
+It buys a factor of about ten for convolutional models: benchmarks/jax_window.md, "3 convolutions". It does nothing on
+other devices than CPUs, and for models without convolutions.
 """
 
 import functools
@@ -16,9 +19,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 
 def with_fast_convolutions(body: Callable[..., Any]) -> Callable[..., Any]:
-    """A loop's body, of pytrees, whose convolutions are transposed to where they are fast, if it has any.
+    """A loop's body whose convolutions are transposed to the fast layout; on other devices than CPUs the body itself.
 
-    On a CPU that is: elsewhere it is the body itself. The body is traced, and again where nothing is to be changed.
+    The body takes and returns pytrees. It is traced once more where there is nothing to change.
     """
     if jax.default_backend() != "cpu":
         return body
@@ -35,7 +38,7 @@ def with_fast_convolutions(body: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fast(program: ClosedJaxpr) -> ClosedJaxpr:
-    """The program with its convolutions transposed to where they are fast; itself where there are none to change."""
+    """The program with its convolutions transposed to the fast layout; itself where there are none to change."""
     return _changed(program) if jax.default_backend() == "cpu" else program
 
 
@@ -45,7 +48,7 @@ def _changed(value: Any) -> Any:
         inner = _changed(value.jaxpr)
         return value if inner is value.jaxpr else value.replace(jaxpr=inner)
     if isinstance(value, Jaxpr):
-        equations = [several for equation in value.eqns for several in _equations(equation)]
+        equations = [new for equation in value.eqns for new in _equations(equation)]
         same = len(equations) == len(value.eqns) and all(map(lambda a, b: a is b, equations, value.eqns))
         return value if same else value.replace(eqns=equations)
     if type(value) is tuple:
@@ -55,7 +58,7 @@ def _changed(value: Any) -> Any:
 
 
 def _equations(equation: Any) -> list[Any]:
-    """What stands in place of one equation."""
+    """The equations in place of one."""
     if equation.primitive is lax.conv_general_dilated_p and not _is_fast(equation.params["dimension_numbers"]):
         avals = [v.aval for v in equation.invars]
         inner = jax.make_jaxpr(lambda x, kernel: _transposed(x, kernel, equation.params))(*avals).jaxpr
@@ -83,13 +86,13 @@ def _fast(rank: int) -> lax.ConvDimensionNumbers:
 
 def _transposed(x: jax.Array, kernel: jax.Array, params: dict[str, Any]) -> jax.Array:
     """The same convolution, between transpositions."""
-    given, fast = params["dimension_numbers"], _fast(x.ndim)
+    own, fast = params["dimension_numbers"], _fast(x.ndim)
 
     def axes(to: Sequence[int], of: Sequence[int]) -> list[int]:
         """For each axis of `to`, that of `of` which means the same."""
         return [of[to.index(axis)] for axis in range(len(to))]
 
-    x = jnp.transpose(x, axes(fast.lhs_spec, given.lhs_spec))
-    kernel = jnp.transpose(kernel, axes(fast.rhs_spec, given.rhs_spec))
+    x = jnp.transpose(x, axes(fast.lhs_spec, own.lhs_spec))
+    kernel = jnp.transpose(kernel, axes(fast.rhs_spec, own.rhs_spec))
     y = lax.conv_general_dilated_p.bind(x, kernel, **{**params, "dimension_numbers": fast})
-    return jnp.transpose(y, axes(given.out_spec, fast.out_spec))
+    return jnp.transpose(y, axes(own.out_spec, fast.out_spec))
