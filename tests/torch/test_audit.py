@@ -241,7 +241,7 @@ def test_chance_that_cannot_be_put_to_rest_beside_a_wrong_loss():
     found = bb.audit(loss_fn, model, examples(), micro_batch=4)
     assert not found.exact
     assert [c.kind for c in found.causes] == ["stochastic", "unknown"]
-    assert "further apart than chance makes them" in str(found)
+    assert "differ by more than twice their standard error" in str(found)
 
 
 def test_a_loss_that_is_not_deterministic_is_told_so():

@@ -532,13 +532,6 @@ def test_a_hook_that_reads_is_called_once_a_micro_batch(api):
     assert len(seen) == 4
 
 
-def test_the_private_name_of_such_hooks_is_where_it_was():
-    p = nn.Parameter(torch.ones(1))
-    assert p._post_accumulate_grad_hooks is None
-    p.register_post_accumulate_grad_hook(print)
-    assert list(p._post_accumulate_grad_hooks.values()) == [print]
-
-
 # Scalers.
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import bigbatch.torch as bb
 from bigbatch.engines.torch_hooks import has_hooks
 from bigbatch.fused import torch_backward, torch_graph
-from bigbatch.fused.torch_proof import Proof, signed
+from bigbatch.fused.torch_proof import Proof
 from conformance.torch_products import small_ones_too, takes_products
 
 from .products import ROOM, Tied, agree, by, gradients, language
@@ -312,16 +312,3 @@ def test_an_error_in_the_backward_leaves_nothing_behind(tokens):
         acc.backward(loss, items=10)
     assert all(p.grad is None for p in model.parameters())
     agree(by("split", model, language(model), tokens, 3, on=True), wanted, torch.float64)
-
-
-@takes_products
-def test_private_names_are_where_they_were():
-    p = nn.Parameter(torch.ones(2, 2))
-    assert p._backward_hooks is None
-    assert p._post_accumulate_grad_hooks is None
-    node = (torch.ones(1, 2) @ p).grad_fn
-    assert node._raw_saved_self.unpack_hook is None
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        assert (torch.ones(1, 2) @ p).grad_fn._raw_saved_self.unpack_hook is not None
-    looked_up = F.embedding(torch.tensor([1]), p).grad_fn
-    assert signed(looked_up._saved_padding_idx) == -1

@@ -1,4 +1,4 @@
-"""The state of PyTorch's chance, which an audit gives back."""
+"""The state of PyTorch's random generators, which an audit restores."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def kept(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """What PyTorch draws from, on the CPU and where the tensors are, is afterwards what it was."""
+    """Afterwards PyTorch draws what it would have drawn before, on the CPU and where the tensors are."""
     devices = {t.device for t in tensors} - {torch.device("cpu")}
     kind = next((device.type for device in devices), "cuda")
     return torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind)

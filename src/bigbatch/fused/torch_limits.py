@@ -23,7 +23,7 @@ class Limits(NamedTuple):
     rows: int = 256
     # How much smaller than the weight a micro-batch's rows have to be: copying more costs what the sum is spared.
     smaller: int = 8
-    # Rows that may be deferred for each weight; None for as many as take 7/8 of the largest weight's memory.
+    # How many rows may be deferred for each weight; None for as many as take 7/8 of the largest weight's memory.
     capacity: int | None = None
 
 

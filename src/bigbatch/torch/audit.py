@@ -1,12 +1,12 @@
 """`audit`: is accumulation exact for this model, this loss and this batch?
 
-`bigbatch.audit_experiments` has the experiments. Here is how PyTorch makes a run that leaves nothing behind.
+`bigbatch.audit_experiments` has the experiments. Here is how PyTorch makes runs after which the model is as before.
 """
 
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Examples, Run
-from bigbatch.engines import torch_rng
+from bigbatch.engines import randomness, torch_rng
+from bigbatch.engines.torch_dtypes import exact
 from bigbatch.torch.batch import children_of, leaves, mapped
 from bigbatch.torch.checks import check_items, check_loss
-from bigbatch.torch.window import exact
 
 
 def audit(
@@ -64,30 +64,33 @@ def audit(
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     own = {p.dtype for p in parameters.values()}
     wide = {exact(p.device) for p in parameters.values()}  # Apple's devices have no float64
-    with _kept(parameters.values()):
+    subject = Subject(loss_fn, modules, parameters, batch, length, micro_batch)
+    with _preserved(parameters.values()):
         for dtype in (torch.float64, torch.float32):
             if dtype == torch.float32 or wide == {torch.float64}:
-                runner = AuditRunner(loss_fn, modules, parameters, batch, length, micro_batch, dtype)
+                runner = AuditRunner(subject, dtype)
                 if own == {dtype} or runner.runs():
                     return examine(runner)
-        return examine(AuditRunner(loss_fn, modules, parameters, batch, length, micro_batch, None))
+        return examine(AuditRunner(subject, None))
+
+
+class Subject(NamedTuple):
+    """What is audited."""
+
+    loss_fn: Callable[[Any], Any]
+    modules: dict[str, nn.Module]
+    parameters: dict[str, Tensor]
+    batch: Any
+    length: int
+    micro_batch: int
 
 
 class AuditRunner:
     """Runs of one loss function on one batch (see `audit_experiments`), in one dtype; None is the model's own."""
 
-    def __init__(
-        self,
-        loss_fn: Callable[[Any], Any],
-        modules: dict[str, nn.Module],
-        parameters: dict[str, Tensor],
-        batch: Any,
-        length: int,
-        micro_batch: int,
-        dtype: torch.dtype | None,
-    ):
-        self.loss_fn, self.modules, self.parameters = loss_fn, modules, parameters
-        self.length, self.micro_batch = length, micro_batch
+    def __init__(self, subject: Subject, dtype: torch.dtype | None):
+        self.loss_fn, modules, parameters, batch, self.length, self.micro_batch = subject
+        self.modules, self.parameters = modules, parameters
         narrowest = min((p.dtype for p in parameters.values()), key=lambda d: d.itemsize)
         self.dtype = str(dtype or narrowest).removeprefix("torch.")
 
@@ -99,9 +102,9 @@ class AuditRunner:
         self.state = [
             (m, dict(vars(m)), dict(m.named_buffers(recurse=False, remove_duplicate=False))) for m in modules.values()
         ]
-        held = [t for m in modules.values() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
-        held = {id(t): t for t in (*held, *parameters.values())}.values()
-        self.values = [(t, t.data, cast(t.data)) for t in held]
+        tensors = [t for m in modules.values() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+        tensors = {id(t): t for t in (*tensors, *parameters.values())}.values()
+        self.values = [(t, t.data, cast(t.data)) for t in tensors]
 
     def runs(self) -> bool:
         """Whether the model can compute in this dtype."""
@@ -131,8 +134,8 @@ class AuditRunner:
                 loss, n = self.forward(rows)
                 n = n if items is None else items[i]
                 count += n
-                found = torch.autograd.grad(scale * loss, list(self.parameters.values()), allow_unused=True)
-                for name, grad in zip(self.parameters, found, strict=True):
+                gradients = torch.autograd.grad(scale * loss, list(self.parameters.values()), allow_unused=True)
+                for name, grad in zip(self.parameters, gradients, strict=True):
                     if grad is not None and n:
                         sums[name] += n * grad.to_dense().to(sums[name].dtype)
         return {name: total / (count * scale) for name, total in sums.items()}
@@ -153,41 +156,41 @@ class AuditRunner:
         loss, items = errors.loss_and_items(self.loss_fn(mapped(self.batch, chosen)))
         if torch.is_grad_enabled():
             loss = check_loss(loss)
-        return getattr(loss, "loss", loss), float(check_items(len(rows) if items is None else items))
+        return loss, float(check_items(len(rows) if items is None else items))
 
     def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:
-        """The modules where the run over the first rows leaves the whole batch's."""
+        """The modules whose outputs for the first rows are not those in the whole batch, though their inputs are."""
         whole = len(rows) == self.length
         allowed = 1e-4 if self.dtype in ("float64", "float32") else 5e-2  # parts may be computed in less
         seen: list[tuple[str, list[Tensor], list[Tensor]]] = []
-        found: list[str] = []
+        differing: list[str] = []
 
         def note(name: str, inputs: Any, output: Any) -> None:
             seen.append((name, [t.clone() for t in _tensors(inputs)], [t.clone() for t in _tensors(output)]))
 
         def check(name: str, inputs: Any, output: Any) -> None:
             if not seen or seen[0][0] != name:
-                seen.clear()  # the run takes another way through the model from here on
+                seen.clear()  # from here on the run calls other modules
                 return
             _, inputs_then, outputs_then = seen.pop(0)
             if not _agree(inputs_then, _tensors(inputs), whole, allowed):
                 return
             outputs = _tensors(output)
             if not _agree(outputs_then, outputs, whole, allowed):
-                found.append(name)
-                # As if nothing had happened, so that what comes after is judged for itself.
+                differing.append(name)
+                # On with the values of the whole batch, so that each later module is compared on its own.
                 for then, now in zip(outputs_then, outputs, strict=False):
                     if (part := _part(then, now, whole)) is not None:
                         now.copy_(part)
 
         for run, chosen, with_seed in ((note, range(self.length), 0), (check, rows, seed)):
-            with self.at_rest(with_seed, quiet), torch.no_grad(), _watched(self.modules, run):
+            with self.at_rest(with_seed, quiet), torch.no_grad(), _traced(self.modules, run):
                 self.forward(chosen)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(differing))
 
     @contextlib.contextmanager
     def at_rest(self, seed: int, quiet: frozenset[str]) -> Iterator[Callable[[], None]]:
-        """The model as it is, in this dtype, with chance seeded; it is given what puts the model back so."""
+        """The model in this dtype, with seeded random generators. Yields what restores the model to that."""
 
         def reset() -> None:
             self.put_back()
@@ -240,27 +243,24 @@ def _parameters(model: Any) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _kept(parameters: Iterable[Any]) -> Iterator[None]:
-    """The random state, and the gradients that a loop may be in the middle of; hooks on parameters rest."""
+def _preserved(parameters: Iterable[Any]) -> Iterator[None]:
+    """Afterwards the random state and the gradients are as they were. Inside, hooks on parameters are not called."""
     parameters = list(parameters)
-    # `torch.autograd.grad` calls the hooks of `Tensor.register_hook`. No public name takes them away and gives them
-    # back; a test fails when this one moves.
-    kept = [(p, p.grad, p._backward_hooks) for p in parameters]
-    python, numpy = random.getstate(), np.random.get_state()
+    # `torch.autograd.grad` calls the hooks of `Tensor.register_hook`, and no public name removes and restores them:
+    # tests/torch/test_private.py.
+    before = [(p, p.grad, p._backward_hooks) for p in parameters]
     try:
         for p in parameters:
             p.grad = p._backward_hooks = None
-        with torch_rng.kept(parameters):
+        with torch_rng.kept(parameters), randomness.preserved():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for p, gradient, hooks in kept:
+        for p, gradient, hooks in before:
             p.grad, p._backward_hooks = gradient, hooks
 
 
 @contextlib.contextmanager
-def _watched(modules: dict[str, nn.Module], run: Callable[[str, Any, Any], None]) -> Iterator[None]:
+def _traced(modules: dict[str, nn.Module], run: Callable[[str, Any, Any], None]) -> Iterator[None]:
     """Calls `run(name, inputs, output)` after each module's forward."""
 
     def hook(name: str) -> Callable[..., None]:
@@ -282,7 +282,7 @@ def _tensors(nest: Any) -> list[Tensor]:
 
 
 def _part(full: Tensor, part: Tensor, whole: bool) -> Tensor | None:
-    """What of the whole batch's tensor the examples in `part` had; None where it is not told by examples."""
+    """The rows of the whole batch's tensor that `part` has; None where no axis has the examples."""
     if whole:
         return full if full.shape == part.shape else None
     axes = [axis for axis, (n, k) in enumerate(zip(full.shape, part.shape, strict=False)) if n != k]
