@@ -5,12 +5,12 @@ the file of the weights, with the epoch and the number of updates. That file is 
 so that it is always one whole checkpoint. Where the epoch's own file is damaged, it is restored from the weights' file.
 """
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from bigbatch import errors
 from bigbatch.keras import batch
+from bigbatch.keras.methods import replaced
 
 logger = logging.getLogger("bigbatch.keras")
 GROUP = "bigbatch_window"  # beside Keras's own groups, which it looks up by name
@@ -132,11 +133,8 @@ class Checkpoints:
         if not self.loaded:
             self.windows.index = updates_of(self.model)
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Replaces the model's two methods while `fit` runs."""
-        plain = {name: getattr(self.model, name) for name in ("save_weights", "load_weights")}
-        before = {name: self.model.__dict__.get(name) for name in plain}
 
         def through(ours: Callable[..., None], plain: Callable[..., None]) -> Callable[..., None]:
             def method(filepath: Any, *args: Any, **kwargs: Any) -> None:
@@ -150,18 +148,8 @@ class Checkpoints:
 
         for backup in self.backups.values():
             _find_weights(backup)
-        # Not by setattr, which Keras overrides to track attributes.
-        self.model.__dict__.update(
-            save_weights=through(self._save, plain["save_weights"]),
-            load_weights=through(self._load, plain["load_weights"]),
-        )
-        try:
-            yield
-        finally:
-            for name, method in before.items():
-                self.model.__dict__.pop(name)
-                if method is not None:
-                    self.model.__dict__[name] = method
+        own = {"save_weights": self._save, "load_weights": self._load}
+        return replaced([(self.model, name, through(f, getattr(self.model, name))) for name, f in own.items()])
 
     def _save(self, backup: Any, path: Path, *args: Any, **kwargs: Any) -> None:
         part = path.with_name("part.weights.h5")

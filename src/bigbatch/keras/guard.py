@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from bigbatch.keras.methods import replaced
+
 DISCARDED = "The window is discarded: it has changed no parameter and nothing that the optimizer holds."
 MODEL = ("fit", "train_on_batch", "evaluate", "compile", "load_weights", "set_weights")
 # Of the tf.Variable inside a Keras variable as well, which optimizers of TensorFlow write to.
@@ -38,22 +40,13 @@ def guarded(model: Any, adds_up: bool) -> Iterator[None]:
             shadowed += [(v, v.path, VARIABLE)]
             if keras.backend.backend() == "tensorflow":
                 shadowed += [(v.value, v.path, VARIABLE)]
-    replaced = []
+    refusing = [(owner, method, _refusing(name, method)) for owner, name, methods in shadowed for method in methods]
     try:
-        for owner, name, methods in shadowed:
-            for method in methods:
-                # Not by setattr, which Keras overrides to track attributes. A method is looked up here first.
-                replaced.append((owner, method, owner.__dict__.get(method)))
-                owner.__dict__[method] = _refusing(name, method)
-        yield
+        with replaced(refusing):
+            yield
     except Exception as error:
         _check_trainable(model, variables, error)  # which may have caused the error
         raise
-    finally:
-        for owner, method, own in reversed(replaced):
-            owner.__dict__.pop(method, None)
-            if own is not None:
-                owner.__dict__[method] = own
     _check_trainable(model, variables)
 
 

@@ -1,12 +1,14 @@
 """The calls of a model's layers, intercepted: for inference mode, and to find where activations of two runs differ."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
+
+from bigbatch.keras.methods import replaced
 
 Around = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -23,24 +25,13 @@ def named(model: keras.Model) -> dict[str, Any]:
     return layers
 
 
-@contextlib.contextmanager
-def calls(layers: Mapping[str, Any], around: Around) -> Iterator[None]:
+def calls(layers: Mapping[str, Any], around: Around) -> contextlib.AbstractContextManager[None]:
     """Every call of these layers goes through `around(name, call, args, kwargs)`."""
-    before = [(layer, layer.__dict__.get("call")) for layer in layers.values()]
 
     def through(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: around(name, call, args, kwargs)
 
-    try:
-        for name, layer in layers.items():
-            # Not by setattr, which Keras overrides to track attributes. A layer looks its call up here first.
-            layer.__dict__["call"] = through(name, layer.call)
-        yield
-    finally:
-        for layer, call in before:
-            layer.__dict__.pop("call", None)
-            if call is not None:
-                layer.__dict__["call"] = call
+    return replaced([(layer, "call", through(name, layer.call)) for name, layer in layers.items()])
 
 
 def in_inference_mode(layers: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
