@@ -15,7 +15,7 @@ rng = np.random.default_rng(5)
 PARAMS = {"w": jnp.asarray(rng.normal(size=4)), "b": jnp.asarray(0.25)}
 GRADS = [{"w": jnp.asarray(rng.normal(size=4)), "b": jnp.asarray(rng.normal())} for _ in range(4)]
 BAD = [-1.0, -np.inf, np.inf, np.nan]
-REASON = "items were negative, infinite or not a number in one of the window's micro-batches"
+REASON = "a micro-batch's items are negative, NaN or infinite"
 
 
 def step(tx):
@@ -156,7 +156,7 @@ class TestDebugNans:
         state = bb.reset(state)
         _, state = step(GRADS[0], state, PARAMS, items=jnp.asarray(0.0), **value)
         _, state = flush(state)
-        assert state.last.reason in ("the window holds no items", "the window held no micro-batches")
+        assert state.last.reason in ("the window holds no items", "the window holds no micro-batches")
 
     @pytest.mark.parametrize("partial", ["carry", "drop"])
     def test_partial_windows(self, partial):

@@ -187,21 +187,21 @@ class TestFlush:
     def test_carry(self):
         params, state = self.flushed("carry")
         close(params, PARAMS)
-        assert state.last.reason == "carried: 2 micro-batches of a partial window wait for more"
+        assert state.last.reason == "carried: 2 micro-batches stay in the open window"
         assert state.micro_batches == 2
         assert not bb.has_updated(state)
 
     def test_drop(self):
         params, state = self.flushed("drop")
         close(params, PARAMS)
-        assert state.last.reason == "dropped: 2 micro-batches of a partial window"
+        assert state.last.reason == "dropped: 2 micro-batches"
         assert (state.micro_batches, state.items) == (0, 0)
 
     @pytest.mark.parametrize("partial", ["apply", "carry", "drop"])
     def test_of_nothing(self, partial):
         for count in (0, 4):
             _, state = self.flushed(partial, count)
-            assert state.last.reason == "the window held no micro-batches"
+            assert state.last.reason == "the window holds no micro-batches"
             assert not bb.has_updated(state)
             assert state.updates == count / 4
 

@@ -1,4 +1,4 @@
-"""`accumulate`, as the two functions of an optax transformation: one micro-batch in, and now and then an update out."""
+"""`accumulate`, as the two functions of an optax transformation: each call adds a micro-batch, the last one updates."""
 
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ class Accumulation(NamedTuple):
         return _add(state, grads, items, value)
 
     def _is_full(self, state: AccumulateState) -> tuple[Any, Any]:
-        """Whether the window closes, and whether `every` told so with a number of at least 1."""
+        """Whether the window closes, and whether `every` returned a valid number, at least 1."""
         every = self.every
         if isinstance(every, UntilNoise):
             noise: Any = state.noise
@@ -138,7 +138,7 @@ class _Step(NamedTuple):
     and_apply: bool
     flush: bool
     full: Any  # whether the window closes
-    sound: Any  # whether what said so is sound
+    sound: Any  # whether `every` returned a valid number
     opens: Any  # whether this is the window's first micro-batch
     valued: bool  # whether it came with a loss
 

@@ -5,35 +5,38 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# What `Update.skipped` stands for. A pytree holds numbers; `Update.reason` puts the words to them.
+from bigbatch import skipped
+
+# The codes of `Update.skipped`. A pytree holds numbers; `Update.reason` has the text of each.
 APPLIED, EMPTY, NO_ITEMS, NOT_FINITE, CARRIED, DROPPED, BAD_ITEMS, CHANGED, BAD_EVERY = range(9)
-# In place of a number that there is none of. NaN would be found by `jax_debug_nans`.
+# In place of a number that does not exist. `jax_debug_nans` would stop at a NaN.
 NONE = -jnp.inf
 # Elements of a parameter that a checksum looks at together on a CPU: as many as a core's first cache holds.
 PIECE = 1 << 12
 
 
 class Update(NamedTuple):
-    """What the last window came to: scalar arrays, so that it travels through `jit` and into checkpoints."""
+    """The result of the last window: scalar arrays, so that it goes through `jit` and into checkpoints."""
 
     micro_batches: jax.Array  # how many the window held, int32
     items: jax.Array  # the examples or tokens that they counted for
     loss: jax.Array  # the window's mean of `value` over items; -inf where none was given
     grad_norm: jax.Array  # the 2-norm of the mean gradient, before the inner transformation; -inf where none was taken
     skipped: jax.Array  # 0 where the update was made, int32
-    noise: Any = None  # what the window says of the gradient's noise, a WindowNoise, where `noise` is measured
+    noise: Any = None  # the window's estimate of the gradient's noise, a WindowNoise, where `noise` is measured
 
     @property
     def reason(self) -> str | None:
         """Why no update was made, or None where it was. The host waits for the device."""
+        held = skipped.micro_batches(int(self.micro_batches))
         return {
             APPLIED: None,
-            EMPTY: "the window held no micro-batches",
-            NO_ITEMS: "the window holds no items",
-            NOT_FINITE: f"the window is not finite: loss {self.loss}, gradient norm {self.grad_norm}",
-            CARRIED: f"carried: {self.micro_batches} micro-batches of a partial window wait for more",
-            DROPPED: f"dropped: {self.micro_batches} micro-batches of a partial window",
-            BAD_ITEMS: "items were negative, infinite or not a number in one of the window's micro-batches",
+            EMPTY: skipped.NO_MICRO_BATCHES,
+            NO_ITEMS: skipped.NO_ITEMS,
+            NOT_FINITE: skipped.not_finite(float(self.loss), float(self.grad_norm)),
+            CARRIED: skipped.CARRIED.format(held=held),
+            DROPPED: skipped.DROPPED.format(held=held),
+            BAD_ITEMS: skipped.BAD_ITEMS,
             CHANGED: (
                 "the params changed inside the window (an update, an assignment, a checkpoint), "
                 "so that its gradients are not of one point; change them between windows"
@@ -43,7 +46,7 @@ class Update(NamedTuple):
 
 
 class AccumulateState(NamedTuple):
-    """The state of `accumulate`: the open window's sums, the inner state, and what the last window came to."""
+    """The state of `accumulate`: the open window's sums, the inner state, and the last window's result."""
 
     updates: jax.Array  # made so far, and so the index of the next, int32
     micro_batches: jax.Array  # in the open window, int32
@@ -58,7 +61,7 @@ class AccumulateState(NamedTuple):
 
     @property
     def factor(self) -> jax.Array:
-        """What the sums are to be multiplied by for the means; 1 for a window without items."""
+        """The factor that makes means of the sums; 1 for a window without items."""
         return jnp.where(self.items > 0, self.unit / jnp.where(self.items > 0, self.items, 1), 1)
 
 
@@ -81,7 +84,7 @@ def emptied(grads: Any, updates: jax.Array, inner: Any, last: Update) -> Accumul
 
 
 def update_of(skipped: Any, state: AccumulateState | None = None, norm: Any = NONE) -> Update:
-    """What the window came to; without one, nothing yet."""
+    """The result of a window; without a state, that of no window yet."""
     return Update(
         micro_batches=jnp.zeros((), jnp.int32) if state is None else state.micro_batches,
         items=jnp.zeros((), jnp.result_type(float)) if state is None else state.items,
