@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigbatch.torch as bb
 
-# Of rows that wait, where a test counts products; rows of weights as small would take more room than a gradient.
-ROOM = 4
+# Of deferred rows, where a test counts products; buffers for such small weights would be larger than a gradient.
+CAPACITY = 4
 
 
 class Calls(TorchDispatchMode):

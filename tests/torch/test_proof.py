@@ -15,14 +15,14 @@ from conformance import jobs
 from conformance.adapters.torch import ADAPTERS
 from conformance.torch_products import limits, small_ones_too, takes_products
 
-from .products import ROOM, Calls, agree, by
+from .products import CAPACITY, Calls, agree, by
 
 F64 = torch.float64
 
 
 @pytest.fixture(autouse=True)
 def whatever_its_size():
-    with small_ones_too(ROOM):
+    with small_ones_too(CAPACITY):
         yield
 
 

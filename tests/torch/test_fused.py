@@ -14,12 +14,12 @@ from bigbatch.fused import torch_backward, torch_graph
 from bigbatch.fused.torch_proof import Proof
 from conformance.torch_products import small_ones_too, takes_products
 
-from .products import ROOM, Tied, agree, by, gradients, language
+from .products import CAPACITY, Tied, agree, by, gradients, language
 
 
 @pytest.fixture(autouse=True)
 def whatever_its_size():
-    with small_ones_too(ROOM):
+    with small_ones_too(CAPACITY):
         yield
 
 

@@ -17,12 +17,12 @@ from bigbatch.fused.torch_deferred import DeferredSum
 from bigbatch.fused.torch_limits import LIMITS, worth_fusing
 from conformance.torch_products import limits, small_ones_too
 
-from .products import ROOM, Tied, agree, by, called, language
+from .products import CAPACITY, Tied, agree, by, called, language
 
 
 @pytest.fixture(autouse=True)
 def whatever_its_size():
-    with small_ones_too(ROOM):
+    with small_ones_too(CAPACITY):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Rows that wait to be multiplied: how many, where they end, and that nothing of them is lost or left over."""
+"""Deferred products: how many rows, when they are computed, and that none is lost or reaches another window."""
 
 import io
 
@@ -13,27 +13,27 @@ from bigbatch.fused.torch_deferred import capacity_for
 from bigbatch.fused.torch_limits import LIMITS
 from conformance.torch_products import limits, small_ones_too, takes_products
 
-from .products import ROOM, agree, called, gradients, prove
+from .products import CAPACITY, agree, called, gradients, prove
 
 
 @pytest.fixture(autouse=True)
 def whatever_its_size():
-    with small_ones_too(ROOM):
+    with small_ones_too(CAPACITY):
         yield
 
 
 @takes_products
-def test_products_wait_until_they_are_many_and_the_first_of_them_is_the_sum():
+def test_products_are_deferred_until_they_are_many_and_the_first_of_them_is_the_sum():
     model = nn.Linear(8, 8, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=6)
     prove(acc, model)
-    # Two rows each, and room for four: the third micro-batch has to make room, and so has the fifth.
+    # Two rows each, and space for four: the third micro-batch has to flush them, and so has the fifth.
     assert [called(acc, model) for _ in range(5)] == [[], [], ["mm"], [], ["addmm_"]]
     assert called(acc, model) == ["addmm_"]  # the end
 
 
 @takes_products
-def test_products_of_many_rows_do_not_wait():
+def test_products_of_many_rows_are_not_deferred():
     model = nn.Linear(8, 8, bias=False)
     acc = bb.Accumulator(torch.optim.SGD(model.parameters(), lr=1.0), every=4)
     prove(acc, model)
@@ -69,7 +69,7 @@ def test_a_flushed_window_of_one_is_the_plain_step_to_the_bit():
         loss = model(torch.randn(1, 8)).square().mean()
         if flushed:
             acc.backward(loss, items=1)
-            assert model[0].weight.grad is None, "it waits"
+            assert model[0].weight.grad is None, "it is deferred"
             acc.flush()
         else:
             loss.backward()
@@ -79,8 +79,8 @@ def test_a_flushed_window_of_one_is_the_plain_step_to_the_bit():
 
 
 @takes_products
-def test_rows_looked_up_go_into_a_sum_whose_products_wait():
-    """A table at both ends: the head's rows come first, and wait."""
+def test_rows_looked_up_go_into_a_sum_whose_products_are_deferred():
+    """A table at both ends: the head's rows come first, and are deferred."""
     torch.manual_seed(0)
     table = nn.Parameter(torch.randn(30, 30))
     start, parts = table.detach().clone(), torch.randint(0, 30, (3, 1))
@@ -99,7 +99,7 @@ def test_rows_looked_up_go_into_a_sum_whose_products_wait():
 
 
 @pytest.mark.parametrize("stop", range(1, 6))
-def test_saved_while_rows_wait_it_goes_on_to_the_bit(stop):
+def test_saved_while_products_are_deferred_it_goes_on_to_the_bit(stop):
     def run(resumed):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8))
@@ -119,7 +119,7 @@ def test_saved_while_rows_wait_it_goes_on_to_the_bit(stop):
 
 
 @pytest.mark.parametrize("broken", ["error", "nan", "reset", "drop"])
-def test_rows_that_wait_never_reach_the_next_window(broken):
+def test_deferred_products_never_reach_the_next_window(broken):
     def window(acc, model, parts):
         return [acc.backward(model(part).square().mean(), items=2) for part in parts][-1]
 
@@ -147,7 +147,7 @@ def test_rows_that_wait_never_reach_the_next_window(broken):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_inputs_may_be_written_over_while_their_rows_wait():
+def test_inputs_may_be_written_over_while_their_products_are_deferred():
     """A loader may fill one buffer again and again."""
     model, found = nn.Linear(8, 8).double(), []
     x = torch.randn(5, 2, 8, dtype=torch.float64)
