@@ -7,7 +7,6 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.engines.tensorflow_writes import written
 
 RATE = 0.25
 
@@ -182,23 +181,6 @@ def test_a_loss_that_changes_the_variables_is_refused_at_the_split_api(act, how,
 
     with pytest.raises(RuntimeError, match=f"w:0 changed while its gradient was taken.*{act}"):
         (tf.function(door) if how == "graph" else door)()
-
-
-def test_which_variables_a_graph_writes_to(w):
-    read, statistics = tf.Variable(1.0), tf.Variable(1.0)
-
-    @tf.function
-    def inner(x):
-        statistics.assign(x * read)
-
-    @tf.function
-    def graph(x):
-        inner(x)
-        tf.cond(x > 0, lambda: w.assign_add(tf.ones(3, tf.float64)), lambda: w)
-        return read * x
-
-    handles = {id(handle) for handle in written(graph.get_concrete_function(tf.TensorSpec(())).graph)}
-    assert handles == {id(statistics.handle), id(w.handle)}
 
 
 BAD_EVERY = {

@@ -127,7 +127,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="noise must be True, False or an integer of at least 1"):
         make(noise=0)
     for noise in (True, 5):
-        with pytest.raises(ValueError, match="noise has no effect with every=until_noise.*Received: noise="):
+        with pytest.raises(ValueError, match=r"noise has no effect with every=until_noise.*Received: noise="):
             make(bb.until_noise(at_most=4), noise)
     with tf.distribute.OneDeviceStrategy("/cpu:0").scope(), pytest.raises(ValueError, match=r"under a tf\.distribute"):
         make()

@@ -5,26 +5,6 @@ import pytest
 import tensorflow as tf
 
 import bigbatch.tensorflow as bb
-from bigbatch.engines.tensorflow_xla import under_xla
-
-
-def test_a_graph_knows_that_it_is_for_xla():
-    """The one private name that bigbatch.tensorflow uses."""
-    seen = []
-
-    def look(x):
-        seen.append(under_xla())
-        return tf.cond(x > 0, lambda: inner(x), lambda: x)
-
-    def inner(x):
-        seen.append(under_xla())
-        return x
-
-    tf.function(look)(tf.constant(1.0))
-    tf.function(look, jit_compile=True)(tf.constant(1.0))
-    tf.function(tf.function(look), jit_compile=True)(tf.constant(1.0))
-    assert seen == [False, False, True, True, True, True]
-    assert not under_xla()
 
 
 @pytest.mark.parametrize("door", ["split", "stream"])

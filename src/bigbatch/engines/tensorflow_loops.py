@@ -21,7 +21,7 @@ def branches_of(operation: Any) -> tuple[list[str], list[Any]] | None:
     found = []
     for name, attr in operation.node_def.attr.items():
         functions = [attr.func] if attr.HasField("func") else attr.list.func
-        # Nothing public leads from a call to what it calls. tests/tensorflow/test_memory.py fails when this moves.
+        # No public function leads from a call to the function that it calls: tests/tensorflow/test_private.py.
         found += [(name, operation.graph._get_function(function.name).graph) for function in functions]
     return ([name for name, _ in found], [graph for _, graph in found]) if found else None
 
@@ -63,7 +63,7 @@ class Slice:
     def __init__(self, graph: Any, tensors: dict[int, Any]):
         self.graph, self.tensors = graph, tensors
         self.inputs: set[int] = set()
-        self.is_pure = True  # neither chance nor state has a part in it
+        self.is_pure = True  # depends on neither random numbers nor state
         self._constants: dict[str, Any] = {}
         self._operations: set[str] = set()
         places = {tensor.ref(): i for i, tensor in enumerate(graph.inputs)}

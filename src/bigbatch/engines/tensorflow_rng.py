@@ -1,22 +1,22 @@
-"""The state of TensorFlow's chance, which an audit gives back."""
+"""The state of TensorFlow's random generator, which an audit restores."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-# Nothing public gives it back. tests/tensorflow/test_audit.py and tests/keras/test_audit.py fail if this moves.
+# Nothing public restores it: tests/tensorflow/test_private.py.
 from tensorflow.python.eager import context
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """What `tf.random` draws from is afterwards what it was."""
-    held: Any = context.context()
-    seed, rng = held._seed, getattr(held, "_rng", None)
+    """Afterwards `tf.random` draws what it would have drawn before."""
+    state: Any = context.context()
+    seed, rng = state._seed, getattr(state, "_rng", None)
     drawn = None if rng is None else rng.getstate()
     try:
         yield
     finally:
-        held._seed, held._rng = seed, rng
+        state._seed, state._rng = seed, rng
         if rng is not None:
             rng.setstate(drawn)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# Nothing public tells reads from writes. tests/tensorflow/test_guard.py fails when this moves.
+# Nothing public tells reads from writes: tests/tensorflow/test_private.py.
 from tensorflow.python.framework.auto_control_deps_utils import get_read_only_resource_input_indices_graph
 
 

@@ -1,9 +1,12 @@
 """The gradients of convolutions, for XLA on a CPU, written as the one kind of convolution that is fast in a loop.
 
-XLA has kernels for inputs as examples, places, channels and for kernels as places, in, out. Other convolutions are
-transposed to that by a pass over the program's entry alone, which looks into no loop (jax-ml/jax#12868): there they are
-ten times slower, and TensorFlow asks XLA for a layer's two gradients as such others. A loop over micro-batches is such
-a loop. Of a depthwise kernel's gradient XLA makes something slower still: that is written as a sum for each place.
+XLA has fast kernels where inputs are (examples, places, channels) and kernels (places, in, out). It transposes other
+convolutions to that in a pass over the program's entry, which leaves out loops (jax-ml/jax#12868). In a loop, such as
+one over micro-batches, they are ten times slower, and TensorFlow asks XLA for a layer's two gradients as such others.
+XLA is slower still at a depthwise kernel's gradient: that is written as one sum for each place of the kernel.
+
+Measured in benchmarks/tensorflow_window.md (three convolutions, XLA). It does nothing on a GPU, outside XLA, for
+groups, for sizes that the graph does not know, and for depthwise kernels of `MANY` places and more.
 """
 
 import functools
@@ -16,11 +19,11 @@ from bigbatch.fused.tensorflow_rewrite import read, replace
 
 @tf.autograph.experimental.do_not_convert
 def with_fast_convolutions(graph: Any, gradients: Any) -> Any:
-    """Has all who read a convolution's gradient in `graph` read it computed so. A GPU's are left as they are.
+    """Makes all operations that read a convolution's gradient in `graph` read it computed so. Nothing changes on a GPU.
 
     Args:
         graph: a micro-batch's, that is being traced for XLA and has its backward pass.
-        gradients: what the backward pass made, nested in any way, and None.
+        gradients: the results of the backward pass, nested in any way, and None.
 
     Returns:
         The gradients, computed so.
@@ -106,8 +109,8 @@ def _of_inputs(operation: Any) -> tf.Tensor:
     margins = [(a.span - a.before, a.size + a.before - a.reach + a.span) for a in axes]
     gradient = _padded(gradient, [(0, 0), *margins, (0, 0)])
     places = list(range(len(axes)))
-    turned = tf.reverse(kernel, places)
-    kernel = tf.transpose(turned, [*places, len(axes) + 1, len(axes)])
+    mirrored = tf.reverse(kernel, places)
+    kernel = tf.transpose(mirrored, [*places, len(axes) + 1, len(axes)])
     return _convolved(gradient, kernel, [1] * len(axes), [a.dilation for a in axes])
 
 

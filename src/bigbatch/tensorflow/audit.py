@@ -16,7 +16,7 @@ from bigbatch import errors
 from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Examples, Run
-from bigbatch.engines import tensorflow_rng
+from bigbatch.engines import randomness, tensorflow_rng
 from bigbatch.tensorflow.batch import length_of, tensors
 from bigbatch.tensorflow.checks import as_items, loss_and_items
 
@@ -56,7 +56,7 @@ def audit(loss_fn: Callable[[Any], Any], batch: Any, variables: Sequence[Any], *
     variables = list(variables)
     if not variables:
         raise ValueError("variables must hold at least one. Received: none. Pass model.trainable_variables.")
-    with _chance_kept():
+    with randomness.preserved(), tensorflow_rng.kept():
         return examine(AuditRunner(loss_fn, batch, variables, length, micro_batch))
 
 
@@ -104,10 +104,10 @@ class AuditRunner:
                     scaled = loss * scale
                 n = n if items is None else items[k]
                 count += n
-                found = tape.gradient(scaled, self.variables)
-                if all(grad is None for grad in found):
+                gradients = tape.gradient(scaled, self.variables)
+                if all(grad is None for grad in gradients):
                     raise errors.loss_without_gradient(loss)
-                for name, grad in zip(self.names, found, strict=True):
+                for name, grad in zip(self.names, gradients, strict=True):
                     if grad is not None and n:
                         sums[name] += n * tf.cast(tf.convert_to_tensor(grad), tf.float64).numpy()
         return {name: total / (count * scale) for name, total in sums.items()}
@@ -126,12 +126,12 @@ class AuditRunner:
         return loss, float(tf.reshape(as_items(len(rows) if items is None else items), ()))
 
     def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:
-        """Layers are not watched."""
+        """None: the activations of layers are not compared."""
         return []
 
     @contextlib.contextmanager
     def at_rest(self, seed: int) -> Iterator[Callable[[], None]]:
-        """Everything as it is, with chance seeded."""
+        """Everything as it was at the start, with random numbers from this seed."""
 
         def reset() -> None:
             for variable, value in self.state:
@@ -148,15 +148,3 @@ class AuditRunner:
         finally:
             for variable, value in self.state:
                 variable.assign(value)
-
-
-@contextlib.contextmanager
-def _chance_kept() -> Iterator[None]:
-    """The random state of TensorFlow, NumPy and Python."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with tensorflow_rng.kept():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -1,4 +1,4 @@
-"""What is asked of a loss and of its items: at the door in the words of `bigbatch.errors`, and in the graph too."""
+"""Checks of arguments, losses and items: when the API is called, and again in the graph for what only the run tells."""
 
 import math
 from collections.abc import Callable, Mapping

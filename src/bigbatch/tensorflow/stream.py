@@ -130,7 +130,7 @@ class Accumulator(State):
             grads_and_vars: pairs of a micro-batch's mean gradient and its variable, as for the optimizer. A gradient
                 that is None counts as zero, unless it is None in every micro-batch: then the optimizer never sees it.
             items: what the mean is over: a number of examples or tokens above zero, or a tensor of one element.
-            loss: the micro-batch's mean loss, if the window's is wanted.
+            loss: the micro-batch's mean loss, for the window's in the Update.
 
         Returns:
             An Update; its `closed` says whether this micro-batch filled the window.
@@ -141,8 +141,8 @@ class Accumulator(State):
                 variables are as they were. XLA makes no such check; a window without items is skipped there.
 
         Outside a `tf.function` this runs in one of its own, traced once. The host never waits for the device.
-        In a graph on a CPU, what has read products of large matrices turned over, as gradients of dense layers' inputs
-        are, reads them computed the other way round from here on: the same numbers but for the order of their sums.
+        In a graph on a CPU, operations that have read a product with a large transposed matrix, such as the gradient of
+        a dense layer's inputs, then read it computed without the transposition: the same but for the order of sums.
         """
         pairs = check_pairs(grads_and_vars)
         items = as_items(items)
