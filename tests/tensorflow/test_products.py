@@ -56,6 +56,8 @@ def test_large_matrices_have_rows_and_others_none():
     model.feed([2])
     assert [type(one) for one in model.acc._sums] == [DeferredSum, DeferredSum, DenseSum]
     assert model.held() == [2, 2]
+    saved_as = [kind for kind, _, _ in model.acc._state()["sums"]]
+    assert saved_as == ["ProductSum", "ProductSum", "DenseSum"], "in checkpoints"
 
 
 @pytest.mark.parametrize("lengths", [[2, 2, 2], [5, 1, 4, 3, 2], [30, 2, 30], [2] * 40])

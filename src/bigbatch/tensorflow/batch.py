@@ -1,4 +1,4 @@
-"""A batch as people nest it: its length, and a micro-batch cut from it."""
+"""A nested batch: its length, and slices of it."""
 
 import copy
 from collections.abc import Mapping, MutableMapping
@@ -60,19 +60,19 @@ def leaves_of(batch: Any, where: str) -> list[tuple[str, tf.Tensor]]:
     """Every tensor of a batch, with the place where it stands."""
     if tf.is_tensor(batch):
         return [(where, batch)]
-    found = []
+    leaves = []
     if isinstance(batch, Mapping):
         for key in sorted(batch):
-            found += leaves_of(batch[key], f"{where}[{key!r}]")
+            leaves += leaves_of(batch[key], f"{where}[{key!r}]")
     elif isinstance(batch, tuple) and (fields := getattr(batch, "_fields", None)):
         for key in fields:
-            found += leaves_of(getattr(batch, key), f"{where}.{key}")
+            leaves += leaves_of(getattr(batch, key), f"{where}.{key}")
     elif isinstance(batch, list | tuple):
         for key, child in enumerate(batch):
-            found += leaves_of(child, f"{where}[{key}]")
+            leaves += leaves_of(child, f"{where}[{key}]")
     else:  # what else tf.nest opens, or None
-        found += [(where, leaf) for leaf in tf.nest.flatten(batch) if leaf is not None]
-    return found
+        leaves += [(where, leaf) for leaf in tf.nest.flatten(batch) if leaf is not None]
+    return leaves
 
 
 def spec_of(leaf: tf.Tensor, length: int) -> tf.TensorSpec:

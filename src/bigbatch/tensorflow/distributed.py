@@ -1,4 +1,4 @@
-"""One window on all replicas of a `tf.distribute` strategy: what is added up when it closes, and who is shown what."""
+"""One window on all replicas of a `tf.distribute` strategy: the sums over replicas when it closes, and their shares."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class Reduced(NamedTuple):
     items: tf.Tensor
     loss: tf.Tensor
     factor: tf.Tensor  # what makes a mean of a sum
-    norm: tf.Tensor  # of the mean gradient; NaN where nobody here sees it
+    norm: tf.Tensor  # of the mean gradient; NaN where only the optimizer computes that
     finite: tf.Tensor
     share: Callable[[Callable[[list[Gradient]], None]], None]  # calls a function on each replica with its share
 
@@ -43,7 +43,7 @@ def reduced(sums: Sequence[DenseSum], items: tf.Variable, loss: tf.Variable, who
     all_items, all_loss, squares = tf.unstack(strategy.reduce("SUM", strategy.run(stats), axis=None))
     factor = 1 / all_items
     if not whole or not sums or strategy.num_replicas_in_sync == 1:
-        # An inf on one replica is made every replica's, for a LossScaleOptimizer that looks at its own.
+        # Where one replica has an inf, all get NaN, for a LossScaleOptimizer that checks its own share.
         finite = tf.math.is_finite(squares)
         own = tf.where(finite, factor, float("nan"))
         alone = tf.sqrt(2 * squares) * factor  # l2_loss is half of the squares' sum

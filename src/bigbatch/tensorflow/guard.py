@@ -1,4 +1,4 @@
-"""What others did to an open window: the optimizer's steps and the variables' bits, noted when it opens."""
+"""Detects what others change in an open window, from notes of the optimizer's steps and the variables' bits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ STEPPED = f"The optimizer made a step of its own {MOVED}"
 
 
 class Guard(tf.Module):
-    """Notes of how the open window began.
+    """Notes of the values with which the open window began.
 
     The bits of each variable are read in one pass when the window opens, and in one when it closes. Not those of
     variables on a GPU, with sparse gradients, on replicas or under XLA: there only the optimizer's own count of steps

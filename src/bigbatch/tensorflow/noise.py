@@ -15,7 +15,7 @@ DECAY = NoiseScale().decay
 
 
 class WindowNoise(NamedTuple):
-    """What one window says of the noise in its gradient; NaN where it was not measured. Scalar tensors."""
+    """The noise in one window's gradient; NaN where it was not measured. Scalar tensors."""
 
     micro_batches: tf.Tensor  # that were measured, int64
     items: tf.Tensor  # float64
@@ -24,7 +24,7 @@ class WindowNoise(NamedTuple):
 
 
 def nothing() -> WindowNoise:
-    """Of a window that was not measured, or is still open."""
+    """For a window that was not measured, or is still open."""
     nan = tf.constant(math.nan, COUNT)
     return WindowNoise(tf.zeros((), tf.int64), tf.zeros((), COUNT), nan, nan)
 
@@ -65,7 +65,7 @@ class Meter(tf.Module):
         return self.squares.assign(tf.where(first, tf.zeros((), COUNT), self.squares) + square, read_value=False)
 
     def window(self, micro_batches: tf.Tensor, items: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor) -> WindowNoise:
-        """What the window says so far; the gradients and the norm of their mean were scaled by `scale`."""
+        """The estimates so far; the gradients and the norm of their mean were scaled by `scale`."""
         count = tf.cast(micro_batches, COUNT)
         trace, squared_norm = estimate(count, items, self.squares / scale**2, (norm / scale) ** 2)
         some = micro_batches > 1
@@ -91,7 +91,7 @@ class Meter(tf.Module):
 
 
 def looked_at(every: UntilNoise, micro_batches: tf.Tensor) -> tf.Tensor:
-    """Whether an open window of so many micro-batches is looked at."""
+    """Whether `every` checks an open window of so many micro-batches."""
     return tf.reduce_any(tf.equal(micro_batches, tf.constant(every.looks[:-1], tf.int64)))
 
 

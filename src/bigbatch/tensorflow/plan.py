@@ -1,4 +1,4 @@
-"""The micro-batch that fits, read off the graph: TensorFlow tells no peak beforehand, but a traced graph has shapes."""
+"""The largest micro-batch that fits, predicted from the shapes in a traced graph: TensorFlow predicts no peak."""
 
 import logging
 import math
@@ -17,8 +17,8 @@ from bigbatch.tensorflow.batch import length_of, slice_of, spec_of, tensors
 from bigbatch.tensorflow.checks import COUNT, check_dtype
 from bigbatch.tensorflow.window import Task, Window, forward_backward, stored
 
-# One line a choice, by logging and as a warning, which is what is seen where logging was never set up: the choice
-# decides how fast training is, and was made on the user's behalf.
+# One line a choice, as a warning, which Python shows where logging was not configured: the choice decides how fast
+# training is, and the user did not make it.
 logger = logging.getLogger("bigbatch.tensorflow")
 
 
@@ -66,7 +66,7 @@ def plan(
 
 
 class _Traces:
-    """Predictions for one loss function and batch, and what was learned on the way."""
+    """Predictions for one loss function and batch, and the variables that the loss function assigns."""
 
     def __init__(self, loss_fn: Callable[[Any], Any], batch: Any, variables: list[Any], dtype: Any):
         self.loss_fn, self.variables, self.dtype = loss_fn, variables, dtype
@@ -87,7 +87,7 @@ class _Traces:
         trained = {id(v) for v in self.variables} | {id(getattr(v, "value", None)) for v in self.variables}
         self.assigned = [v for v in graph.variables if id(v) not in trained]
         cut = sum(bytes_of(spec_of(leaf, size).shape, leaf.dtype) for leaf in self._leaves())
-        # The cut is a copy, and in a window of several the sums so far lie beside the gradients.
+        # The micro-batch is a copy, and in a window of several the sums are there beside the gradients.
         return cut + peak(graph) + (self.held if size < self.length else 0)
 
     def seconds(self, size: int) -> float:
@@ -120,7 +120,7 @@ class _Traces:
         try:
             return tf.function(step).get_concrete_function(spec, tf.TensorSpec((), COUNT))
         except (TypeError, ValueError) as error:
-            # AutoGraph raises another, whose text begins with where it was.
+            # AutoGraph raises another, whose text begins with a place in the code.
             raise (refused or [error])[0] from None
 
 

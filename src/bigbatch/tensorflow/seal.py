@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, looked at before any variable is restored from it."""
+"""A checkpoint's own description of its window, which is checked before any variable is restored."""
 
 import json
 import math
@@ -9,21 +9,21 @@ import tensorflow as tf
 
 
 class Seal(tf.train.experimental.PythonState):
-    """The counts of the window, and of which kind and shape its sums are, beside the variables that hold them.
+    """The counts of the window, and the kind and shape of each sum, beside the variables that hold them.
 
-    TensorFlow restores what is Python's before it restores a variable: what `deserialize` refuses has touched nothing.
+    TensorFlow restores Python's state before it restores a variable: where `deserialize` raises, nothing has changed.
     """
 
     def __init__(self, state: Callable[[], dict[str, Any]]):
         self._state = state
-        self.sums: list[Any] = []  # that the checkpoint read last has, for sums that are yet to be made
+        self.sums: list[Any] = []  # of the checkpoint that was read last, for sums that are made later
 
     def serialize(self) -> str:
         """As JSON. The host waits for the device. Nothing for a SavedModel, which keeps no Python state."""
         return json.dumps(self._state()) if tf.executing_eagerly() else ""
 
     def deserialize(self, string_value: Any) -> None:
-        """Refuses a window that cannot be gone on with.
+        """Refuses a window that cannot be continued.
 
         Raises:
             ValueError: names the entry.
