@@ -7,6 +7,7 @@ try:
     from bigbatch.jax.audit import audit as audit
     from bigbatch.jax.aux_outputs import carry as carry
     from bigbatch.jax.checks import check_state as check_state
+    from bigbatch.jax.chunked import chunked as chunked
     from bigbatch.jax.noise import noise_scale as noise_scale
     from bigbatch.jax.plan import plan as plan
     from bigbatch.jax.split import value_and_grad as value_and_grad
