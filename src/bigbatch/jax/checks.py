@@ -185,7 +185,7 @@ def check_inner(before: Any, after: Any, sums: Any, updates: Any) -> None:
 
 def refuse_line_search(inner: Any) -> None:
     """Refuses an optax transformation that evaluates the loss by itself. Its state's type shows it."""
-    kinds = (  # each is checked in tests/jax/test_private.py
+    kinds = (  # tests/jax/test_private.py
         optax.ScaleByZoomLinesearchState,
         optax.ScaleByBacktrackingLinesearchState,
         optax.contrib.HutchinsonState,

@@ -46,7 +46,7 @@ def spread(tree: Any, names: Sequence[str]) -> Any:
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
-    """The axes along which JAX knows a value to differ; none where it does not track them (`check_vma=False`)."""
+    """The axes along which JAX knows a value to differ; none with `check_vma=False`; tests/jax/test_private.py."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
