@@ -407,8 +407,3 @@ def fitting(
 def halved(length: int, micro_batch: int) -> int:
     """The size at which a batch of this length comes in twice as many micro-batches, for when memory ran out anyway."""
     return -(-length // (2 * -(-length // micro_batch)))
-
-
-def not_even_one(plan: Plan) -> str:
-    """The note on an out-of-memory of micro-batches of one example."""
-    return f'micro_batch="auto": not even one example at a time fits. Planned was: {plan}'

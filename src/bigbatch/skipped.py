@@ -13,6 +13,6 @@ def micro_batches(count: int) -> str:
     return f"{count} micro-batch" + ("es" if count != 1 else "")
 
 
-def not_finite(loss: float, norm: float) -> str:
+def not_finite(loss: float | str, norm: float | str) -> str:
     """For a window whose mean loss or gradient is NaN or infinite."""
     return f"the window is not finite: loss {loss}, gradient norm {norm}"

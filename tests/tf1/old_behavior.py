@@ -32,8 +32,8 @@ for partial in ("apply", "carry", "drop"):
             session.run(acc.flush)
             last, pending, after = session.run([acc.last, acc.pending, w])
             assert (pending, after != before) == {"apply": (0, True), "carry": (1, False), "drop": (0, False)}[partial]
-            said = {"apply": None, "carry": "carried: 1 micro-batches of a partial window wait for more",
-                    "drop": "dropped: 1 micro-batches of a partial window"}[partial]  # fmt: skip
+            said = {"apply": None, "carry": "carried: 1 micro-batch stay in the open window",
+                    "drop": "dropped: 1 micro-batch"}[partial]  # fmt: skip
             assert last.skipped == said
             session.run([acc.zero, op], {x: [1.0]})
             assert session.run(acc.pending) == 0

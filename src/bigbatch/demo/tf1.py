@@ -1,6 +1,6 @@
 """The demo in TensorFlow 1: a graph, a session, and the ops that a user would fetch.
 
-A session has no split door. There the parts are driven by name: `accumulate` for each piece of the batch, then
+A session has no split API. There the parts are driven by name: `accumulate` for each piece of the batch, then
 `apply`.
 """
 

@@ -1,4 +1,4 @@
-"""`chunked`: a function of a whole batch, run one micro-batch at a time, and once more when its gradient is wanted.
+"""`chunked`: a function of a whole batch, run one micro-batch at a time, and once more when its gradient is needed.
 
 A loss that compares the examples of a batch needs all of their outputs, and no micro-batch has them. So the function
 runs piece by piece, its outputs are joined, and the loss sees the whole batch. Each piece keeps its inputs only

@@ -95,10 +95,10 @@ class DenseSum:
 
 
 class ProductSum:
-    """A dense layer's gradient, leftᵀ · right: the rows of both, until there are so many that they are multiplied out.
+    """A dense layer's gradient, leftᵀ · right: the rows of both are kept until they are computed as one matmul.
 
-    That is once a window, or more often where rows would take more than three quarters of the gradient's memory, and
-    later, beside the total, more than a quarter.
+    That happens once a window, or more often where rows would take more than three quarters of the gradient's memory,
+    and later, beside the total, more than a quarter.
     """
 
     def __init__(self, product: FactoredGrad, variable: Any):
@@ -149,7 +149,7 @@ class ProductSum:
     def _assign(self, left: tf.Tensor, right: tf.Tensor, total: tf.Tensor, new: bool) -> tf.Operation:
         """Takes these rows, all of the window that are not in the total, which is a 1×1 zero where it holds none."""
         alone, beside_total = row_capacity(*self.shape, quarters=3), row_capacity(*self.shape)
-        room = alone if new else tf.where(tf.equal(tf.size(total), 1), alone, beside_total)
+        capacity = alone if new else tf.where(tf.equal(tf.size(total), 1), alone, beside_total)
 
         def keep() -> tf.Tensor:
             emptied = [_set(self.total, total)] if new else []
@@ -159,7 +159,7 @@ class ProductSum:
             multiplied = total + tf.linalg.matmul(left, right, transpose_a=True)
             return done(_set(self.total, multiplied), _set(self.left, left[:0]), _set(self.right, right[:0]))
 
-        return tf.cond(tf.shape(left)[0] <= room, keep, multiply).op
+        return tf.cond(tf.shape(left)[0] <= capacity, keep, multiply).op
 
 
 class SparseSum:

@@ -1,4 +1,4 @@
-"""The stream door: a `session.run` a micro-batch, and bigbatch stands where a v1 optimizer applies a gradient."""
+"""The stream API: a `session.run` a micro-batch, and bigbatch stands where a v1 optimizer applies a gradient."""
 
 import functools
 from collections.abc import Iterable

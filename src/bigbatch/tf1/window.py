@@ -6,11 +6,13 @@ changes, and those who change a window have turns (`order`): the micro-batch, ap
 sessions that several threads run.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from bigbatch import skipped as reasons_for
 from bigbatch.tf1.checks import require
 from bigbatch.tf1.control_flow import Turn, only_if
 
@@ -194,21 +196,28 @@ def not_finite(loss: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
     def shown(number: tf.Tensor) -> tf.Tensor:
         return tf.where(tf.math.is_nan(number), "nan", tf.strings.as_string(number, shortest=True))  # not "-nan"
 
-    return tf.strings.join(["the window is not finite: loss ", shown(loss), ", gradient norm ", shown(norm)])
+    return _filled(reasons_for.not_finite("{loss}", "{norm}"), loss=shown(loss), norm=shown(norm))
 
 
 def _reported(report: tf.Tensor) -> tuple[tf.Tensor, Update]:
     """The number of updates, and the last window's."""
     updates, index, micro_batches, items, loss, norm, code = tf.unstack(report)
     updates, index, micro_batches = (tf.cast(count, tf.int64) for count in (updates, index, micro_batches))
-    held = tf.strings.join([tf.strings.as_string(micro_batches), " micro-batches of a partial window"])
+    noun = tf.where(tf.equal(micro_batches, 1), " micro-batch", " micro-batches")
+    held = tf.strings.join([tf.strings.as_string(micro_batches), noun])
     reasons = [
         tf.constant(""),
         not_finite(loss, norm),
-        tf.strings.join(["carried: ", held, " wait for more"]),
-        tf.strings.join(["dropped: ", held]),
+        _filled(reasons_for.CARRIED, held=held),
+        _filled(reasons_for.DROPPED, held=held),
     ]
     return updates, Update(index, micro_batches, items, loss, norm, tf.gather(reasons, tf.cast(code, tf.int32)))
+
+
+def _filled(text: str, **values: tf.Tensor) -> tf.Tensor:
+    """A text with tensors of text in its `{names}`."""
+    parts = re.split(r"\{(\w+)\}", text)
+    return tf.strings.join([values[part] if k % 2 else part for k, part in enumerate(parts)])
 
 
 def _variable(dtype: tf.DType, size: int, name: str) -> Any:
