@@ -19,4 +19,4 @@ if BACKEND != "torch":
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stdout.count("exact on two devices") == 5
         assert "The noise scale is measured on one device. Received: noise=True, 2 devices." in done.stdout
-        assert "An audit is made on one device. Received: 2 devices." in done.stdout
+        assert "An audit runs on one device. Received: 2 devices." in done.stdout
