@@ -55,7 +55,7 @@ def check_place() -> None:
             "without sessions, use bigbatch.tensorflow."
         )
     graph: Any = v1.get_default_graph()
-    # Nothing public says that a graph is inside a conditional or a loop of the old kind.
+    # Nothing public says that a graph is inside a conditional or a loop of the old kind; tests/tf1/test_private.py.
     if graph.building_function or graph._get_control_flow_context() is not None:
         raise ValueError(
             "minimize and apply_gradients must be called in the graph itself. Received: a call inside tf.cond, "
