@@ -6,7 +6,8 @@ import tensorflow as tf
 from tensorflow.python.grappler import tf_optimizer
 
 import bigbatch.tf1 as bb
-from bigbatch.tf1.accumulators import DenseSum, ProductSum
+from bigbatch.fused.tf1 import DeferredSum
+from bigbatch.tf1.accumulators import DenseSum
 from conformance import jobs
 from conformance.adapters import tf1 as adapters
 
@@ -41,7 +42,7 @@ class Deep:
         else:
             self.acc = bb.Accumulator(optimizer, every, **options)
             self.op = self.acc.minimize(self.loss, items=tf.shape(self.x)[0])
-            self.kept = [s for s, _ in self.acc._sums if isinstance(s, ProductSum)]
+            self.kept = [s for s, _ in self.acc._sums if isinstance(s, DeferredSum)]
         self.session = v1.Session()
         self.session.run(v1.global_variables_initializer())
 
@@ -170,7 +171,7 @@ def test_products_are_found_behind_the_gates(gate):
     optimizer = v1.train.GradientDescentOptimizer(1.0)
     acc = bb.Accumulator(optimizer, 2)
     acc.minimize(ours.loss, items=2, var_list=ours.weights, gate_gradients=getattr(optimizer, gate))
-    assert [type(s) for s, _ in acc._sums] == [ProductSum, ProductSum, DenseSum]
+    assert [type(s) for s, _ in acc._sums] == [DeferredSum, DeferredSum, DenseSum]
 
 
 def test_what_is_no_product_of_its_own_or_narrower_than_the_sum_is_dense():
@@ -186,7 +187,7 @@ def test_what_is_no_product_of_its_own_or_narrower_than_the_sum_is_dense():
 def test_the_laws_run_with_products_and_without():
     for run, products in ((adapters.Stream, 0), (adapters.StreamProducts, 2)):
         sums = run(jobs.Spec("net", jobs.params("net"))).acc._sums
-        assert sum(isinstance(s, ProductSum) for s, _ in sums) == products
+        assert sum(isinstance(s, DeferredSum) for s, _ in sums) == products
 
 
 @pytest.mark.parametrize("batch", [None, 4])
@@ -197,7 +198,7 @@ def test_variables_that_grow_do_not_spoil_what_grappler_knows_of_shapes(graph, b
     h = tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "SAME") + v1.get_variable("bias", [4]))
     acc = bb.Accumulator(v1.train.AdamOptimizer(), 2)
     op = acc.minimize(tf.reduce_mean(tf.reshape(h, [-1, 256]) @ dense), items=tf.shape(x)[0])
-    assert any(isinstance(s, ProductSum) for s, _ in acc._sums)
+    assert any(isinstance(s, DeferredSum) for s, _ in acc._sums)
     graph.add_to_collection("train_op", op)
     config = v1.ConfigProto()
     config.graph_options.rewrite_options.optimizers.extend(["function", "remap"])

@@ -137,7 +137,7 @@ def fitting(window: Callable[[int], Any], loss_fn: Any, batch: Any, variables: l
     """`window(micro_batch)` with the micro-batch that fits, planned once for a loss function and a shape of batch.
 
     In a `tf.function` that is when it is traced. Outside it also survives an out-of-memory: what `loss_fn` assigned is
-    given back, and the window is done again with micro-batches of half the size, which it goes on with.
+    given back, and the window is run again with micro-batches of half the size, which it goes on with.
     """
     choice = _choice(loss_fn, batch, variables, dtype)
     if not tf.executing_eagerly():
