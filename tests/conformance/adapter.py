@@ -84,12 +84,15 @@ class Adapter(Protocol):
         door: "split" or "stream".
         absent: whether a parameter can have no gradient at all (None), which is not the same as zero.
         half: the name of the 16-bit dtype that "half" stands for: "bfloat16" or "float16".
+        refusal: what `feed` raises of a micro-batch without items; None where items are traced into a program, which
+            cannot refuse them: they count for nothing.
     """
 
     name: str
     door: Literal["split", "stream"]
     absent: bool
     half: str
+    refusal: type[Exception] | None
 
     def start(self, spec: Spec) -> Any: ...
 

@@ -486,6 +486,7 @@ def quiet(spec: Spec) -> Any:
 class Adapter:
     door, half = "split", "bfloat16"
     absent = BACKEND != "jax"  # where JAX has zeros
+    refusal = ValueError
 
     def __init__(self, name: str, start: type[KerasRun], plain: type[KerasRun]):
         self.name, self.start, self.plain = f"keras_{BACKEND}-{name}", start, plain

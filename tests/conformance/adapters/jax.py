@@ -371,7 +371,7 @@ class Stream(JaxRun):
 
 class Adapter:
     absent, half = False, "bfloat16"
-    items_unseen = True  # `feed` passes them into a compiled step
+    refusal = None  # `feed` passes items into a compiled step
     plain = Plain
 
     def __init__(self, name: str, door: str, start: type[JaxRun]):

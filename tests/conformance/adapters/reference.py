@@ -200,7 +200,7 @@ class PlainRun(ReferenceRun):
 
 
 class Reference:
-    door, absent, half = "stream", True, "float16"
+    door, absent, half, refusal = "stream", True, "float16", ValueError
 
     def __init__(self, name: str = "reference", run: Callable[[Spec], ReferenceRun] = ReferenceRun):
         self.name, self.start = name, run

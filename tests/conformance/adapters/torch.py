@@ -360,7 +360,7 @@ class FusedSplit(Split):
 
 
 class Adapter:
-    absent, half = True, "bfloat16"
+    absent, half, refusal = True, "bfloat16", ValueError
 
     def __init__(self, name: str, door: str, start: type[TorchRun], plain: type[TorchRun] = Plain):
         self.name, self.door, self.start, self.plain = f"torch-{name}", door, start, plain
