@@ -29,7 +29,9 @@ class Guard(tf.Module):
     def __init__(self, **options: Any):
         super().__init__()
         self._steps = tf.Variable(tf.constant(-1, tf.int64), **options)  # unknown, as after a checkpoint without
-        self._bits = tf.Variable(tf.zeros([0, 8], tf.uint8), shape=[None, 8], **options)
+        # Not between workers, who could not broadcast its first value: a collective takes no uint8.
+        if not isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
+            self._bits = tf.Variable(tf.zeros([0, 8], tf.uint8), shape=[None, 8], **options)
 
     def open(self, optimizer: Any, variables: Sequence[Any], dense: Sequence[bool]) -> list[Any]:
         """Notes what is there now; `dense` says of which variables the bits count. Returns the operations that do."""
