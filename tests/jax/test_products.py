@@ -1,4 +1,4 @@
-"""Factors of large weights' gradients, kept by the loop and whose product after it is the sum: which, when, and rightly."""
+"""Factors of large weights' gradients, kept by the loop, whose product is the sum: which, when, and correctly."""
 
 import jax
 import jax.numpy as jnp

@@ -21,7 +21,7 @@ def register(method: Callable[[Any], RemovableHandle], hook: Callable[..., Any])
 
 def foreign_hooks() -> int:
     """How many hooks others have registered in this process so far."""
-    # No public name tells the number; a test fails when it moves.
+    # No public name has the number; tests/torch/test_private.py.
     return RemovableHandle.next_id - _ours
 
 

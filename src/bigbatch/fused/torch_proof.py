@@ -48,7 +48,7 @@ class Use(NamedTuple):
 
     def casts(self) -> list[torch.dtype]:
         """The dtypes that the gradient goes through on its way to the weight's own."""
-        # No public name tells a node's dtypes; a test fails when this one moves.
+        # No public name has a node's dtypes; tests/torch/test_private.py.
         return [node._input_metadata[0].dtype for node in self.between]
 
     def parts(self, grad: Tensor) -> tuple[Any, ...]:
@@ -290,6 +290,7 @@ def is_product(weight: Tensor, given: list[_Given], gradient: Tensor) -> bool | 
     absolute = DEVIATIONS * columns**0.5 * least + torch.finfo(gradient.dtype).tiny
     difference, size = (_times(gradient, vectors) - image).abs().amax(1), image.abs().amax(1)
     # Their squares may be too small or too large for float32, which a first pass in it, four times as fast, shows.
+    excess = math.inf
     for precision in dict.fromkeys((dtype, wide)):
         squares = image.new_zeros(len(weight), dtype=precision)  # Σᵣ |leftᵣᵢ|²·‖rightᵣ‖², as the partial sums are
         for use, parts in given:
