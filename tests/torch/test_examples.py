@@ -23,7 +23,10 @@ def test_example(name, capsys):
         )
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/pytorch.md", "docs/faq.md", "docs/semantics.md", "docs/memory.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "docs/pytorch.md", "docs/faq.md", "docs/coming-from.md", "docs/semantics.md", "docs/memory.md"],
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_blocks(ROOT / page)
