@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs release clean
 
 demo: .venv/.demo
 	$(BIN)/bigbatch demo
@@ -21,8 +21,11 @@ docs: .venv/.docs
 bench: .venv/.test
 	$(BIN)/python benchmarks/run.py
 
+release: .venv/.release
+	$(BIN)/python tests/release.py
+
 clean:
-	rm -rf .venv site
+	rm -rf .venv site dist
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigbatch needs Python 3.11 or newer. Received: $(PYTHON) = %d.%d. Run make PYTHON=python3.11" % sys.version_info[:2])'
@@ -38,4 +41,8 @@ clean:
 
 .venv/.docs: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[docs]'
+	touch $@
+
+.venv/.release: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[release]'
 	touch $@
