@@ -183,3 +183,9 @@ def test_monte_carlo(sizes):
     assert abs(float(seen.trace[closed].mean()) / trace - 1) < 0.01
     assert abs(float(seen.squared_norm[closed].mean()) / squared_norm - 1) < 0.01
     assert bb.noise_scale(state).scale == pytest.approx(trace / squared_norm, rel=0.3)  # of the last 40 windows
+
+
+@pytest.mark.parametrize("noise", [True, 20])
+def test_noise_beside_until_noise_is_refused(noise):
+    with pytest.raises(ValueError, match=r"noise has no effect with every=until_noise.*Received: noise="):
+        bb.accumulate(optax.sgd(0.1), every=bb.until_noise(at_most=4), noise=noise)

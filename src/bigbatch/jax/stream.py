@@ -70,7 +70,7 @@ def accumulate(
             "Pass the transformation itself, such as optax.adamw(1e-3)."
         )
     every = every if isinstance(every, UntilNoise) else as_every(every)
-    measured = 1 if isinstance(every, UntilNoise) else one_in(noise)
+    measured = one_in(noise, every)
     errors.check_choice("partial", partial, ("apply", "carry", "drop"))
     check_dtype(dtype)
     made = Accumulation(optax.with_extra_args_support(tx), every, dtype, partial, measured)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch import errors
 from bigbatch.engines.torch_dtypes import exact
 from bigbatch.engines.torch_hooks import register
 from bigbatch.noise import Noise, NoiseScale, UntilNoise, one_in
@@ -33,12 +32,7 @@ class Meter:
     """
 
     def __init__(self, every: Any, noise: bool | int):
-        if isinstance(every, UntilNoise) and noise is not False and (noise is True or one_in(noise) != 1):
-            raise ValueError(
-                f"noise has no effect with every={every}, which measures every window. "
-                f"{errors.received('noise', noise)} Leave it out."
-            )
-        self.one_in = 1 if isinstance(every, UntilNoise) else one_in(noise)
+        self.one_in = one_in(noise, every)
         self.scale = NoiseScale()
         self.norms: list[Tensor] = []
         self.squares: float | Tensor = 0.0
