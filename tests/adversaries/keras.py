@@ -159,10 +159,11 @@ def acts(one: Trained, rng: np.random.Generator) -> dict[str, Callable[[], Any]]
     variables = model.trainable_variables
     some = [rng.normal(size=v.shape) for v in variables]
     x, y = rng.normal(size=(ROWS, 4)), rng.normal(size=(ROWS, 3))
+    others = model.get_weights()[len(some) :]  # here: JAX refuses to read an array while it traces
     made = {
         "apply": lambda: model.optimizer.apply([ops.convert_to_tensor(s) for s in some], variables),
         "assign": lambda: variables[0].assign(some[0]),
-        "set_weights": lambda: model.set_weights([*some, *model.get_weights()[len(some) :]]),
+        "set_weights": lambda: model.set_weights([*some, *others]),
         "evaluate": lambda: model.evaluate(x, y, batch_size=ROWS, verbose=0),
         "build": lambda: model.optimizer.build(variables),
         "exception": lambda: 1 // 0,
