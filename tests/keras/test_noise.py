@@ -12,7 +12,7 @@ import pytest
 from keras import ops
 
 import bigbatch.keras as bb
-from bigbatch.keras import noise
+from bigbatch.keras import noise_window
 from bigbatch.noise import Noise
 from conformance.keras_parity import BACKEND, close, data, float64, mlp
 
@@ -255,7 +255,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_monte_carlo(case, monkeypatch):
     """A loss whose gradient is the mean of the rows; the average looks back on all windows."""
-    monkeypatch.setattr(noise, "DECAY", 1 - 1e-6)
+    monkeypatch.setattr(noise_window, "DECAY", 1 - 1e-6)
     (how, sizes), keep = CASES[case], keras.layers.Dense(1, use_bias=False)
     model = keras.Sequential([keras.Input((200,)), keep])
     model.compile(keras.optimizers.SGD(0.0), lambda y, y_pred: y_pred[:, 0])
