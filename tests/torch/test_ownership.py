@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import bigbatch.torch as bb
@@ -404,6 +404,32 @@ def test_the_optimizers_parameters_may_not_change_inside_a_window():
     assert (acc.index, late.item(), late.grad) == (0, 1, None)
     acc.backward(loss_of(model, *xy) * late, items=12)
     assert acc.pending == 1
+
+
+def test_a_window_may_be_collected_in_the_middle_of_another_optimizers_step():
+    """PyTorch goes through the hooks before a step then, and an error would be the other optimizer's."""
+    before, model = len(_global_optimizer_pre_hooks), network()
+    acc = bb.Accumulator(sgd(model), every=4)
+    acc.backward(loss_of(model, *data()), items=12)
+    acc.itself = acc  # so that only the garbage collector frees it
+    del acc
+
+    def collect(*_):
+        gc.collect()
+
+    handles = [
+        register_optimizer_step_pre_hook(hook) for hook in (collect, lambda *_: None)
+    ]  # it goes on to the second
+    other = nn.Parameter(torch.ones(()))
+    other.grad = torch.ones(())
+    torch.optim.SGD([other], lr=0.5).step()
+    for handle in handles:
+        handle.remove()
+    assert other.item() == 0.5
+    again = bb.Accumulator(sgd(model), every=1)
+    model.zero_grad()
+    again.backward(loss_of(model, *data()), items=12)
+    assert len(_global_optimizer_pre_hooks) == before
 
 
 def test_nothing_stays_behind():

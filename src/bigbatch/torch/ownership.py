@@ -8,13 +8,14 @@ What nobody can see from here: writes through `.data`, and hooks on the accumula
 """
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbatch.engines.torch_hooks import register
@@ -23,6 +24,9 @@ _version = attrgetter("_version")
 
 _OPEN: "weakref.WeakSet[Ownership]" = weakref.WeakSet()
 """The windows that are open in this process, so that no parameter comes into two."""
+
+_ABANDONED: list[Any] = []
+"""Handles of windows that were collected in the middle of an optimizer's step; the next window removes them."""
 
 
 class Ownership:
@@ -64,14 +68,17 @@ class Ownership:
         self._missing: list[Tensor] = []  # parameters without a gradient
         self._writes = 0  # to all gradients together
         self._replaces = False  # whether autograd may put another tensor into `.grad`, as it does for sparse ones
+        while _ABANDONED:
+            _ABANDONED.pop().remove()
         self._handle = register(register_optimizer_step_pre_hook, _refusing(weakref.ref(self)))
         self._taken: RuntimeError | None = None
         self.add(parameters, instead)
         _OPEN.add(self)
 
     def __del__(self) -> None:
+        # The garbage collector may come while PyTorch goes through its hooks, which must stay as they are then.
         if self._handle is not None:
-            self._handle.remove()
+            _ABANDONED.append(self._handle) if _is_stepping() else self._handle.remove()
 
     def add(self, parameters: Iterable[Tensor], instead: bool = False) -> None:
         """Takes parameters in that the window has no gradients of yet."""
@@ -210,6 +217,16 @@ def _replaced(p: Tensor) -> RuntimeError:
 def _appeared(p: Tensor) -> RuntimeError:
     seen = f"{_named(p)} has a .grad that is not the window's, as a backward() of somebody else leaves it"
     return changed(seen, "that backward(), or put torch.autograd.grad in its place")
+
+
+def _is_stepping() -> bool:
+    """Whether some thread is inside an optimizer's step, or calls its hooks."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_globals.get("__name__") == Optimizer.__module__:
+                return True
+            frame = frame.f_back
+    return False
 
 
 def _refusing(owner: "weakref.ref[Ownership]") -> Callable[..., None]:
