@@ -63,6 +63,16 @@ def check_micro_batch(micro_batch: Any, *, auto: bool = True) -> int:
     return _check_count("micro_batch", micro_batch, kinds, "Pass the number of examples that fit in memory at once.")
 
 
+def check_keep(keep: Any, *, auto: bool) -> Any:
+    """Accepts how many pieces keep their activations; `auto` is whether the caller also takes "auto"."""
+    if auto and isinstance(keep, str) and keep == "auto":
+        return keep
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+        kinds = 'a number of pieces or "auto"' if auto else "a number of pieces, 0 or more"
+        raise ValueError(f"keep must be {kinds}. {received('keep', keep)}")
+    return keep
+
+
 def check_batch_size(batch_size: Any) -> int:
     """Accepts the number of examples that one update is to see."""
     return _check_count("batch_size", batch_size, "an integer", "Pass the number of examples that make one update.")
@@ -147,6 +157,14 @@ def _not_a_loss(result: Any) -> Exception:
     return TypeError(
         f"loss_fn must return the mean loss or (loss, items). Received: a tuple of {len(result)}. "
         "Bind other outputs outside, or return them through a variable of your own."
+    )
+
+
+def output_without_length(where: str, value: Any, examples: int) -> Exception:
+    """For an output of a chunked function that cannot be joined with those of the other pieces."""
+    return ValueError(
+        "An output must have one entry an example along its leading dimension. "
+        f"{received(where, value)} The piece had {examples} examples."
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 import numbers
 import re
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -357,6 +358,11 @@ class Choice:
     def size(self, length: int) -> int:
         """The micro-batch for a batch of this length: as few micro-batches as possible, of nearly one size."""
         return -(-length // -(-length // self.micro_batch))
+
+
+def log_choice(logger: logging.Logger, plan: Plan, started: float) -> None:
+    """Warns what `micro_batch="auto"` chose, and how long that took since `started`, of `time.perf_counter()`."""
+    logger.warning('micro_batch="auto": %s in %.1f s.', plan, time.perf_counter() - started)
 
 
 def nothing_to_restore() -> Callable[[], None]:

@@ -11,15 +11,11 @@ import bigbatch.torch as bb
 from bigbatch.engines.torch_memory import PeakMemory
 from bigbatch.fused.torch_deferred import capacity_for
 from bigbatch.fused.torch_limits import LIMITS
-from conformance.torch_products import limits, small_ones_too, takes_products
+from conformance.torch_products import limits, takes_products
 
-from .products import CAPACITY, agree, called, gradients, prove
+from .products import agree, called, gradients, prove
 
-
-@pytest.fixture(autouse=True)
-def whatever_its_size():
-    with small_ones_too(CAPACITY):
-        yield
+pytestmark = pytest.mark.usefixtures("whatever_its_size")
 
 
 @takes_products

@@ -12,21 +12,11 @@ import bigbatch.torch as bb
 from bigbatch.engines.torch_hooks import has_hooks
 from bigbatch.fused import torch_backward, torch_graph
 from bigbatch.fused.torch_proof import Proof
-from conformance.torch_products import small_ones_too, takes_products
+from conformance.torch_products import takes_products
 
-from .products import CAPACITY, Tied, agree, by, gradients, language
+from .products import Tied, agree, by, gradients, language
 
-
-@pytest.fixture(autouse=True)
-def whatever_its_size():
-    with small_ones_too(CAPACITY):
-        yield
-
-
-@pytest.fixture
-def tokens():
-    torch.manual_seed(1)
-    return torch.randint(11, (10, 5)), torch.randint(11, (10, 5))
+pytestmark = pytest.mark.usefixtures("whatever_its_size")
 
 
 @pytest.mark.parametrize("door", ["split", "stream"])

@@ -15,21 +15,11 @@ import bigbatch.torch as bb
 from bigbatch.fused import torch_backward, torch_limits
 from bigbatch.fused.torch_deferred import DeferredSum
 from bigbatch.fused.torch_limits import LIMITS, worth_fusing
-from conformance.torch_products import limits, small_ones_too
+from conformance.torch_products import limits
 
-from .products import CAPACITY, Tied, agree, by, called, language
+from .products import Tied, agree, by, called, language
 
-
-@pytest.fixture(autouse=True)
-def whatever_its_size():
-    with small_ones_too(CAPACITY):
-        yield
-
-
-@pytest.fixture
-def tokens():
-    torch.manual_seed(1)
-    return torch.randint(11, (10, 5)), torch.randint(11, (10, 5))
+pytestmark = pytest.mark.usefixtures("whatever_its_size")
 
 
 def hook_on_the_gradient(model):

@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbatch.engines.torch_hooks import foreign_hooks, has_hooks, register
+from bigbatch.engines.torch_leaves import sequence_now
 from bigbatch.fused.torch_graph import is_compiled
-from bigbatch.fused.torch_proof import sequence_now, signed
+from bigbatch.fused.torch_proof import signed
 from bigbatch.torch import scaling
 from conformance.torch_products import takes_products
 

@@ -13,17 +13,14 @@ from bigbatch.fused.torch_deferred import DeferredSum
 from bigbatch.fused.torch_proof import Proof, Use, is_product
 from conformance import jobs
 from conformance.adapters.torch import ADAPTERS
-from conformance.torch_products import limits, small_ones_too, takes_products
+from conformance.torch_products import limits, takes_products
 
-from .products import CAPACITY, Calls, agree, by
+from .products import Calls, agree, by
 
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def whatever_its_size():
-    with small_ones_too(CAPACITY):
-        yield
+pytestmark = pytest.mark.usefixtures("whatever_its_size")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What a compiled program needs, by the compiler's memory analysis, and what the device has."""
 
+import math
 from typing import Any
 
 import jax
@@ -28,6 +29,11 @@ def needs_of(traced: Any) -> int:
     # peak_memory_in_bytes leaves the temporaries out on a CPU; tests/jax/test_private.py.
     needs = used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
     return needs + (_inside_convolutions(traced.jaxpr.jaxpr) if jax.default_backend() == "cpu" else 0)
+
+
+def bytes_of(arrays: Any) -> int:
+    """The bytes of all arrays, or their shapes, in a pytree."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays) if hasattr(x, "dtype"))
 
 
 def _inside_convolutions(program: Any) -> int:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbatch.engines.torch_hooks import foreign_hooks, has_hooks, register
+from bigbatch.engines.torch_leaves import sequence_now
 
 log = logging.getLogger("bigbatch.torch.products")
 
@@ -148,12 +149,6 @@ class Proof:
         )  # fmt: skip
 
 
-def sequence_now() -> int:
-    """The number of a node that autograd makes now, in this thread."""
-    with torch.enable_grad():
-        return torch.empty(0, requires_grad=True).view(0).grad_fn._sequence_nr()  # pyright: ignore[reportOptionalMemberAccess]
-
-
 _Given = tuple[Use, tuple[Any, ...]]
 
 
@@ -274,8 +269,8 @@ def is_product(weight: Tensor, given: list[_Given], gradient: Tensor) -> bool | 
     image = vectors.new_zeros(len(weight), shape[1])
     columns = weight.shape[1]
     terms, unit, single, least = columns, _unit(dtype), 0.0, 0.0
-    for use, parts in given:
-        left, right = parts if use.place else _looked_up(*parts)
+    factors = [(use, *(parts if use.place else _looked_up(*parts))) for use, parts in given]
+    for use, left, right in factors:
         product = right.to(dtype) @ vectors
         if use.place:
             image += left.t().to(dtype) @ product
@@ -293,17 +288,16 @@ def is_product(weight: Tensor, given: list[_Given], gradient: Tensor) -> bool | 
     excess = math.inf
     for precision in dict.fromkeys((dtype, wide)):
         squares = image.new_zeros(len(weight), dtype=precision)  # Σᵣ |leftᵣᵢ|²·‖rightᵣ‖², as the partial sums are
-        for use, parts in given:
-            _add_squares(squares, use, parts)
+        for use, left, right in factors:
+            _add_squares(squares, use, left, right)
         excess = (difference - relative * (squares.sqrt() + size)).amax().item() - absolute
         if excess <= 0 and math.isfinite(excess):
             return True
     return False if math.isfinite(excess) else None
 
 
-def _add_squares(squares: Tensor, use: Use, parts: tuple[Any, ...]) -> None:
+def _add_squares(squares: Tensor, use: Use, left: Tensor, right: Tensor) -> None:
     """Adds Σᵣ |leftᵣᵢ|²·‖rightᵣ‖² for each row i of the weight."""
-    left, right = parts if use.place else _looked_up(*parts)
     norms = torch.linalg.vector_norm(right, dim=1, dtype=squares.dtype).square_()
     if not use.place:
         squares.index_add_(0, left, norms)

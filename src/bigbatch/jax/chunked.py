@@ -8,7 +8,6 @@ GradCache (Gao et al. 2021, arXiv:2101.06983) as a pure function.
 
 import functools
 import logging
-import math
 import sys
 import time as clock
 from collections.abc import Callable, Sequence
@@ -20,10 +19,10 @@ import numpy as np
 from jax import lax
 
 from bigbatch import errors
-from bigbatch.engines.jax_estimate import ENOUGH, TRIES, device_memory, needs_of
+from bigbatch.engines.jax_estimate import ENOUGH, TRIES, bytes_of, device_memory, needs_of
 from bigbatch.jax.batch import Batch, check_in_axes
 from bigbatch.jax.checks import check_dtype, widened
-from bigbatch.plan import budget, choose
+from bigbatch.plan import budget, choose, log_choice
 
 logger = logging.getLogger("bigbatch.jax")
 
@@ -71,8 +70,7 @@ def chunked(
         raise TypeError(f"function must be a function. {errors.received('function', function)}")
     if not (isinstance(micro_batch, str) and micro_batch == "auto"):
         micro_batch = errors.check_micro_batch(micro_batch)
-    if keep != "auto" and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 0):
-        raise ValueError(f'keep must be a number of pieces or "auto". {errors.received("keep", keep)}')
+    errors.check_keep(keep, auto=True)
     check_in_axes(in_axes)
     check_dtype(dtype)
 
@@ -111,10 +109,7 @@ class _Pieces:
         length = cut[0].shape[next(leaf.axis for leaf in self.batch.leaves if leaf.axis is not None)]
         for path, value in jax.tree_util.tree_leaves_with_path(outputs):
             if not hasattr(value, "shape") or not value.shape or value.shape[0] != length:
-                raise ValueError(
-                    "An output must have one entry an example along its leading dimension. "
-                    f"{errors.received(f'output{jax.tree_util.keystr(path)}', value)} The piece had {length} examples."
-                )
+                raise errors.output_without_length(f"output{jax.tree_util.keystr(path)}", value, length)
         return outputs
 
     def outputs(self, keep: int | Literal["auto"]) -> Any:
@@ -141,7 +136,7 @@ class _Pieces:
         size, half = self.batch.size, self.batch.size // 2
 
         def residuals(examples: int) -> int:
-            return _bytes(jax.eval_shape(lambda *given: self.vjp(*given)[1], self.variables(), self.cut(examples)))
+            return bytes_of(jax.eval_shape(lambda *given: self.vjp(*given)[1], self.variables(), self.cut(examples)))
 
         # Of two sizes, so that what a piece keeps of whole arguments, which are there already, does not count.
         each = (residuals(size) - (residuals(half) if half else 0)) / (size - half)
@@ -166,7 +161,7 @@ class _Pieces:
             outputs = self.run(
                 everything, 0, [next(inputs) if is_floating else x for x, is_floating in zip(cut, given, strict=True)]
             )
-            return [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact)]
+            return [y for y in jax.tree.leaves(outputs) if _is_floating(y)]
 
         return jax.vjp(piece, whole, [x for x, is_floating in zip(cut, given, strict=True) if is_floating])
 
@@ -184,17 +179,13 @@ def _planned(pieces: _Pieces) -> int:
     """The largest micro-batch whose forward and backward pass fit what is free, beside all outputs and gradients."""
     started, length = clock.perf_counter(), pieces.batch.length
     outputs = jax.eval_shape(lambda cut: pieces.run(pieces.whole, 0, cut), pieces.cut(length))
-    kept = 2 * _bytes(outputs) + _bytes(pieces.cut(length)) + _bytes(pieces.variables())
+    kept = 2 * bytes_of(outputs) + bytes_of(pieces.cut(length)) + bytes_of(pieces.variables())
     memory = device_memory()
     allowed = budget(None, memory._replace(free=max(0, memory.free - kept)))
     how = "by the compiler's memory analysis, beside all outputs and gradients"
     plan = choose(pieces.needs, length, allowed, lambda: how, tries=TRIES, enough=ENOUGH)
-    logger.warning('micro_batch="auto": %s in %.1f s.', plan, clock.perf_counter() - started)
+    log_choice(logger, plan, started)
     return plan.micro_batch
-
-
-def _bytes(arrays: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def _is_floating(value: Any) -> bool:

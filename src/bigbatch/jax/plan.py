@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bigbatch.engines.jax_estimate import ENOUGH, TRIES, device_memory, is_out_of_memory, needs_of
+from bigbatch.engines.jax_estimate import ENOUGH, TRIES, bytes_of, device_memory, is_out_of_memory, needs_of
 from bigbatch.jax.distributed import are_bound
 from bigbatch.jax.window import Options, value_and_grad
-from bigbatch.plan import Budget, Choice, Plan, budget, choose, fitting, timed
+from bigbatch.plan import Budget, Choice, Plan, budget, choose, fitting, log_choice, timed
 
 # One line a choice, as a warning: those are seen where logging was never set up. The choice decides how fast training
 # is, and was made on the user's behalf.
@@ -99,7 +99,7 @@ def with_planned_micro_batch(options: Options) -> Callable[..., Any]:
             found = call.plan(None, False)
             choices[key] = Choice(found, found.micro_batch)
             chosen = _of_all_devices(found, call.devices)
-            logger.warning('micro_batch="auto": %s in %.1f s.', chosen, clock.perf_counter() - started)
+            log_choice(logger, chosen, started)
         choice = choices[key]
 
         def run(size: int) -> Any:
@@ -147,9 +147,9 @@ class _Call:
 
     def budget(self, memory: Any) -> Budget:
         """What a window may take beside the state of an optimizer."""
-        params = jax.tree.leaves([self.args[k] for k in self.options.numbers])
+        params = [self.args[k] for k in self.options.numbers]
         # Adam's, even where it exists already: a step that does not donate it makes a new one.
-        keep = 2 * sum(math.prod(p.shape) * p.dtype.itemsize for p in params if hasattr(p, "dtype"))
+        keep = 2 * bytes_of(params)
         return budget(memory, device_memory(), keep=keep)
 
     def length(self) -> int:

@@ -19,7 +19,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from bigbatch import errors
 from bigbatch.keras import batch
 from bigbatch.keras.checks import check_model, check_one_device
-from bigbatch.plan import Choice, Plan, budget, choose, fitting, timed
+from bigbatch.plan import Choice, Plan, budget, choose, fitting, log_choice, timed
 
 # One line a choice, logged as a warning, which is seen even where logging was never set up: the choice decides how
 # fast training is, and bigbatch makes it for the user.
@@ -143,5 +143,5 @@ class AutoMicroBatch:
             own = predictions()
             planned = _planned(own, None, False)
             lengths[length] = ShapeChoice(Choice(planned, planned.micro_batch), own.saver())
-            logger.warning('micro_batch="auto": %s in %.1f s.', planned, clock.perf_counter() - started)
+            log_choice(logger, planned, started)
         return lengths[min(longer, default=length)]

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from bigbatch.engines.tensorflow_estimate import RESERVE, bytes_of, device_memory, is_out_of_memory, peak
-from bigbatch.plan import Choice, Plan, budget, choose, timed
+from bigbatch.plan import Choice, Plan, budget, choose, log_choice, timed
 from bigbatch.plan import fitting as plan_again
 from bigbatch.tensorflow.batch import length_of, slice_of, spec_of, tensors
 from bigbatch.tensorflow.checks import COUNT, check_dtype
@@ -178,5 +178,5 @@ def _choice(loss_fn: Any, batch: Any, variables: list[Any], dtype: Any) -> _Choi
         traces = _Traces(loss_fn, batch, variables, dtype)
         found = _plan(traces, None, False)
         choices[key] = _Choice(found, found.micro_batch, traces.assigned)
-        logger.warning('micro_batch="auto": %s in %.1f s.', found, clock.perf_counter() - started)
+        log_choice(logger, found, started)
     return choices[key]

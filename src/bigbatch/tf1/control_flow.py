@@ -40,12 +40,6 @@ def _after(go: tf.Tensor, work: Callable[[], tf.Operation]) -> tf.Tensor:
             return tf.identity(go)
 
 
-def done(*operations: tf.Operation) -> tf.Tensor:
-    """True, once they have run: what a branch of a conditional returns, and what others wait for."""
-    with tf.control_dependencies(operations):
-        return tf.constant(True)
-
-
 class Turn:
     """A place in the order of a run: some ops come in this turn, and others after those of them that are fetched.
 

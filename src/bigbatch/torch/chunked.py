@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bigbatch import errors
 from bigbatch.engines.torch_dtypes import is_wide
 from bigbatch.engines.torch_fsdp import shards_in
+from bigbatch.engines.torch_leaves import nodes_of, sequence_now
 from bigbatch.torch.batch import children_of, is_text, mapped
 from bigbatch.torch.checks import check_dtype
 from bigbatch.torch.replay import Moment, Setting
@@ -69,8 +70,7 @@ def chunked(
     if not callable(function):
         raise TypeError(f"function must be a module or a function. {errors.received('function', function)}")
     micro_batch = errors.check_micro_batch(micro_batch, auto=False)
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
-        raise ValueError(f"keep must be a number of pieces, 0 or more. {errors.received('keep', keep)}")
+    errors.check_keep(keep, auto=False)
     check_dtype(dtype)
 
     @functools.wraps(function, updated=())
@@ -78,11 +78,9 @@ def chunked(
         leaves = _leaves(args, kwargs, in_dims)
         length = errors.check_lengths([(leaf.where, leaf.length) for leaf in leaves if leaf.dim is not None])
         cuts = [(start, min(start + micro_batch, length)) for start in range(0, length, micro_batch)]
-        return (
-            function(*args, **kwargs)
-            if len(cuts) == 1
-            else _Call(function, (args, kwargs), leaves, cuts, keep).outputs(dtype)
-        )
+        if len(cuts) == 1:
+            return function(*args, **kwargs)
+        return _Call(function, (args, kwargs), leaves, cuts, keep).outputs(dtype)
 
     return run
 
@@ -140,7 +138,7 @@ class _Call:
     def outputs(self, dtype: torch.dtype | None) -> Any:
         """The whole batch's outputs, with one node of the graph behind them."""
         # With a graph, which is dropped: it shows what the function reaches.
-        newest = _newest_node()
+        newest = sequence_now()
         first = self._run(0)
         _check_reach(first, set(self.parameters.values()), newest)
         first = mapped(first, Tensor.detach)
@@ -276,10 +274,7 @@ def _outputs(result: Any, where: str, examples: int | None) -> Iterator[tuple[st
         if not isinstance(result, Tensor) or result.is_complex():
             raise TypeError(f"A chunked function must return real tensors. {errors.received(where, result)}")
         if examples is not None and (result.ndim == 0 or len(result) != examples):
-            raise ValueError(
-                "An output must have one entry an example along its leading dimension. "
-                f"{errors.received(where, result)} The piece had {examples} examples."
-            )
+            raise errors.output_without_length(where, result, examples)
         yield where, result
 
 
@@ -316,28 +311,14 @@ def _needs_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _newest_node() -> int:
-    """The number of a node that autograd makes now, in this thread."""
-    with torch.enable_grad():
-        # No public name has it; tests/torch/test_private.py.
-        return torch.empty(0, requires_grad=True).view(0).grad_fn._sequence_nr()  # pyright: ignore[reportOptionalMemberAccess]
-
-
 def _check_reach(result: Any, parameters: set[Tensor], newest: int) -> None:
     """Refuses a function that reaches a tensor with a gradient which is neither a parameter nor an argument."""
-    pending = [y.grad_fn for _, y in _outputs(result, "output", None)]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_of(y.grad_fn for _, y in _outputs(result, "output", None) if y.grad_fn is not None):
         leaf = getattr(node, "variable", None)
         if leaf is not None and leaf not in parameters:
             raise _out_of_reach(f"a leaf of shape {tuple(leaf.shape)}")
         if leaf is None and node._sequence_nr() <= newest:
             raise _out_of_reach(f"a result of {node.name()}")
-        pending += [following for following, _ in node.next_functions]
 
 
 def _out_of_reach(what: str) -> ValueError:

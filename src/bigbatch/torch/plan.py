@@ -5,7 +5,7 @@ import logging
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from bigbatch import errors
 from bigbatch.engines.torch_estimate import DryRuns, State, device_memory, is_out_of_memory, release, reserve
 from bigbatch.engines.torch_leaves import parameters_of
-from bigbatch.plan import Choice, Plan, budget, choose, fitting, timed
+from bigbatch.plan import Choice, Plan, budget, choose, fitting, log_choice, timed
 from bigbatch.torch.batch import cut, is_text, leaves
+from bigbatch.torch.captures import closed_over, named_globals
 from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
 
 Result = TypeVar("Result")
@@ -157,7 +158,7 @@ def _choice(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: Any) 
     dry_runs = _dry_runs(loss_fn, batch, length, dtype)
     planned = _plan(dry_runs, None, False, first=not choices)
     choice = choices[key] = _Choice(planned, planned.micro_batch, dry_runs.device, dry_runs.written)
-    logger.warning('micro_batch="auto": %s in %.1f s.', planned, time.perf_counter() - started)
+    log_choice(logger, planned, started)
     return choice
 
 
@@ -170,18 +171,8 @@ def _code(loss_fn: Any) -> tuple[Any, list[Any]]:
         code, bound = _code(loss_fn.__func__)
         return code, [loss_fn.__self__, *bound]
     if isinstance(loss_fn, types.FunctionType):
-        return loss_fn.__code__, list(_named(loss_fn))
+        return loss_fn.__code__, [*closed_over(loss_fn), *named_globals(loss_fn)]
     return type(loss_fn), [loss_fn]
-
-
-def _named(function: types.FunctionType) -> Iterator[Any]:
-    """What a function names: what it closes over, and globals."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    yield from (function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__)
 
 
 def _identity(value: Any) -> Any:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bigbatch.torch.captures import closed_over, named_globals
+
 
 class Moment(NamedTuple):
     """What a run started from: the random states that it drew from, and the buffers that it wrote to."""
@@ -118,7 +120,9 @@ def modules_of(function: Any, seen: set[int] | None = None) -> Iterator[nn.Modul
     elif isinstance(function, types.MethodType):
         parts = function.__self__, function.__func__
     elif isinstance(function, types.FunctionType):
-        parts = _named(function)
+        # Of globals not the functions: these may name anything.
+        named = (value for value in named_globals(function) if isinstance(value, nn.Module | functools.partial))
+        parts = *closed_over(function), *named, *(function.__defaults__ or ())
     elif isinstance(function, list | tuple):
         parts = function
     elif isinstance(function, dict):
@@ -127,13 +131,3 @@ def modules_of(function: Any, seen: set[int] | None = None) -> Iterator[nn.Modul
         return
     for part in parts:
         yield from modules_of(part, seen)
-
-
-def _named(function: types.FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # not assigned yet
-            yield cell.cell_contents
-    # Globals of its own module, and not the functions there: these may name anything.
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    yield from (value for value in named if isinstance(value, nn.Module | functools.partial))
-    yield from function.__defaults__ or ()

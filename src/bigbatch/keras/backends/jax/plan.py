@@ -86,7 +86,7 @@ class Predictions:
         sums = self.programs.sums.trace(size, state, data)
         self.compiled += 1
         outputs, non_trainable, metrics = _abstract(sums.out_info)
-        between = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(sums.out_info))
+        between = jax_estimate.bytes_of(sums.out_info)
         trainable, _, optimizer_variables, _ = state
         state = trainable, non_trainable, optimizer_variables, metrics
         update = self.programs.update.trace(state, outputs, self.length)
