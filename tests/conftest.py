@@ -5,6 +5,7 @@ asked for and missing fails. `--device cuda` makes PyTorch's tensors there, and 
 """
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    for name in ("torch", "jax", "keras", "tensorflow"):
+        if (spec := importlib.util.find_spec(name)) is not None and spec.origin is None:
+            sys.modules[name] = None  # the tests' folder of that name, which is no framework that is missing
     if config.getoption("hide_fused"):
         sys.modules["bigbatch.fused"] = None  # an import of it, or of what lies in it, is a ModuleNotFoundError
     if device := config.getoption("device"):

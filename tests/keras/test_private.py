@@ -17,7 +17,7 @@ from keras.src.models import cloning
 from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
-from bigbatch.keras import checkpoint, losses, stream, windows
+from bigbatch.keras import checkpoint, losses, randomness, stream, windows
 from conformance.keras_driver import array
 from conformance.keras_parity import BACKEND, data, float64, mlp
 
@@ -153,9 +153,9 @@ def test_losses_that_were_added_are_in_a_list_that_is_cleared():
 
 def test_the_generator_that_draws_without_a_seed_and_the_names_of_seeds():
     keras.utils.set_random_seed(3)
-    assert global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR) is None
+    assert global_state.get_global_attribute(randomness._GENERATOR) is None
     keras.random.normal((2,))
-    generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    generator = global_state.get_global_attribute(randomness._GENERATOR)
     assert generator is seed_generator.global_seed_generator()
     dropout = keras.layers.Dropout(0.1)
     assert [v.name for v in (generator.state, *dropout.variables)] == ["seed_generator_state"] * 2

@@ -1,10 +1,11 @@
 """What a compiled program needs, by the compiler's memory analysis, and what the device has."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bigbatch import host
 
@@ -43,8 +44,16 @@ def _inside_convolutions(program: Any) -> int:
         if equation.primitive.name == "conv_general_dilated":
             shapes: Any = [v.aval for v in equation.invars]
             most = max(most, sum(shape.size * shape.dtype.itemsize for shape in shapes))
-        most = max([most, *map(_inside_convolutions, jaxprs_in_params(equation.params))])
+        most = max([most, *map(_inside_convolutions, _nested(equation.params))])
     return most
+
+
+def _nested(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs inside an equation. `jax.extend.core.jaxprs_in_params` does the same from JAX 0.10 on."""
+    for value in params.values():
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, Jaxpr | ClosedJaxpr):
+                yield v.jaxpr if isinstance(v, ClosedJaxpr) else v
 
 
 def device_memory() -> host.Memory:

@@ -167,5 +167,7 @@ def inlined(program: ClosedJaxpr) -> ClosedJaxpr:
 
 def _evaluated(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
     # `get_bind_params` is not public; tests/jax/test_private.py.
-    outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
+    params = equation.primitive.get_bind_params(equation.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair before JAX 0.10
+    outputs = equation.primitive.bind(*functions, *inputs, **params)
     return outputs if equation.primitive.multiple_results else [outputs]

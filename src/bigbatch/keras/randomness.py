@@ -7,22 +7,23 @@ from typing import Any
 
 import keras
 
-# Not public: the generator that draws where a seed is None. tests/keras/test_private.py fails when they move.
+# Not public: the generator that draws where a seed is None. tests/keras/test_private.py fails when it moves.
 from keras.src.backend.common import global_state
-from keras.src.random import seed_generator
 
 from bigbatch.engines import randomness
+
+_GENERATOR = "global_seed_generator"  # Keras has a constant for it from 3.13 on
 
 
 @contextlib.contextmanager
 def preserved(model: Any) -> Iterator[None]:
     """Afterwards all random numbers are those that would have been drawn before."""
-    generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    generator = global_state.get_global_attribute(_GENERATOR)
     try:
         with randomness.preserved(), _backend(model):
             yield
     finally:
-        global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
+        global_state.set_global_attribute(_GENERATOR, generator)
 
 
 def _backend(model: Any) -> contextlib.AbstractContextManager[None]:

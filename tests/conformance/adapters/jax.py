@@ -151,7 +151,8 @@ class Counts:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        jax.monitoring.unregister_event_duration_listener(self.heard)
+        # JAX 0.7 cannot unregister; there the listener stays, and nobody reads its count.
+        getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(self.heard)
         self.patched.close()
 
     def heard(self, event: str, duration: float, **_: Any) -> None:
