@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch import errors
+from bigbatch.engines.captures import closed_over, named_globals
 from bigbatch.engines.torch_estimate import DryRuns, State, device_memory, is_out_of_memory, release, reserve
 from bigbatch.engines.torch_leaves import parameters_of
 from bigbatch.plan import Choice, Plan, budget, choose, fitting, log_choice, timed
 from bigbatch.torch.batch import cut, is_text, leaves
-from bigbatch.torch.captures import closed_over, named_globals
 from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
 
 Result = TypeVar("Result")
