@@ -87,7 +87,7 @@ def later(dealt: list[list[torch.Tensor]], name: str) -> tuple[list[str], bool, 
         if name == "requires_grad" and odd():
             next(model.parameters()).requires_grad_(back)
         if name == "index" and odd():
-            acc._index = 1 if back else 7
+            acc._gradients._index = 1 if back else 7
 
     for i, tokens in enumerate(dealt[dist.get_rank()]):
         if i in (2, 4):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,27 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False. {errors.received(name, value)}")
     return value
+
+
+def check_parameters(parameters: Any) -> Any:
+    """Accepts tensors, which become a list of each once; or what `check_optimizer` accepts, as that returns it."""
+    fix = "Pass model.parameters(), or the optimizer."
+    if isinstance(parameters, Optimizer):
+        return check_optimizer(parameters)
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be tensors. {errors.received('parameters', parameters)} {fix}")
+    given = list(dict.fromkeys(parameters) if not isinstance(parameters, Mapping) else parameters.values())
+    if given and all(isinstance(one, Optimizer) for one in given):
+        return check_optimizer(given)
+    if strange := [one for one in given if not isinstance(one, Tensor)]:
+        raise TypeError(f"parameters must be tensors. {errors.received('one of them', strange[0])} {fix}")
+    if inner := [p for p in given if not p.is_leaf]:
+        raise ValueError(
+            f"parameters must be leaves, which autograd gives a .grad. {errors.received('one of them', inner[0])} {fix}"
+        )
+    if not given:
+        raise ValueError(f"There are no parameters. An iterator that was used before is empty. {fix}")
+    return given
 
 
 def check_optimizer(optimizer: Any) -> Any:
@@ -145,7 +167,7 @@ def _needed(step: Any) -> list[str]:
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variable]
 
 
-def check_scaler(scaler: Any, nonfinite: str) -> Any:
+def check_scaler(scaler: Any, nonfinite: str = "skip") -> Any:
     """Accepts a GradScaler, or what has its methods, or None."""
     if scaler is None:
         return None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -33,6 +34,11 @@ class Optimizers:
         """Of each, in the order given."""
         for optimizer in self.optimizers:
             optimizer.step()
+
+
+def parameters_in(optimizer: Any) -> list[Tensor]:
+    """The parameters of every group, as they are now."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def name_of(optimizer: Any) -> str:

@@ -1,4 +1,4 @@
-"""What all ranks must have alike: compared when an Accumulator is made, and what may change since, at every close."""
+"""What all ranks must have alike: compared when a Gradients is made, and what may change since, at every close."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,46 +11,55 @@ from bigbatch.torch.distributed import Ranks
 from bigbatch.torch.optimizers import name_of
 
 
-def option_terms(acc: Any, ranks: Ranks, sync: Any, noise: Any) -> dict[str, Any]:
-    """Each option of an Accumulator, the optimizer's, and the parameters, by name."""
+def gradient_terms(grads: Any, ranks: Ranks, sync: Any, noise: Any) -> dict[str, Any]:
+    """Each option of a Gradients, and the parameters, by name."""
     places = {p: i for i, p in enumerate(ranks.parameters)}
-    parameters = [p for group in acc.optimizer.param_groups for p in group["params"]]
-    every = acc.every
+    parameters = grads._parameters()
+    every = grads.every
     if callable(every):  # its repr may hold an address
         every = getattr(every, "__name__", type(every).__name__)
-    terms = {
+    return {
         "every": every,
-        "clip_norm": acc.clip_norm,
-        "dtype": acc.dtype,
-        "partial": acc.partial,
-        "nonfinite": acc.nonfinite,
+        "dtype": grads.dtype,
         "sync": sync,
         "noise": noise,
-        "fused": acc.fused,
-        "optimizer": name_of(acc.optimizer),
+        "fused": grads.fused,
         **_signature(parameters),
         "the order of the model's parameters": str([places.get(p, "another's") for p in parameters]),
-        **_options(acc.optimizer),
+        **_part_terms("scaler", grads.scaler),
+        **(ranks.model.values() if isinstance(ranks.model, Replicas) else {}),
     }
-    parts: dict[str, Any] = {"scheduler": acc.scheduler, "scaler": acc.scaler}
-    for name, part in parts.items():
-        parts_of = [] if part is None else getattr(part, "schedulers", [part])
-        terms[name] = "+".join(type(one).__name__ for one in parts_of) or "none"
-        if part is not None and hasattr(part, "state_dict"):
-            terms |= dict(_numbers_in(part.state_dict(), name))
-    return terms | (ranks.model.values() if isinstance(ranks.model, Replicas) else {})
 
 
-def window_terms(acc: Any, plan: Any) -> dict[str, Any]:
+def update_terms(acc: Any) -> dict[str, Any]:
+    """The options that an Accumulator has besides, its optimizer's and its scheduler's, by name."""
+    return {
+        "clip_norm": acc.clip_norm,
+        "partial": acc.partial,
+        "nonfinite": acc.nonfinite,
+        "optimizer": name_of(acc.optimizer),
+        **_options(acc.optimizer),
+        **_part_terms("scheduler", acc.scheduler),
+    }
+
+
+def _part_terms(name: str, part: Any) -> dict[str, Any]:
+    parts = [] if part is None else getattr(part, "schedulers", [part])
+    terms: dict[str, Any] = {name: "+".join(type(one).__name__ for one in parts) or "none"}
+    if part is not None and hasattr(part, "state_dict"):
+        terms |= dict(_numbers_in(part.state_dict(), name))
+    return terms
+
+
+def window_terms(grads: Any, plan: Any) -> dict[str, Any]:
     """What a step depends on besides the gradients, as it is when a window closes."""
-    groups = acc.optimizer.param_groups
     terms = {
-        "the update's index": acc.index,
-        f"every, for update {acc.index}": plan,
-        "requires_grad": "".join("01"[p.requires_grad] for group in groups for p in group["params"]),
-        **_options(acc.optimizer),
+        "the update's index": grads.index,
+        f"every, for update {grads.index}": plan,
+        "requires_grad": "".join("01"[p.requires_grad] for p in grads._parameters()),
+        **({} if grads.optimizer is None else _options(grads.optimizer)),
     }
-    return terms if acc.scaler is None else {**terms, "the scaler's scale": acc.scaler.get_scale()}
+    return terms if grads.scaler is None else {**terms, "the scaler's scale": grads.scaler.get_scale()}
 
 
 def state_terms(state: Any, ranks: Ranks) -> dict[str, Any]:
