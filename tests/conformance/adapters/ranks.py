@@ -98,6 +98,23 @@ class Stream(Replica, one.Stream):
         return _of_one_rank(self.acc.flush())
 
 
+class Trainer(Replica, one.Trainer):
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        self.acc = bb.Gradients(self.model.parameters(), model=self.ddp)
+
+    def feed(self, micro_batch: MicroBatch) -> bb.Update | None:
+        m, items = self.tensors(micro_batch), jobs.items(micro_batch)
+        if items > 0 and self.acc.pending % RANKS != self.rank:
+            m["weight"], items = torch.zeros_like(m["weight"]), torch.zeros(())
+        last = self.acc.pending + 1 == self.spec.every
+        return _of_one_rank(self.applied(self.acc.backward(self.loss(m), items=items, last=last)))
+
+    def flush(self) -> Any:
+        report = super().flush()
+        return _of_one_rank(report) if self.spec.partial == "apply" else report
+
+
 class Split(Replica, one.Split):
     def disturb(self, micro_batches: Sequence[MicroBatch], place: int, act: Callable[[], None]) -> SimpleNamespace:
         """Each rank has half of the micro-batches, and one that has fewer acts before its last."""
@@ -127,7 +144,7 @@ numbers = itertools.count()
 
 
 def start(number: int, door: str, spec: Spec) -> None:
-    runs[number] = {"stream": Stream, "split": Split}[door](spec)
+    runs[number] = {"stream": Stream, "gradients": Trainer, "split": Split}[door](spec)
 
 
 def call(number: int, name: str, *arguments: Any) -> Any:
@@ -238,7 +255,7 @@ def _alike(a: Any, b: Any, what: str) -> None:
 
 def make(door: str, name: str) -> None:
     """Makes a mistake as a user does: with the same call on every rank."""
-    adapter = one.Adapter(door, door, one.Stream)
+    adapter = one.Adapter(door, "split" if door == "split" else "stream", one.Stream)
     adapter.options = {"model": DistributedDataParallel(adapter.model)}
     before = adapter.untouched()
     try:
@@ -249,11 +266,14 @@ def make(door: str, name: str) -> None:
 
 class Adapter(one.Adapter):
     def __init__(self, door: str):
-        super().__init__(door, door, one.Stream)
+        super().__init__(door, "split" if door == "split" else "stream", one.Stream)
         self.name, self.start = f"ddp-{door}", lambda spec: Together(door, spec)
 
     def mistakes(self) -> dict[str, Callable[[], Any]]:
-        return {name: lambda name=name: pool(RANKS).run(make, self.door, name) for name in super().mistakes()}
+        return {
+            name: lambda name=name: pool(RANKS).run(make, self.name.removeprefix("ddp-"), name)
+            for name in super().mistakes()
+        }
 
 
-ADAPTERS = [Adapter("stream"), Adapter("split")]
+ADAPTERS = [Adapter("stream"), Adapter("gradients"), Adapter("split")]

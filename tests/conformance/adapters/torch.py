@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,6 +261,43 @@ class Stream(TorchRun):
         return {**super().parts(), "acc": self.acc}
 
 
+class Trainer(Stream):
+    """A loop that clips, steps and schedules by itself, and knows which micro-batch is a window's last.
+
+    After every second window it leaves the mean in `.grad`.
+    """
+
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        self.acc = bb.Gradients(self.model.parameters())
+
+    def feed(self, micro_batch: MicroBatch) -> bb.Update | None:
+        loss, last = self.model.loss(self.tensors(micro_batch)), self.acc.pending + 1 == self.spec.every
+        return self.applied(self.acc.backward(loss, items=jobs.items(micro_batch), last=last))
+
+    def flush(self) -> Any:
+        if self.spec.partial == "apply" or not self.pending:
+            return self.applied(self.acc.flush())
+        report = SimpleNamespace(micro_batches=self.pending, skipped="carried")
+        if self.spec.partial == "drop":
+            report.skipped = "dropped"
+            self.reset()
+        return report
+
+    def applied(self, update: bb.Update | None) -> bb.Update | None:
+        if update is None or update.skipped:
+            return update
+        if not (math.isfinite(update.loss) and math.isfinite(update.grad_norm)):
+            return replace(update, skipped="the trainer's own guard")
+        if self.spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        if update.index % 2:
+            self.optimizer.zero_grad()
+        return update
+
+
 class Split(TorchRun):
     fused = False
 
@@ -345,6 +383,14 @@ class FusedStream(Stream):
             super().load(saved)
 
 
+class FusedTrainer(FusedStream, Trainer):
+    """As `FusedStream`, and the window closes by its own count."""
+
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        self.acc = bb.Gradients(self.optimizer, spec.every)
+
+
 class FusedSplit(Split):
     """As `FusedStream`."""
 
@@ -364,13 +410,14 @@ class Adapter:
 
     def __init__(self, name: str, door: str, start: type[TorchRun], plain: type[TorchRun] = Plain):
         self.name, self.door, self.start, self.plain = f"torch-{name}", door, start, plain
+        self.makes = bb.Gradients if name == "gradients" else bb.Accumulator
         self.model = torch.nn.Linear(2, 1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
         self.options: dict[str, Any] = {}
 
     def mistakes(self) -> dict[str, Callable[[], Any]]:
         x, y = torch.ones(8, 2), torch.ones(7, 1)
-        acc = bb.Accumulator(self.optimizer, every=1, **self.options)
+        acc = self.makes(self.optimizer, every=1, **self.options)
 
         def split(batch: Any, micro_batch: Any = 2) -> Any:
             return bb.backward(lambda b: self.model(b["x"]).mean(), batch, micro_batch=micro_batch, **self.options)
@@ -379,7 +426,7 @@ class Adapter:
             return acc.backward(self.model(x).mean(), items=items)
 
         def window(every: Any) -> Any:
-            return bb.Accumulator(self.optimizer, every=every, **self.options)
+            return self.makes(self.optimizer, every=every, **self.options)
 
         if self.door == "split":
             return at_the_split_door(split, x, y)
@@ -392,9 +439,11 @@ class Adapter:
 ADAPTERS = [
     Adapter("split", "split", Split),
     Adapter("stream", "stream", Stream),
+    Adapter("gradients", "stream", Trainer),
 ]
 if torch_products.AVAILABLE:
     ADAPTERS += [
         Adapter("split-fused", "split", FusedSplit, PlainLinear),
         Adapter("stream-fused", "stream", FusedStream, PlainLinear),
+        Adapter("gradients-fused", "stream", FusedTrainer, PlainLinear),
     ]
