@@ -9,6 +9,7 @@ try:
     from bigbatch.noise import noise_curve as noise_curve
     from bigbatch.noise import until_noise as until_noise
     from bigbatch.tensorflow.audit import audit as audit
+    from bigbatch.tensorflow.chunked import chunked as chunked
     from bigbatch.tensorflow.plan import plan as plan
     from bigbatch.tensorflow.split import value_and_grad as value_and_grad
     from bigbatch.tensorflow.stream import Accumulator as Accumulator

@@ -12,20 +12,20 @@ from bigbatch.tensorflow.checks import message, require
 
 def tensors(batch: Any) -> Any:
     """The same nesting of tensors, and of None; a list of text becomes a tensor of strings, one entry an example."""
-    return tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), _with_text(batch))
+    return tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), with_text(batch))
 
 
-def _with_text(batch: Any) -> Any:
+def with_text(batch: Any) -> Any:
     """With lists of text as tensors, which `tf.nest` would open."""
     if isinstance(batch, MutableMapping):
         made = copy.copy(batch)
-        made.update((key, _with_text(value)) for key, value in batch.items())
+        made.update((key, with_text(value)) for key, value in batch.items())
         return made
     if not isinstance(batch, list | tuple):
         return batch
     if batch and all(isinstance(entry, str | bytes) for entry in batch):
         return tf.constant(list(batch))
-    parts = map(_with_text, batch)
+    parts = map(with_text, batch)
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 

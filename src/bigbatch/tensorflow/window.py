@@ -67,19 +67,19 @@ def forward_backward(task: Task, batch: Any, unit: tf.Tensor) -> Window:
         loss=mean if whole else scaled(mean, weight),
         items=items,
         unit=unit,
-        gradients=[_wide(g, late, widened(v.dtype, task.dtype)) for g, v in pairs],
+        gradients=[wide(g, late, widened(v.dtype, task.dtype)) for g, v in pairs],
     )
 
 
-def _wide(gradient: Gradient | None, weight: tf.Tensor | None, dtype: tf.DType) -> Any:
+def wide(gradient: Gradient | None, weight: tf.Tensor | None, dtype: tf.DType) -> Any:
     """The gradient in the dtype to accumulate in, times its weight."""
     if gradient is None:
         return None
     if isinstance(gradient, tf.IndexedSlices) and under_xla():
         gradient = tf.convert_to_tensor(gradient)
-    wide = cast(gradient, dtype)
-    wide = wide if weight is None else scaled(wide, weight)
-    return SparseRows(wide.indices, wide.values) if isinstance(wide, tf.IndexedSlices) else wide
+    gradient = cast(gradient, dtype)
+    gradient = gradient if weight is None else scaled(gradient, weight)
+    return SparseRows(gradient.indices, gradient.values) if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
 def stored(task: Task, window: Window) -> Window:
@@ -161,6 +161,12 @@ def _without_missing(window: Window, present: list[bool]) -> Window:
 
 def _empty(like: Window, shapes: list[Any]) -> Window:
     """The window before its first micro-batch, for variables of these shapes."""
+    none = tf.zeros((), COUNT)
+    return Window(tf.zeros((), like.loss.dtype), none, none, empty_sums(like.gradients, shapes))
+
+
+def empty_sums(gradients: list[Any], shapes: list[Any]) -> list[Any]:
+    """Sums of nothing, to which gradients like these are added."""
 
     def zero(gradient: Any, shape: Any) -> Any:
         if gradient is None:
@@ -170,8 +176,7 @@ def _empty(like: Window, shapes: list[Any]) -> Window:
             return SparseRows(tf.zeros([0], gradient.indices.dtype), tf.zeros([0, *row], gradient.values.dtype))
         return (tf.zeros if fused is None else fused.zeros)(shape, gradient.dtype)
 
-    none = tf.zeros((), COUNT)
-    return Window(tf.zeros((), like.loss.dtype), none, none, list(map(zero, like.gradients, shapes)))
+    return list(map(zero, gradients, shapes))
 
 
 def mean(gradient: Any, factor: tf.Tensor, variable: Any) -> Gradient | None:
