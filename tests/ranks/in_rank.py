@@ -145,6 +145,32 @@ def stream(
     return parameters(model), [u for u in updates if u is not None]
 
 
+def trainer(
+    dealt: list[list[torch.Tensor]], every: int, closed_by: str, kind: str
+) -> tuple[list[torch.Tensor], list[bb.Update]]:
+    """A loop that clips and steps itself. The window is closed by its "count", or by the "caller"."""
+    model, given = wrapped(kind)
+    optimizer = adamw(model)
+    grads = bb.Gradients(model.parameters(), every if closed_by == "count" else None, model=model, **given)
+    updates = []
+
+    def apply(update: bb.Update) -> None:
+        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+        assert abs(norm - update.grad_norm) < 1e-12
+        optimizer.step()
+        if update.index % 2:
+            optimizer.zero_grad()
+        updates.append(update)
+
+    for k, tokens in enumerate(dealt[dist.get_rank()]):
+        last = closed_by == "caller" and (k + 1) % every == 0
+        if update := grads.backward(loss_of(model, tokens), items=tokens_in(tokens), last=last):
+            apply(update)
+    while update := grads.flush():
+        apply(update)
+    return parameters(model), updates
+
+
 def split(
     dealt: list[list[torch.Tensor]], optimizer: Callable[..., Any], micro_batch: int, kind: str = "ddp"
 ) -> list[torch.Tensor]:

@@ -41,6 +41,7 @@ class Meetings:
 
     Attributes:
         size, rank: how many ranks there are, and which of them this is.
+        owner: the class whose calls the ranks meet at, for messages.
         lost: why the ranks cannot meet any more, or None: one of them is gone, or is in the middle of a reduction.
     """
 
@@ -52,6 +53,7 @@ class Meetings:
         on_host = "cpu:" in dist.get_backend_config(group)
         self.device = torch.device("cpu") if on_host else device
         self.lost: Exception | None = None
+        self.owner = "Accumulator"
 
     def gather(
         self, call: str, numbers: Sequence[float] = (), digest: int = 0, error: Exception | None = None
@@ -80,7 +82,7 @@ class Meetings:
         calls = [CALLS[int(line[0])] for line in lines]
         # A rank at the end of its data closes the others' windows with them.
         if len({BACKWARD if name == FLUSH else name for name in calls}) > 1:
-            raise errors.ranks_apart(calls)
+            raise errors.ranks_apart([call.replace("Accumulator", self.owner) for call in calls])
         return [line[2:] for line in lines]
 
     def gather_objects(self, mine: Any) -> list[Any]:

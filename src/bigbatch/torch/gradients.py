@@ -96,6 +96,8 @@ class Gradients:
         TypeError, ValueError: an argument is not as described; nothing was touched.
     """
 
+    _owner = "bb.Gradients"  # for messages
+
     def __init__(
         self,
         parameters: Iterable[Tensor] | Optimizer,
@@ -131,6 +133,8 @@ class Gradients:
         self._warned = self._repeats = False
         if not agreeing:
             self._start()
+            if self._ranks is not None:
+                self._ranks.meetings.owner = "Gradients"
 
     @property
     def pending(self) -> int:
@@ -337,7 +341,7 @@ class Gradients:
         """From here on the gradients are the window's. Those that lie there go, as by zero_grad() before a window."""
         parameters, drop = self._parameters(), weakref.WeakMethod(self._drop)
         shards = None if self._ranks is None else self._ranks.shards
-        owned = Ownership("an Accumulator", drop, parameters, instead=loading, in_grad=shards is None)
+        owned = Ownership(self._owner, drop, parameters, instead=loading, in_grad=shards is None)
         lying = [p for p in parameters if p.grad is not None]
         unreduced = shards is not None and shards.has_unreduced()
         if not self._warned and (unreduced or any(p.grad not in self._left for p in lying)):

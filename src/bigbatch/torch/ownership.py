@@ -94,9 +94,9 @@ class Ownership:
     def lose(self, instead: bool) -> None:
         """To another window, which comes in its place; or else that one is refused, and this one dropped."""
         error = RuntimeError(
-            "A second window on the same parameters, of an Accumulator or of bb.backward, inside an open one of "
-            f"{self.who}. Let the first one close, by flush() or reset(), before the other begins: .grad is one place. "
-            + _DROPPED
+            "A second window on the same parameters, of an Accumulator, Gradients or bb.backward, inside an open one "
+            f"of {self.who}. Let the first one close, by flush() or reset(), before the other begins: .grad is one "
+            "place. " + _DROPPED
         )
         if not instead:
             self.forget(error)
@@ -195,8 +195,8 @@ def _named(p: Tensor) -> str:
 def changed(seen: str, line: str) -> RuntimeError:
     """For gradients of an open window that others have moved: what was seen, and the line to remove."""
     return RuntimeError(
-        f"The gradients of an open window were changed by others. Seen: {seen}. Remove {line}: a window adds up, "
-        f"clips, applies and clears its gradients itself. {_DROPPED}"
+        f"The gradients of an open window were changed by others. Seen: {seen}. Remove {line}: a window adds up "
+        f"and clears its gradients itself, and others may clip and apply them once it has closed. {_DROPPED}"
     )
 
 
@@ -240,9 +240,9 @@ def _refusing(owner: "weakref.ref[Ownership]") -> Callable[..., None]:
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             error = RuntimeError(
                 f"{type(optimizer).__name__}.step() was called inside an open window, whose gradients are not "
-                "complete. Remove it: the Accumulator steps when the window is full, and flush() before that; after "
-                "bb.backward step once. Where a hook on the parameters steps (an optimizer in the backward), remove "
-                "it. " + _DROPPED
+                "complete. Remove it: the Accumulator steps when the window is full, and flush() before that; with "
+                "Gradients step once backward or flush has returned a report; after bb.backward step once. Where a "
+                "hook on the parameters steps (an optimizer in the backward), remove it. " + _DROPPED
             )
             owned.forget(error)
             raise error

@@ -35,7 +35,8 @@ def check_mark(scaler: Any, mark: Any) -> None:
     if mark is not mark_of(scaler):
         raise RuntimeError(
             "scaler.update() was called inside an open window, whose losses have been multiplied by the scale "
-            "from before. Remove it, and unscale_(): the Accumulator calls both once a window. Two "
+            "from before. Remove it, and unscale_(): the Accumulator calls both once a window, and with "
+            "Gradients they follow the window's report. Two "
             "Accumulators need a GradScaler each. The window was dropped; the parameters and the optimizer are "
             "as they were."
         )

@@ -101,6 +101,7 @@ class Accumulator:
             self._gradients = Gradients(
                 optimizer, every, model=ranks, sync=sync, dtype=dtype, fused=fused, scaler=scaler, noise=noise
             )
+            self._gradients._owner = "an Accumulator"
             if ranks is not None:
                 terms.update(gradient_terms(self._gradients, ranks, sync, noise) | update_terms(self))
         if ranks is not None:
