@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import importlib
+import logging
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigbatch.torch as bb
+from bigbatch.host import Memory
 
 N = 11
 F64 = torch.float64
@@ -113,7 +116,7 @@ def test_how_often_it_runs(keep, towers):
     out = bb.chunked(towers[0], micro_batch=4, keep=keep)(towers[3])
     before = len(calls)
     out.sum().backward()
-    assert (before, len(calls) - before) == (3, {0: 3, 1: 2, 20: 1}[keep])
+    assert (before, len(calls) - before) == (3, {0: 3, 1: 2, 20: 0}[keep])
 
 
 @pytest.mark.parametrize("closing", ["module", "function", "method", "partial", "list"])
@@ -197,8 +200,9 @@ def test_gradients_of_16_bit_parameters_add_up_in_float32():
         bb.chunked(w, micro_batch=1, **options)(x).float().sum().backward()
         return w.weight.grad
 
-    assert gradient().item() == 64
-    assert gradient().dtype == torch.bfloat16
+    wide = gradient()
+    assert wide.item() == 64
+    assert wide.dtype == torch.bfloat16
     assert gradient(dtype=None).item() < 16, "sums in bfloat16 stop growing"
 
 
@@ -298,7 +302,7 @@ def test_memory_is_that_of_one_piece():
         return memory.peak
 
     x = torch.randn(16_384, 16)
-    assert peak(bb.chunked(model, micro_batch=64), x) <= 0.05 * peak(model, x)
+    assert peak(bb.chunked(model, micro_batch=128), x) <= 0.02 * peak(model, x) + 2 * x.nbytes
 
 
 def test_what_was_written_to_since_the_forward_is_refused(towers):
@@ -342,3 +346,181 @@ def test_bad_input(call, error, text, towers):
 
 
 w = torch.ones(5, dtype=F64, requires_grad=True)
+
+
+class Watched(nn.Module):
+    """An encoder that remembers how many examples it is called with, and runs out of memory where `fails` says so."""
+
+    def __init__(self, drop=0.0, norm=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.calls, self.fails = Encoder(drop, norm), [], lambda examples: False
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        if self.fails(len(x)):
+            raise torch.OutOfMemoryError("out of memory, as a test has it")
+        return self.inner(x)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the bytes that are free."""
+    file = importlib.import_module("bigbatch.torch.chunked_memory")
+
+    def set_free(count):
+        monkeypatch.setattr(file, "device_memory", lambda device: Memory(0, count, "the test"))
+
+    return set_free
+
+
+def trained(model, x, change, seed=3):
+    """Outputs, gradients and buffers, and what is drawn afterwards."""
+    torch.manual_seed(seed)
+    out = change(model)(x)
+    out.square().sum().backward()
+    found = [out.detach(), *(p.grad.clone() for p in model.parameters()), *model.buffers(), torch.rand(2)]
+    model.zero_grad()
+    return [found[0], *(t.double().clone() for t in found[1:])]
+
+
+def test_auto_takes_the_largest_that_fits_plans_once_and_says_so(free, caplog):
+    model, x = Encoder(), torch.randn(200, 5, dtype=F64)
+    right = trained(model, x, lambda m: m)
+    free(200_000)
+    ours = bb.chunked(model, micro_batch="auto")
+    with caplog.at_level(logging.WARNING, "bigbatch.torch"):
+        agree(trained(model, x, lambda m: ours), right)
+        agree(trained(model, x, lambda m: ours), right)
+    assert len(caplog.messages) == 1
+    assert "of a batch of 200" in caplog.text
+    assert "predicted from fake tensors" in caplog.text
+    assert "micro_batch 200" not in caplog.text
+    free(1)
+    with pytest.raises(MemoryError, match="No micro-batch fits"):
+        bb.chunked(model, micro_batch="auto")(x)
+    free(200_000)
+    with torch.no_grad():
+        assert not bb.chunked(model, micro_batch="auto")(x).requires_grad
+    with pytest.raises(ValueError, match="An output must have one entry an example"):
+        bb.chunked(lambda x: model(x).sum(), micro_batch="auto")(x)
+
+
+def test_out_of_memory_in_the_first_run_is_halved_and_done_again(free, caplog):
+    x, right_model = torch.randn(24, 5, dtype=F64), Watched(0.5, True)
+    right = trained(right_model, x, lambda m: bb.chunked(m, micro_batch=6))
+    free(10_000_000)
+    model = Watched(0.5, True)
+    ours = bb.chunked(model, micro_batch="auto")
+    # The first call is the plan's; pieces of 12 fail in their second one, when there have been draws and averages.
+    model.fails = lambda examples: len(model.calls) > 1 and examples in (24, 12) and model.calls.count(12) in (0, 2)
+    with caplog.at_level(logging.WARNING, "bigbatch.torch"):
+        for a, b in zip(trained(model, x, lambda m: ours), right, strict=True):
+            assert torch.equal(a, b), "as if the smaller pieces had been the first"
+    assert "out of memory at 12; the window is run again with 6." in caplog.text
+
+
+def test_out_of_memory_in_the_second_run_halves_the_pieces(free, caplog):
+    free(10_000_000)
+    x, model = torch.randn(24, 5, dtype=F64), Watched()
+    ours = bb.chunked(model, micro_batch="auto")
+    right = trained(model, x, lambda m: ours)
+    out = ours(x)
+    model.calls.clear()
+    model.fails = lambda examples: examples > 6 or len(model.calls) == 5
+    with caplog.at_level(logging.WARNING, "bigbatch.torch"):
+        out.square().sum().backward()
+    agree([out.detach(), *(p.grad for p in model.parameters())], right[: 1 + len(list(model.parameters()))])
+    assert model.calls == [24, 12, 6, 6, 6, *[3] * 8], "from the beginning, so that nothing counts twice"
+    assert "out of memory at 12 in the backward, which is run again with 6." in caplog.text
+    model.calls, model.fails = [], lambda examples: False
+    ours(x)
+    assert model.calls == [3] * 8, "and later calls begin with the smaller pieces"
+
+
+@pytest.mark.parametrize(("drop", "norm"), [(0.5, False), (0.0, True)])
+def test_out_of_memory_in_a_second_run_that_draws_or_averages(drop, norm, free):
+    """It runs again as it was cut: a smaller piece would draw, or average, something else."""
+    free(10_000_000)
+    x, model = torch.randn(24, 5, dtype=F64), Watched(drop, norm)
+    ours = bb.chunked(model, micro_batch="auto")
+    right = trained(model, x, lambda m: ours)
+    torch.manual_seed(3)
+    out = ours(x)
+    model.calls.clear()
+    model.fails = lambda examples: len(model.calls) == 1
+    out.square().sum().backward()
+    for p, grad in zip(model.parameters(), right[1:], strict=False):
+        assert torch.equal(p.grad, grad)
+    assert model.calls == [24, 24]
+    model.zero_grad()
+    out = ours(x)
+    model.fails = lambda examples: True
+    with pytest.raises(torch.OutOfMemoryError):
+        out.square().sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_keep_auto_keeps_what_fits(free):
+    """With more memory fewer pieces run again; a lack of it all the same costs time and nothing else."""
+    x, model = torch.randn(48, 5, dtype=F64), Watched()
+    right, runs = trained(model, x, lambda m: m), []
+    for count in (1_000, 50_000, 65_000, 10_000_000):
+        free(count)
+        ours = bb.chunked(model, micro_batch=4, keep="auto")
+        agree(trained(model, x, lambda m, ours=ours: ours), right)
+        model.calls.clear()
+        agree(trained(model, x, lambda m, ours=ours: ours), right)
+        runs.append(len(model.calls))
+    assert runs[0] == 24
+    assert runs[0] > runs[1] > runs[2] > runs[3] == 12
+    model.calls.clear()
+    model.fails = lambda examples: len(model.calls) == 7
+    agree(trained(model, x, lambda m: ours), right)
+    assert len(model.calls) == 12 + 1 + 12, "the kept pieces were dropped, and all ran again"
+    model.fails = lambda examples: False
+    assert bb.chunked(model, micro_batch=4, keep="auto")(x.requires_grad_()).requires_grad
+
+
+def test_what_keep_auto_counts_is_what_a_piece_keeps():
+    from bigbatch.engines.torch_memory import PeakMemory
+    from bigbatch.torch.chunked_memory import KeptBytes
+
+    x, model = torch.randn(48, 5, dtype=F64), Encoder(0.5)
+    counted = KeptBytes([x, *model.parameters()])
+    with PeakMemory() as memory:
+        out = model(x)
+    with counted.counting():
+        model(x)
+    assert counted.total == pytest.approx(memory.live - out.nbytes, rel=0.05)
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+def test_buffers_that_are_read_are_those_of_the_piece(how):
+    """A centre that follows the outputs, as DINO has it: each piece sees another one, in both runs."""
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.Linear(5, 3, dtype=F64)
+            self.register_buffer("centre", torch.zeros(3, dtype=F64))
+
+        def forward(self, x):
+            y = torch.tanh(self.inner(x) - self.centre)
+            moved = 0.5 * self.centre + y.detach().mean(0)
+            if how == "in place":
+                self.centre.copy_(moved)
+            else:
+                self.centre = moved
+            return y
+
+    x, ours, plain = torch.randn(N, 5, dtype=F64), Centred(), Centred()
+    bb.chunked(ours, micro_batch=4)(x).square().sum().backward()
+    outputs = []
+    for part in x.split(4):
+        plain.centre = plain.centre.clone()  # autograd refuses the plain loop that writes in place
+        outputs.append(plain(part))
+    torch.cat(outputs).square().sum().backward()
+    agree([p.grad for p in ours.parameters()], [p.grad for p in plain.parameters()])
+    assert torch.equal(ours.centre, plain.centre)

@@ -8,102 +8,150 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from bigbatch.engines.captures import closed_over, named_globals
+from bigbatch.engines.torch_estimate import RandomState
+
+Result = TypeVar("Result")
 
 
 class Moment(NamedTuple):
-    """What a run started from: the random states that it drew from, and the buffers that it wrote to."""
+    """What a run started from."""
 
-    cpu: Tensor | None
-    device: Tensor | None
-    buffers: dict[str, Tensor]
+    random: RandomState | None  # None where it drew nothing
+    buffers: list[Tensor]  # copies, shared by moments between which nothing was written
+    writes: bool  # whether it wrote to buffers
+
+    @property
+    def repeats_in_parts(self) -> bool:
+        """Whether fewer examples at a time would give the same: what is drawn, or averaged, depends on all of them."""
+        return self.random is None and not self.writes
 
 
 class Holder(nn.Module):
-    """Modules and the function that calls them as one module, so that `functional_call` can exchange parameters."""
+    """Modules as one module, so that `functional_call` can exchange their parameters while something runs."""
 
-    def __init__(self, function: Callable[..., Any], modules: list[nn.Module]):
+    def __init__(self, modules: list[nn.Module]):
         super().__init__()
         self.used = nn.ModuleList(modules)
-        self.function = [function]  # in a list, so that a module is not registered twice
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's own."""
-        return self.function[0](*args, **kwargs)
+    def forward(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns."""
+        return work()
 
 
 class Setting:
     """What surrounds a function: the modules that it calls, autocast, and the device that it draws from."""
 
     def __init__(self, function: Callable[..., Any], device: torch.device):
-        self.holder = Holder(function, list(dict.fromkeys(modules_of(function))))
-        self.device = device
+        self.function, self.device = function, device
+        self.holder = Holder(list(dict.fromkeys(modules_of(function))))
         self.training = {module: module.training for module in self.holder.modules()}
+        self.slots = [(module, name) for module in self.training for name, _ in module.named_buffers(recurse=False)]
         # A cached cast would belong to the graph of one piece.
         self.autocast = [
-            torch.autocast(
-                kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+            functools.partial(
+                torch.autocast,
+                kind,
+                torch.get_autocast_dtype(kind),
+                enabled=torch.is_autocast_enabled(kind),
+                cache_enabled=False,
             )
             for kind in sorted({"cpu", device.type})
         ]
+        self._seen: list[tuple[Any, int]] = []
+        self._copies: list[Any] = []
 
     def parameters(self) -> dict[str, Tensor]:
         """The modules' parameters that need a gradient, each once."""
         return {name: p for name, p in self.holder.named_parameters() if p.requires_grad}
 
-    def run(self, args: Any, kwargs: Any, stand_ins: dict[str, Tensor] | None = None) -> tuple[Any, Moment]:
-        """Runs the function, and returns what a second run needs of its start.
+    def replaced(self, stand_ins: dict[str, Tensor], work: Callable[[], Result]) -> Result:
+        """What `work` returns, which finds other tensors in the place of parameters."""
+        return functional_call(self.holder, stand_ins, (work,))
 
-        It draws, and writes to buffers, as a call does; with other tensors for parameters where there are `stand_ins`.
+    def run(self, args: Any, kwargs: Any) -> tuple[Any, Moment]:
+        """Runs the function, which draws and writes to buffers as a call does, and what a second run starts from."""
+        random, buffers = RandomState(self.device), self._snapshot()
+        result = self._called(args, kwargs)
+        writes = any(a is not b for a, b in zip(buffers, self._snapshot(), strict=True))
+        return result, Moment(random if _has_moved(random) else None, buffers, writes)
+
+    def again(self, moment: Moment, args: Any, kwargs: Any) -> Any:
+        """Runs the function from a moment, and leaves random states, modes and buffers as they were."""
+        copies = {
+            id(b): b.clone() if moment.writes and b is not None else b for b in moment.buffers
+        }  # tied ones stay so
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._set_buffers, self._buffers())
+            stack.callback(_set_modes, {module: module.training for module in self.training})
+            if moment.random is not None:
+                stack.callback(RandomState(self.device).restore)
+                moment.random.restore()
+            _set_modes(self.training)
+            self._set_buffers([copies[id(b)] for b in moment.buffers])
+            return self._called(args, kwargs)
+
+    def save(self) -> Callable[[], None]:
+        """Remembers random states and buffers; the returned function restores them."""
+        random, buffers = RandomState(self.device), self._buffers()
+        copies = [b if b is None else b.detach().clone() for b in buffers]
+
+        def restore() -> None:
+            random.restore()
+            self._set_buffers(buffers)
+            for b, copy in zip(buffers, copies, strict=True):
+                if copy is not None:
+                    b.detach().copy_(copy)
+
+        return restore
+
+    def _called(self, args: Any, kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for autocast in self.autocast:
+                stack.enter_context(autocast())
+            return self.function(*args, **kwargs)
+
+    def _buffers(self) -> list[Any]:
+        return [getattr(module, name, None) for module, name in self.slots]
+
+    def _set_buffers(self, buffers: list[Any]) -> None:
+        for (module, name), b in zip(self.slots, buffers, strict=True):
+            if getattr(module, name, None) is not b:
+                setattr(module, name, b)
+
+    def _snapshot(self) -> list[Any]:
+        """Copies of the buffers; of one that was not written to since the last snapshot, the copy of then.
+
+        Batch normalization writes to its averages without a new version, but counts in another buffer of the module.
         """
-        cpu, device = torch.get_rng_state(), self._device_state()
-        before = {name: (b, b._version, b.detach().clone()) for name, b in self.holder.named_buffers()}
-        with contextlib.ExitStack() as stack:
-            for autocast in self.autocast:
-                stack.enter_context(autocast)
-            result = functional_call(self.holder, stand_ins or {}, args, kwargs)
-        now = dict(self.holder.named_buffers())
-        written = {n: copy for n, (b, version, copy) in before.items() if now.get(n) is not b or b._version != version}
-        drew = not torch.equal(cpu, torch.get_rng_state())
-        drew_there = device is not None and not torch.equal(device, self._device_state())  # pyright: ignore[reportArgumentType]
-        return result, Moment(cpu if drew else None, device if drew_there else None, written)
+        buffers, versions = self._buffers(), dict.fromkeys(self.training, 0)
+        for (module, _), b in zip(self.slots, buffers, strict=True):
+            versions[module] += 0 if b is None else b._version
+        now = [(b, versions[module]) for (module, _), b in zip(self.slots, buffers, strict=True)]
+        copies = {(id(b), version): copy for (b, version), copy in zip(self._seen, self._copies, strict=True)}
+        for b, version in now:
+            if (id(b), version) not in copies:
+                copies[id(b), version] = None if b is None else b.detach().clone()
+        self._seen, self._copies = now, [copies[id(b), version] for b, version in now]
+        return self._copies
 
-    def again(self, moment: Moment, stand_ins: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """Runs the function from a moment with other tensors for parameters. It changes nothing else."""
-        buffers = {name: b.detach().clone() for name, b in self.holder.named_buffers()}
-        buffers |= {name: b.clone() for name, b in moment.buffers.items()}
-        with contextlib.ExitStack() as stack:
-            devices = [] if moment.device is None else [self.device]
-            kind = "cuda" if moment.device is None else self.device.type
-            stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
-            if moment.cpu is not None:
-                torch.set_rng_state(moment.cpu)
-            if moment.device is not None:
-                getattr(torch, self.device.type).set_rng_state(moment.device, self.device)
-            for autocast in self.autocast:
-                stack.enter_context(autocast)
-            stack.enter_context(self._modes())
-            return functional_call(self.holder, {**stand_ins, **buffers}, args, kwargs)
 
-    def _device_state(self) -> Tensor | None:
-        return None if self.device.type == "cpu" else getattr(torch, self.device.type).get_rng_state(self.device)
+def _has_moved(before: RandomState) -> bool:
+    now = RandomState(before.device)
+    pairs = (before.cpu, now.cpu), (before.own, now.own)
+    return any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
 
-    @contextlib.contextmanager
-    def _modes(self) -> Iterator[None]:
-        now = {module: module.training for module in self.training}
-        for module, training in self.training.items():
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        if module.training is not training:
             module.training = training
-        try:
-            yield
-        finally:
-            for module, training in now.items():
-                module.training = training
 
 
 def modules_of(function: Any, seen: set[int] | None = None) -> Iterator[nn.Module]:
