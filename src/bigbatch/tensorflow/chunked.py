@@ -1,9 +1,9 @@
 """`chunked`: a function of a whole batch, run one micro-batch at a time, and once more when its gradient is needed.
 
 A loss that compares the examples of a batch needs all of their outputs, and no micro-batch has them. So the function
-runs piece by piece, its outputs are joined, and the loss sees the whole batch. To a `tf.GradientTape` all pieces are one
-operation, which keeps its inputs; each piece runs again for its gradients. In memory are the inputs, the outputs and one
-piece. This is GradCache (Gao et al. 2021, arXiv:2101.06983) behind a call.
+runs piece by piece, its outputs are joined, and the loss sees the whole batch. To a `tf.GradientTape` all pieces are
+one operation, which keeps its inputs; each piece runs again for its gradients. In memory are the inputs, the outputs
+and one piece. This is GradCache (Gao et al. 2021, arXiv:2101.06983) behind a call.
 """
 
 import functools
@@ -83,8 +83,6 @@ def chunked(
     _check_in_axes(in_axes)
     known: dict[Any, Any] = {}  # what traces have shown, by the arguments' shapes
 
-    @functools.wraps(function, updated=())
-    @tf.autograph.experimental.do_not_convert
     def run(*args: Any, **kwargs: Any) -> Any:
         given = _Given.of(args, kwargs, in_axes)
         length = length_of([x for x, is_cut in zip(given.tensors, given.is_cut, strict=True) if is_cut])
@@ -104,7 +102,9 @@ def chunked(
             known[key] = traced(lambda *x: call.run(list(x)), *call.specs(given.tensors, size))
         return _differentiable(_Eager(call, length, known[key]), given.tensors)
 
-    return run
+    functools.update_wrapper(run, function, updated=())
+    del run.__wrapped__  # AutoGraph would call that in its place
+    return tf.autograph.experimental.do_not_convert(run)
 
 
 class _Given(NamedTuple):

@@ -1,7 +1,7 @@
 """A chunked function's pieces inside a `tf.function`: two `tf.while_loop`s over them.
 
-The second, for the gradients, is the split API's loop, with all that makes that one fast. The last pieces, where they are
-kept, and a shorter last one stand outside of the loops.
+The second, for the gradients, is the split API's loop, with all that makes that one fast. Kept pieces, which are the
+last, and a shorter last one stand outside of the loops.
 """
 
 from collections.abc import Callable
@@ -45,6 +45,8 @@ class InGraph:
         self.kept_from = len(self.singles) - call.keep  # among the singles
         self.backs: list[Back] = []  # whose variables must live as long as the graph
         self.step = self._traced_step(call.size)
+        self.structure = self.step.structured_outputs
+        self.like = tf.nest.flatten(self.structure)  # a tape outside of this one adds to the graph's own outputs
         self.effects: Effects = effects_of(call.function, self.step)
 
     def _traced_step(self, size: int | None) -> Any:
@@ -53,17 +55,12 @@ class InGraph:
 
         return traced(step, *self.call.specs(self.tensors, size))
 
-    @property
-    def structure(self) -> Any:
-        """How the outputs are nested."""
-        return self.step.structured_outputs
-
     def forward(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
         """The flat outputs, joined."""
         self.given = tensors
         self.bits = bits_of(self.effects.read) if can_be_compared() else None
         self.states, self.single_states, self.recorded = [], [], {}
-        parts = self._forward_loop(tensors) if self.in_loop else [[] for _ in self.step.outputs]
+        parts = self._forward_loop(tensors) if self.in_loop else [[] for _ in self.like]
         for k, (start, count) in enumerate(self.singles):
             self.single_states.append([v.read_value() for v in self.effects.written])
             with tf.control_dependencies(self.single_states[-1]):
@@ -87,7 +84,7 @@ class InGraph:
             outputs = [a.write(i, y) for a, y in zip(outputs, made, strict=True)]
             return i + 1, (outputs, [a.write(i, s) for a, s in zip(states, state, strict=True)])
 
-        like = self.step.outputs
+        like = self.like
         arrays = [_array(y.shape, y.dtype, full) for y in like], [_array(v.shape, v.dtype, full) for v in written]
         outputs, states = loop(body, tf.constant(0), full, arrays)
         self.states = [a.stack() for a in states]
@@ -101,7 +98,7 @@ class InGraph:
         if isinstance(count, int):
             return tf.nest.flatten(self._traced_step(count)(*piece))
         step = self._traced_step(None)
-        none = [tf.zeros([0, *_rest(y)], y.dtype) for y in self.step.outputs]
+        none = [tf.zeros([0, *_rest(y)], y.dtype) for y in self.like]
         return tf.cond(count > 0, lambda: tf.nest.flatten(step(*piece)), lambda: none)
 
     def backward(self, dys: list[tf.Tensor], variables: list[Any]) -> tuple[list[Any], list[Any]]:

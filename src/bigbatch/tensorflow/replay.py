@@ -7,6 +7,8 @@ values of the written variables are all that a second run needs.
 
 import functools
 import types
+import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -42,8 +44,8 @@ def effects_of(function: Any, concrete: Any) -> Effects:
     changed = [v for v in variables if id(v.handle) in handles]
     if changed and under_xla():
         raise ValueError(
-            "A chunked function that writes to variables, as BatchNormalization and the seeds of Dropout do, cannot run "
-            f"again under XLA. Received: {changed[0].name}. Leave jit_compile=True out, or call it with training=False."
+            "A chunked function that writes to variables, as BatchNormalization and Dropout's seeds do, cannot run again "
+            f"under XLA. Received: {changed[0].name}. Leave jit_compile=True out, or call it with training=False."
         )
     outside = [outer for outer, _ in concrete.graph.captures if outer.dtype.is_floating]
     if tf.executing_eagerly():  # where the function may name another tensor at each call
@@ -77,29 +79,37 @@ class Again:
     """A traced function that is run again, on variables of its own in the place of those that it writes to.
 
     So no variable of the user's moves a second time, whatever runs beside it: a graph that TensorFlow derives to
-    differentiate a tf.function orders no assignments.
+    differentiate a tf.function orders no assignments. They are bare resources: a tf.function lets nobody make a
+    tf.Variable after its first call.
     """
 
     def __init__(self, concrete: Any, variables: list[tf.Variable]):
         self.concrete = concrete
         with tf.init_scope():
-            self.own = [tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in variables]
+            self.own = [
+                tf.raw_ops.VarHandleOp(dtype=v.dtype, shape=v.shape, shared_name=f"bigbatch/{uuid.uuid4()}")
+                for v in variables
+            ]
+        weakref.finalize(self, _free, self.own).atexit = False
         handles = {id(v.handle): own for v, own in zip(variables, self.own, strict=True)}
-        self.captured = [handles[id(x)].handle if id(x) in handles else x for x in concrete.captured_inputs]
+        self.captured = [handles.get(id(x), x) for x in concrete.captured_inputs]
 
     def __call__(self, inputs: list[tf.Tensor], state: list[tf.Tensor], after: Any) -> list[tf.Tensor]:
         """The flat outputs, from these values of the variables, and once `after` is there."""
-        if not self.own:
-            return _called(self.concrete, [*inputs, *self.concrete.captured_inputs])
         with tf.control_dependencies(tf.nest.flatten(after, expand_composites=True)):
-            assigned = [v.assign(value, read_value=False) for v, value in zip(self.own, state, strict=True)]
+            assigned = [
+                tf.raw_ops.AssignVariableOp(resource=own, value=value)
+                for own, value in zip(self.own, state, strict=True)
+            ]
         with tf.control_dependencies(assigned):
-            return _called(self.concrete, [*inputs, *self.captured])
+            types = [y.dtype for y in self.concrete.outputs]
+            return list(tf.raw_ops.StatefulPartitionedCall(args=[*inputs, *self.captured], Tout=types, f=self.concrete))
 
 
-def _called(concrete: Any, arguments: list[tf.Tensor]) -> list[tf.Tensor]:
-    types = [y.dtype for y in concrete.outputs]
-    return list(tf.raw_ops.StatefulPartitionedCall(args=arguments, Tout=types, f=concrete))
+def _free(handles: list[tf.Tensor]) -> None:
+    with tf.init_scope():
+        for handle in handles:
+            tf.raw_ops.DestroyResourceOp(resource=handle, ignore_lookup_error=True)
 
 
 def refusing_another(work: Callable[..., Any]) -> Callable[..., Any]:
