@@ -73,6 +73,18 @@ def check_keep(keep: Any, *, auto: bool) -> Any:
     return keep
 
 
+def check_tokens(most: Any) -> int:
+    """Accepts the number of tokens, padding included, that fit in memory at once."""
+    return _check_count(
+        "most", most, 'an integer or "auto"', "Pass the most tokens of a micro-batch, padding included."
+    )
+
+
+def check_multiple_of(multiple_of: Any) -> int:
+    """Accepts what trimmed lengths are multiples of."""
+    return _check_count("multiple_of", multiple_of, "an integer", "Pass 1 to trim to the longest example itself.")
+
+
 def check_batch_size(batch_size: Any) -> int:
     """Accepts the number of examples that one update is to see."""
     return _check_count("batch_size", batch_size, "an integer", "Pass the number of examples that make one update.")
