@@ -15,6 +15,7 @@ BACKENDS = sorted(
     path.stem for path in (Path(__file__).parent / "conformance/adapters").glob("[a-z]*.py")
     if path.stem not in ("reference", "wrong")
 )  # fmt: skip
+BACKENDS.append("trainers")  # the libraries of loops that stand on PyTorch; the laws run on their parts
 
 
 def pytest_addoption(parser):
@@ -45,6 +46,8 @@ def pytest_ignore_collect(collection_path, config):
         return True  # these have tests of their own
     if backend is None:
         return True if needs_one or room else None
+    if backend == "trainers" and needs_one:
+        return True
     return True if not needs_one and room != ROOM_OF.get(backend, backend) and collection_path.is_file() else None
 
 
