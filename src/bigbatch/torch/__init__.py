@@ -10,6 +10,7 @@ try:
     from bigbatch.noise import until_noise as until_noise
     from bigbatch.torch.audit import audit as audit
     from bigbatch.torch.chunked import chunked as chunked
+    from bigbatch.torch.gathered import gathered as gathered
     from bigbatch.torch.gradients import Gradients as Gradients
     from bigbatch.torch.plan import plan as plan
     from bigbatch.torch.split import backward as backward

@@ -24,6 +24,7 @@ from bigbatch.noise import UntilNoise
 from bigbatch.torch.collectives import BACKWARD, FLUSH, JOIN, SPLIT, digest_of
 from bigbatch.torch.ddp import Replicas, at_least_float32
 from bigbatch.torch.fsdp import Shards, power_of_two
+from bigbatch.torch.gathered import take_differentiated
 from bigbatch.torch.window import Window, WindowTotals
 
 
@@ -92,6 +93,8 @@ class Ranks:
     def before(self, window: Window, items: float | Tensor, plan: Any) -> None:
         """Before a micro-batch's backward: sharded gradients have to know now whether it is the window's last."""
         shards = self.model
+        if not window.micro_batches:
+            take_differentiated()  # in a window that an error has dropped
         if isinstance(shards, Replicas):
             return shards.before()
         if window.unit is None:
@@ -169,6 +172,9 @@ class Ranks:
         dense = [grad is not None and not grad.is_sparse for grad in gradients]
         sparse = [grad is not None and grad.is_sparse for grad in gradients]
         numbers = loss * unit, items, window.micro_batches - window.repeats, ending, digest_of((dense, sparse))
+        if take_differentiated() and self.shards is None:
+            # Each rank's gradient of gathered rows has all ranks' weights in it.
+            terms = {**terms, "items, where losses are of gathered rows": f"{items:g}, after {unit:g} were planned"}
         lines = self.agree(call, terms, numbers)
         loss, items, micro_batches, ended, *_ = (sum(numbers) for numbers in zip(*lines, strict=True))
         if len({line[4] for line in lines}) == 1:
