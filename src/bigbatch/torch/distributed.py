@@ -216,6 +216,15 @@ class Ranks:
         window.unit = shards.unit
         return slices
 
+    def parts(self, window: Window, length: int, own: int) -> int:
+        """How many micro-batches this rank makes of its part: with shards as many as every other, else its own."""
+        shards = self.shards
+        if shards is None:
+            return own
+        lines = self.meetings.gather(SPLIT, [length, own])
+        window.unit = shards.check_parts([line[1] for line in lines])
+        return int(max(line[2] for line in lines))
+
     def in_step(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         """As many micro-batches on every rank, since a sharded forward needs all; and whether one is a repetition.
 

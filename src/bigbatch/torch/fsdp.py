@@ -138,17 +138,22 @@ class Shards:
         """Goes on from what `unreduced` returned."""
         torch_fsdp.restore_unreduced(self.modules, self.parameters, saved)
 
-    def slices(self, lengths: list[float], rank: int, micro_batch: int) -> list[tuple[int, int]]:
-        """The split API's micro-batches: as many on every rank, since every forward needs all ranks.
-
-        A rank with fewer examples cuts them smaller, and goes through its first one again where they do not suffice.
-        """
+    def check_parts(self, lengths: list[float]) -> float:
+        """Accepts the ranks' parts of a batch, and returns the unit that their items are counted in."""
         if not all(lengths):
             raise ValueError(
                 f"fully_shard's forward needs every rank. Received: parts of the batch of {[int(n) for n in lengths]} "
                 "examples. Give every rank at least one."
             )
         self.unit = power_of_two(sum(lengths))
+        return self.unit
+
+    def slices(self, lengths: list[float], rank: int, micro_batch: int) -> list[tuple[int, int]]:
+        """The split API's micro-batches: as many on every rank, since every forward needs all ranks.
+
+        A rank with fewer examples cuts them smaller, and goes through its first one again where they do not suffice.
+        """
+        self.check_parts(lengths)
         count = max(math.ceil(length / micro_batch) for length in lengths)
         edges = [int(lengths[rank]) * i // count for i in range(count + 1)]
         return list(itertools.pairwise(edges))

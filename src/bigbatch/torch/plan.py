@@ -6,7 +6,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +16,11 @@ from bigbatch import errors
 from bigbatch.engines.captures import closed_over, named_globals
 from bigbatch.engines.torch_estimate import DryRuns, State, device_memory, is_out_of_memory, release, reserve
 from bigbatch.engines.torch_leaves import parameters_of
+from bigbatch.lengths import Cut
 from bigbatch.plan import Choice, Plan, budget, choose, fitting, log_choice, timed
 from bigbatch.torch.batch import cut, is_text, leaves
 from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
+from bigbatch.torch.lengths import Layout
 
 Result = TypeVar("Result")
 
@@ -91,6 +93,30 @@ def auto(run: Callable[[int], Result], loss_fn: Callable[[Any], Any], batch: Any
         Exception: as `bigbatch.plan.fitting`.
     """
     choice = _choice(loss_fn, batch, length, dtype)
+    return fitting(run, choice, length, is_out_of_memory, logger, _saving(choice))
+
+
+def auto_tokens(run: Callable[[int], Result], loss_fn: Callable[[Any], Any], layout: Layout, dtype: Any) -> Result:
+    """As `auto`, of `run(most)`: the most rows × longest that fit.
+
+    Two corners are planned: rows as long as the batch, and as many rows as that makes of the shortest example. Between
+    them a micro-batch of as many tokens takes no more: what a loss keeps grows with the rows, with the tokens, or
+    faster than these with the length.
+    """
+    examples, shortest = len(layout.lengths), min(layout.lengths)
+    choice = _choice(loss_fn, layout.batch, examples, dtype)
+    most = choice.size(examples) * layout.longest
+    rows = min(examples, most // shortest)
+    short = _choice(loss_fn, layout.part(Cut(list(range(examples)), shortest)), examples, dtype)
+    if short.micro_batch < rows:
+        most = min(most, short.micro_batch * shortest)
+    key = layout.longest, shortest
+    tokens = choice.tokens.setdefault(key, _TokenChoice(choice.plan, most))
+    return fitting(run, tokens, examples * layout.longest, is_out_of_memory, logger, _saving(choice))
+
+
+def _saving(choice: "_Choice") -> Callable[[], Callable[[], None]]:
+    """For `fitting`: what a window writes to beside its gradients."""
 
     def save() -> Callable[[], None]:
         state = State(choice.device, choice.written)
@@ -101,7 +127,7 @@ def auto(run: Callable[[int], Result], loss_fn: Callable[[Any], Any], batch: Any
 
         return restore
 
-    return fitting(run, choice, length, is_out_of_memory, logger, save)
+    return save
 
 
 def _dry_runs(loss_fn: Callable[[Any], Any], batch: Any, length: int, dtype: torch.dtype | None) -> DryRuns:
@@ -134,6 +160,14 @@ class _Choice(Choice):
 
     device: torch.device
     written: list[weakref.ref[Tensor]]
+    tokens: "dict[Any, _TokenChoice]" = field(default_factory=dict)  # by the longest and the shortest example
+
+
+class _TokenChoice(Choice):
+    """The most tokens of a micro-batch, in place of its examples."""
+
+    def size(self, length: int) -> int:
+        return self.micro_batch
 
 
 # Plans, for as long as the code of the loss function is there. A cache: training without it is the same but slower.

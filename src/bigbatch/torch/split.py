@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from bigbatch import errors
 from bigbatch.engines.torch_dtypes import gradient_dtype, is_wide
+from bigbatch.lengths import Tokens
 from bigbatch.torch.batch import cut, leaves
 from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
 from bigbatch.torch.collectives import SPLIT
 from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.lengths import Layout
 from bigbatch.torch.ownership import Ownership
-from bigbatch.torch.plan import auto
+from bigbatch.torch.plan import auto, auto_tokens
 from bigbatch.torch.window import Window, fused_path, scale_
 from bigbatch.torch.wrapped import Sync, ranks_of
 
@@ -26,7 +29,7 @@ def backward(
     loss_fn: Callable[[Batch], Tensor | tuple[Tensor, float | Tensor]],
     batch: Batch,
     *,
-    micro_batch: int | Literal["auto"],
+    micro_batch: int | Literal["auto"] | Tokens,
     dtype: torch.dtype | None = torch.float32,
     fused: bool = True,
     model: torch.nn.Module | None = None,
@@ -52,6 +55,8 @@ def backward(
         micro_batch: examples in memory at once. Larger than the batch is fine: one micro-batch. "auto" plans the
             largest that fits what is free (see `plan`), once for each shape of batch, and logs what it chose; should
             memory run out anyway, the window is run again with half the size. Not for a fully_shard model.
+            `bb.tokens(16_384, mask="attention_mask")` puts sequences of like length together and trims their padding;
+            `loss_fn` then returns its items, for a mean over tokens and one over examples are no longer alike.
         dtype: the narrowest dtype to accumulate in. Gradients of bfloat16 and float16 parameters add up in float32
             and are rounded once, at the end. None adds up in the parameters' own dtype.
         fused: whether the gradients of weights that inputs are multiplied by, or rows are looked up in, go straight
@@ -75,16 +80,19 @@ def backward(
     """
     ranks = ranks_of(model, sync, SPLIT)
     with nullcontext() if ranks is None else ranks.meetings.reporting(SPLIT):
-        if ranks is not None and ranks.shards is not None and micro_batch == "auto":
+        tokens = micro_batch if isinstance(micro_batch, Tokens) else None
+        size: Any = micro_batch if tokens is None else tokens.most
+        if ranks is not None and ranks.shards is not None and size == "auto":
             raise ValueError('micro_batch="auto" cannot be planned for shards. Pass a number with a fully_shard model.')
-        if micro_batch != "auto":
-            micro_batch = errors.check_micro_batch(micro_batch)
+        if size != "auto":
+            size = errors.check_micro_batch(size)
         check_dtype(dtype)
         check_flag("fused", fused)
         lengths = [(where, len(leaf)) for where, leaf in leaves(batch, "batch")]
         empty = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
         length = 0 if empty else errors.check_lengths(lengths)
-    call = _Call(loss_fn, batch, lengths, length, dtype, fused, ranks)
+        layout = None if tokens is None or empty else Layout.of(batch, tokens)
+    call = _Call(loss_fn, batch, lengths, length, layout, dtype, fused, ranks)
 
     def run(size: int) -> tuple[_Summed, Tensor | None]:
         summed = _add_up(call, size)
@@ -92,10 +100,12 @@ def backward(
 
     # A rank that runs out of memory runs its own part again, and the others wait for it where all meet.
     with nullcontext() if ranks is None else ranks.working():
-        if micro_batch == "auto" and length:
-            summed, mean = auto(run, loss_fn, batch, length, dtype)
+        if size != "auto" or not length:
+            summed, mean = run(1 if size == "auto" else size)
+        elif layout is not None:
+            summed, mean = auto_tokens(run, loss_fn, layout, dtype)
         else:
-            summed, mean = run(1 if micro_batch == "auto" else micro_batch)
+            summed, mean = auto(run, loss_fn, batch, length, dtype)
     if mean is None:
         mean = _means(call, summed)
     for p, grad in summed.before.items():
@@ -110,6 +120,7 @@ class _Call(NamedTuple):
     batch: Any
     lengths: list[tuple[str, int]]  # of the batch's leaves, each with its place
     length: int
+    layout: Layout | None  # of the tokens, where micro-batches are cut by them
     dtype: torch.dtype | None
     fused: bool
     ranks: Ranks | None
@@ -118,6 +129,13 @@ class _Call(NamedTuple):
     def sharded(self) -> bool:
         """Whether fully_shard has spread the parameters over the ranks."""
         return self.ranks is not None and self.ranks.shards is not None
+
+
+class _Part(NamedTuple):
+    """A micro-batch that is cut when its turn comes. One of 0 examples is a forward for the other ranks' sake."""
+
+    examples: int
+    cut: Callable[[], Any]
 
 
 class _Summed(NamedTuple):
@@ -130,20 +148,21 @@ class _Summed(NamedTuple):
 
 def _add_up(call: _Call, micro_batch: int) -> _Summed:
     """Adds up the micro-batches; after an error `.grad` is what it was."""
-    window, before, loss_dtype = Window(planned=-(-call.length // micro_batch)), {}, torch.float32
+    window, before, loss_dtype = Window(), {}, torch.float32
     if call.ranks is not None and is_wide(call.ranks.parameters, call.dtype):
         window.dtype = call.dtype
-    slices = _slices(call, window, micro_batch)
-    if call.fused and not call.sharded and len(slices) > 1:  # one alone adds nothing up, and is autograd's to the bit
+    parts = _parts(call, window, micro_batch)
+    window.planned = len(parts)
+    if call.fused and not call.sharded and len(parts) > 1:  # one alone adds nothing up, and is autograd's to the bit
         path = fused_path(in_ranks=call.ranks is not None, between_calls=True)
         window.fused = path and path.window()
     # It drops nothing by itself: an error inside loss_fn goes through the except below.
     owned = Ownership("bb.backward", lambda: None, in_grad=not call.sharded)
     try:
-        for start, stop in slices:
-            loss, items = _loss(call, window, start, stop)
+        for part in parts:
+            loss, items = _loss(call, window, part)
             if call.ranks is not None:
-                call.ranks.before(window, items, len(slices))
+                call.ranks.before(window, items, len(parts))
             parameters = window.parameters_of(loss)
             if call.ranks is not None and call.sharded:
                 parameters = call.ranks.parameters
@@ -162,25 +181,31 @@ def _add_up(call: _Call, micro_batch: int) -> _Summed:
     return _Summed(window, before, loss_dtype)
 
 
-def _slices(call: _Call, window: Window, micro_batch: int) -> list[tuple[int, int]]:
-    """Where each micro-batch starts and stops."""
-    slices = None if call.ranks is None else call.ranks.slices(window, call.length, micro_batch)
-    if slices is not None:
-        return slices
-    return [(start, min(start + micro_batch, call.length)) for start in range(0, call.length, micro_batch)]
+def _parts(call: _Call, window: Window, size: int) -> list[_Part]:
+    """The micro-batches, of at most `size` examples or tokens."""
+    if call.layout is not None:
+        parts = [_Part(len(cut.indices), partial(call.layout.part, cut)) for cut in call.layout.cuts(size)]
+        count = len(parts) if call.ranks is None else call.ranks.parts(window, call.length, len(parts))
+        return parts + [_Part(0, parts[0].cut)] * (count - len(parts))
+    slices = None if call.ranks is None else call.ranks.slices(window, call.length, size)
+    if slices is None:
+        slices = [(start, min(start + size, call.length)) for start in range(0, call.length, size)]
+    return [_Part(stop - start, partial(cut, call.batch, start, max(stop, start + 1))) for start, stop in slices]
 
 
-def _loss(call: _Call, window: Window, start: int, stop: int) -> tuple[Tensor, float | Tensor]:
+def _loss(call: _Call, window: Window, part: _Part) -> tuple[Tensor, float | Tensor]:
     """A micro-batch's mean loss, and its items."""
-    loss, items = errors.loss_and_items(call.loss_fn(cut(call.batch, start, max(stop, start + 1))))
+    loss, items = errors.loss_and_items(call.loss_fn(part.cut()))
     loss = check_loss(loss)
-    if start == stop:
-        return loss, loss.new_zeros(())  # a forward for the other ranks' sake, which counts for nothing
-    if items is None:
-        if window.unit is None:
-            window.unit = call.length
-        return loss, stop - start
-    return loss, check_items(items)
+    if not part.examples:
+        return loss, loss.new_zeros(())
+    if items is not None:
+        return loss, check_items(items)
+    if call.layout is not None:
+        raise errors.items_with_tokens()
+    if window.unit is None:
+        window.unit = call.length
+    return loss, part.examples
 
 
 def _set_aside(
