@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bigbatch.engines.torch_fsdp import whole
+
 WORDS, LENGTH, PAD = 11, 7, -100
 
 
@@ -72,7 +74,7 @@ def trained(windows, optimizer=sgd, clip=None, schedule=False, dtype=torch.float
 
 
 def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
 
 
 def distance(got, wanted):

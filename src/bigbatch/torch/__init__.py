@@ -10,6 +10,7 @@ try:
     from bigbatch.noise import noise_curve as noise_curve
     from bigbatch.noise import until_noise as until_noise
     from bigbatch.torch.audit import audit as audit
+    from bigbatch.torch.causal import causal_items as causal_items
     from bigbatch.torch.chunked import chunked as chunked
     from bigbatch.torch.gathered import gathered as gathered
     from bigbatch.torch.gradients import Gradients as Gradients
