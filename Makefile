@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench docs release clean
+.PHONY: demo test lint bench docs versions release clean
 
 demo: .venv/.demo
 	$(BIN)/bigbatch demo
@@ -21,11 +21,14 @@ docs: .venv/.docs
 bench: .venv/.test
 	$(BIN)/python benchmarks/run.py
 
+versions: .venv/bin/python
+	$(BIN)/python tests/versions.py
+
 release: .venv/.release
 	$(BIN)/python tests/release.py
 
 clean:
-	rm -rf .venv site dist
+	rm -rf .venv .versions site dist
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigbatch needs Python 3.11 or newer. Received: $(PYTHON) = %d.%d. Run make PYTHON=python3.11" % sys.version_info[:2])'

@@ -1,4 +1,4 @@
-"""Batches of 1,024 on whatever memory there is: the plan first, then `micro_batch="auto"`, which makes it by itself.
+"""Batches of 1,024 on whatever memory there is: `micro_batch="auto"` plans by itself, and `bb.plan` shows its reasons.
 
 python examples/jax_auto.py
 """
@@ -28,8 +28,11 @@ def loss_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-plan = bb.plan(loss_fn)(params, (pixels[:1024], labels[:1024]))
+batch = pixels[:1024], labels[:1024]
+plan = bb.plan(loss_fn)(params, batch)
 plan.show()
+half = plan.needs / plan.budget.headroom / 2  # as if half of what the batch needs were free
+bb.plan(loss_fn, memory=half)(params, batch).show()
 value_and_grad = bb.value_and_grad(loss_fn, micro_batch="auto")
 
 

@@ -61,7 +61,7 @@ def step(params, batch_stats, opt_state, batch, key):
     return optax.apply_updates(params, updates), batch_stats, opt_state, loss, right
 
 
-key = jax.random.key(1)
+key, loss = jax.random.key(1), 0.0
 for epoch in range(20):
     right = 0
     for i, batch in enumerate(loader(1024)):

@@ -1,4 +1,4 @@
-"""Batches of 1,024 on whatever memory there is: the plan first, then `micro_batch="auto"`, which makes it by itself.
+"""Batches of 1,024 on whatever memory there is: `micro_batch="auto"` plans by itself, and `bb.plan` shows its reasons.
 
 python examples/keras_auto.py          with KERAS_BACKEND=tensorflow, jax or torch
 """
@@ -17,6 +17,8 @@ model.compile(keras.optimizers.AdamW(1e-2), keras.losses.SparseCategoricalCrosse
 
 plan = bb.plan(model, pixels, labels, batch_size=1024)
 plan.show()
+half = plan.needs / plan.budget.headroom / 2  # as if half of what the batch needs were free
+bb.plan(model, pixels, labels, batch_size=1024, memory=half).show()
 
 bb.accumulate(model, micro_batch="auto")
 history = model.fit(pixels, labels, batch_size=1024, epochs=20, verbose=0).history

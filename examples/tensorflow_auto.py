@@ -1,4 +1,4 @@
-"""Batches of 1,024 on whatever memory there is: the plan first, then `micro_batch="auto"`, which makes it by itself.
+"""Batches of 1,024 on whatever memory there is: `micro_batch="auto"` plans by itself, and `bb.plan` shows its reasons.
 
 python examples/tensorflow_auto.py
 """
@@ -28,8 +28,11 @@ def loss_fn(batch):
     return cross_entropy(y, model(x, training=True))
 
 
-plan = bb.plan(loss_fn, (pixels[:1024], labels[:1024]), model.trainable_variables)
+batch = pixels[:1024], labels[:1024]
+plan = bb.plan(loss_fn, batch, model.trainable_variables)
 plan.show()
+half = plan.needs / plan.budget.headroom / 2  # as if half of what the batch needs were free
+bb.plan(loss_fn, batch, model.trainable_variables, memory=half).show()
 
 
 @tf.function

@@ -26,11 +26,15 @@ loss_fn = nn.CrossEntropyLoss()
 
 acc = bb.Accumulator(optimizer, every=8, clip_norm=1.0, model=model)
 for epoch in range(10):
+    updates = []
     for x, y in loader:
-        acc.backward(loss_fn(model(x), y), items=len(x))  # was: accumulate, backward, clip, step, zero_grad
-    update = acc.flush()
-    accelerator.print(
-        f"epoch {epoch:2d}  update {update.index:3d}  {update.items:.0f} examples  loss {update.loss:.4f}"
-    )
+        # In place of accumulate, backward, clip_grad_norm_, step and zero_grad.
+        if update := acc.backward(loss_fn(model(x), y), items=len(x)):
+            updates.append(update)
+    if update := acc.flush():
+        updates.append(update)
+    examples = sum(update.items for update in updates)
+    loss = sum(update.items * update.loss for update in updates) / examples
+    accelerator.print(f"epoch {epoch:2d}  {len(updates)} updates  {examples:.0f} examples  loss {loss:.4f}")
 accelerator.print(acc)
 accelerator.end_training()

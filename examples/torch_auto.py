@@ -1,6 +1,6 @@
 """A batch of 4,096 pictures on whatever memory there is: `micro_batch="auto"` finds the micro-batch that fits.
 
-On a machine of 2 GiB it trains, where the whole batch at once is killed:
+In 2 GiB of memory it trains, where the whole batch at once raises an out-of-memory error:
 
     (ulimit -v 2097152; OMP_NUM_THREADS=1 python examples/torch_auto.py)
     (ulimit -v 2097152; OMP_NUM_THREADS=1 python examples/torch_auto.py --micro-batch 4096)

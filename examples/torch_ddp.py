@@ -58,20 +58,23 @@ def save(epoch: int, done: int) -> None:
 for epoch in range(first_epoch, args.epochs):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
     # The ranks' parts differ in length, by an example and so by a micro-batch. Nothing is dropped or read twice.
-    micro_batches = order[rank::ranks].split(16)
+    micro_batches, updates = order[rank::ranks].split(16), []
     for i, rows in enumerate(micro_batches):
         if i < done:
             continue
-        update = acc.backward(loss_fn(model(x[rows]), y[rows]), items=len(rows))
-        if update:
+        if update := acc.backward(loss_fn(model(x[rows]), y[rows]), items=len(rows)):
+            updates.append(update)
             save(epoch, i + 1)
-    update, done = acc.flush(), 0  # waits for the ranks that have more, and makes the epoch's last update with them
+    done = 0
+    if update := acc.flush():  # waits for the ranks that have more, and makes the epoch's last update with them
+        updates.append(update)
     save(epoch + 1, 0)
-    if rank == 0 and update:
-        line = f"epoch {epoch:2d}  update {update.index:3d}  {update.items:.0f} examples  loss {update.loss:.4f}"
-        print(line, flush=True)
+    if rank == 0 and updates:
+        examples = sum(update.items for update in updates)
+        loss = sum(update.items * update.loss for update in updates) / examples
+        print(f"epoch {epoch:2d}  {len(updates)} updates  {examples:.0f} examples  loss {loss:.4f}", flush=True)
 
 if rank == 0:
-    digest = sum(p.double().sum() for p in model.parameters()).item()
+    digest = torch.stack([p.detach().double().sum() for p in model.parameters()]).sum().item()
     print(f"{acc}\nsum of the weights {digest!r}", flush=True)
 dist.destroy_process_group()

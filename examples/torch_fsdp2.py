@@ -12,14 +12,17 @@ import argparse
 import io
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import bigbatch.torch as bb
 
@@ -44,7 +47,7 @@ loss_fn = nn.CrossEntropyLoss()
 acc = bb.Accumulator(optimizer, every=5, clip_norm=1.0, model=model, sync=args.sync)
 
 
-def state() -> dict:
+def state() -> dict[str, Any]:
     held, optimizers = get_state_dict(model, optimizer)
     return {"model": held, "optimizer": optimizers, "acc": b"", "epoch": 0}
 
@@ -52,25 +55,30 @@ def state() -> dict:
 first_epoch, saved = 0, sorted(args.checkpoint.glob("*/.metadata")) if args.checkpoint else []
 if saved:
     loaded = state()
-    dcp.load(loaded, checkpoint_id=saved[-1].parent)
+    load(loaded, checkpoint_id=saved[-1].parent)
     set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     acc.load_state_dict(torch.load(io.BytesIO(loaded["acc"]), weights_only=True))
     first_epoch = loaded["epoch"]
 
 for epoch in range(first_epoch, args.epochs):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
+    updates = []
     for rows in acc.join(order.split(24)[rank::ranks]):  # one rank has one more, and every forward needs all
-        acc.backward(loss_fn(model(x[rows]), y[rows]), items=len(rows))
-    update = acc.flush()
-    if rank == 0 and update:
-        line = f"epoch {epoch:2d}  update {update.index:3d}  {update.items:.0f} examples  loss {update.loss:.4f}"
-        print(line, flush=True)
+        if update := acc.backward(loss_fn(model(x[rows]), y[rows]), items=len(rows)):
+            updates.append(update)
+    if update := acc.flush():
+        updates.append(update)
+    if rank == 0:
+        examples = sum(update.items for update in updates)
+        loss = sum(update.items * update.loss for update in updates) / examples
+        print(f"epoch {epoch:2d}  {len(updates)} updates  {examples:.0f} examples  loss {loss:.4f}", flush=True)
     if args.checkpoint:
         torch.save(acc.state_dict(), file := io.BytesIO())
         done = {**state(), "acc": file.getvalue(), "epoch": epoch + 1}
-        dcp.save(done, checkpoint_id=args.checkpoint / f"{epoch + 1:04d}")  # .metadata is written last
+        save(done, checkpoint_id=args.checkpoint / f"{epoch + 1:04d}")  # .metadata is written last
 
-digest = sum(p.detach().double().sum().full_tensor() for p in model.parameters()).item()
+sums = [p.detach().double().sum() for p in model.parameters()]
+digest = torch.stack([s.full_tensor() for s in sums if isinstance(s, DTensor)]).sum().item()
 if rank == 0:
     print(f"{acc}\nsum of the weights {digest!r}", flush=True)
 dist.destroy_process_group()

@@ -32,21 +32,25 @@ class Digits(L.LightningModule):
         return DataLoader(Subset(dataset, part), batch_size=16, shuffle=True)
 
     def on_train_start(self):
-        optimizer = self.optimizers(use_pl_optimizer=False)
         # trainer.model is the DistributedDataParallel that Lightning put around this module.
-        self.acc = bb.Accumulator(optimizer, every=8, clip_norm=1.0, model=self.trainer.model)
+        self.acc = bb.Accumulator(self.trainer.optimizers[0], every=8, clip_norm=1.0, model=self.trainer.model)
+
+    def on_train_epoch_start(self):
+        self.updates = []
 
     def training_step(self, batch):
         x, y = batch
-        self.acc.backward(F.cross_entropy(self.net(x), y), items=len(x))
+        if update := self.acc.backward(F.cross_entropy(self.net(x), y), items=len(x)):
+            self.updates.append(update)
 
     def on_train_epoch_end(self):
-        update = self.acc.flush()
+        if update := self.acc.flush():
+            self.updates.append(update)
+        examples = sum(update.items for update in self.updates)
+        loss = sum(update.items * update.loss for update in self.updates) / examples
         if self.trainer.is_global_zero:
-            print(
-                f"epoch {self.current_epoch:2d}  update {update.index:3d}  {update.items:.0f} examples  "
-                f"loss {update.loss:.4f}"
-            )
+            line = f"epoch {self.current_epoch:2d}  {len(self.updates)} updates  {examples:.0f} examples"
+            print(f"{line}  loss {loss:.4f}")
 
 
 L.seed_everything(0, verbose=False)

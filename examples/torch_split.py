@@ -24,6 +24,7 @@ def loss_fn(batch):
     return nn.functional.cross_entropy(model(x), y)
 
 
+loss = torch.zeros(())
 for epoch in range(20):
     for batch in loader:
         optimizer.zero_grad()

@@ -19,9 +19,18 @@ STEPS = {
         ["-m", "ruff", "check"],
         ["-m", "ruff", "format", "--check"],
         ["-m", "pyright"],
+        # Keras's and TensorFlow's own types do not pass; their documented flows are in tests/typed.
+        [
+            "-m",
+            "pyright",
+            "tests/typed",
+            *(str(p) for kind in ("torch", "jax", "tf1") for p in ROOT.glob(f"examples/{kind}_*.py")),
+        ],
+        ["-m", "mypy", "--strict", "tests/typed"],
         ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
         ["tests/words.py"],
     ],
+    "newest": [["tests/versions.py", "quick"]],
     "docs": [["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", "site"]],
     "core": [["-m", "pytest", "-q"]],
     **{backend: [["-m", "pytest", "-q", "--durations=10", "--backend", backend]] for backend in BACKENDS},

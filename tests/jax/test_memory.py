@@ -200,5 +200,8 @@ def test_example(capsys, caplog):
     lines = capsys.readouterr().out.splitlines()
     losses = [float(line.split("loss ")[1]) for line in lines if "loss" in line]
     assert losses[-1] < 0.6 < 2 < losses[0]
-    assert "micro_batch=1024" in lines
+    chosen = [int(line.removeprefix("micro_batch=")) for line in lines if line.startswith("micro_batch=")]
+    assert chosen[0] == 1024
+    assert 1 < chosen[1] < 1024
+    assert any("too large" in line for line in lines)
     assert all(record.getMessage().startswith('micro_batch="auto": micro_batch ') for record in caplog.records)

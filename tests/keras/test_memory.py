@@ -486,4 +486,6 @@ def test_example(capsys, caplog):
     losses = [float(line.split("loss ")[1]) for line in lines if "loss" in line]
     assert losses[-1] < 0.6 < 2 < losses[0]
     assert lines[-1] == "micro_batch=1024"
+    tight = [int(line.removeprefix("micro_batch=")) for line in lines if line.startswith("micro_batch=")][1]
+    assert 1 < tight < 1024
     assert all(line.startswith('micro_batch="auto": micro_batch ') for line in said(caplog))

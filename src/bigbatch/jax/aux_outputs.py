@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ def carry(argnum: int) -> Carry:
     The call's own argument is what the first micro-batch gets, and what the last one gave comes back in the aux.
     """
     return Carry(argnum)
+
+
+Rule = Literal["mean", "sum", "concatenate"] | Carry  # for one auxiliary output
 
 
 class Aux:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from bigbatch import errors
 from bigbatch.jax import window
+from bigbatch.jax.aux_outputs import Rule
 from bigbatch.jax.plan import with_planned_micro_batch
 
 
@@ -19,7 +20,7 @@ def value_and_grad(
     has_items: bool = False,
     micro_batch: int | Literal["auto"],
     in_axes: Sequence[Any] = (None, 0),
-    aux: Any = None,
+    aux: Rule | tuple[Any, ...] | list[Any] | dict[str, Any] | None = None,
     dtype: Any = jnp.float32,
     axis_name: str | Sequence[str] = (),
 ) -> Callable[..., tuple[Any, Any]]:

@@ -1,6 +1,6 @@
 """The stream API: your loader yields micro-batches, and bigbatch stands where optax applies a gradient."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax.numpy as jnp
 import optax
@@ -12,6 +12,27 @@ from bigbatch.jax.checks import accumulate_states, check_dtype, check_window
 from bigbatch.jax.state import AccumulateState, emptied, no_accumulate_state
 from bigbatch.noise import UntilNoise, one_in
 
+Params = TypeVar("Params")
+State = TypeVar("State")
+
+
+class _Init(Protocol):
+    def __call__(self, params: Any) -> AccumulateState: ...
+
+
+class _Update(Protocol):
+    def __call__(
+        self, updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, AccumulateState]: ...
+
+
+class Accumulate(optax.GradientTransformationExtraArgs):
+    """What `accumulate` returns: a transformation of optax. To type checkers its state is an `AccumulateState`."""
+
+    # The fields are optax's; to type checkers a field of a named tuple is final.
+    init: _Init  # pyright: ignore[reportIncompatibleVariableOverride]
+    update: _Update  # pyright: ignore[reportIncompatibleVariableOverride]
+
 
 def accumulate(
     tx: optax.GradientTransformation,
@@ -20,7 +41,7 @@ def accumulate(
     dtype: Any = jnp.float32,
     partial: Literal["apply", "carry", "drop"] = "apply",
     noise: bool | int = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Accumulate:
     """Makes one update of `tx` from the gradients of many micro-batches.
 
     It is an optax transformation like `tx` itself, and takes its place::
@@ -74,12 +95,12 @@ def accumulate(
     errors.check_choice("partial", partial, ("apply", "carry", "drop"))
     check_dtype(dtype)
     made = Accumulation(optax.with_extra_args_support(tx), every, dtype, partial, measured)
-    return optax.GradientTransformationExtraArgs(made.init, made.update)
+    return Accumulate(made.init, made.update)
 
 
 def flush(
-    tx: optax.GradientTransformationExtraArgs, state: optax.OptState, params: optax.Params, **extra: Any
-) -> tuple[optax.Updates, Any]:
+    tx: optax.GradientTransformationExtraArgs, state: State, params: Params, **extra: Any
+) -> tuple[Params, State]:
     """Ends a window that is not full, as `partial` says: at the end of an epoch, or of the data.
 
     To be called like `tx.update`, under `jit` too; `state.last` then says what was done.
@@ -101,7 +122,8 @@ def flush(
         raise no_accumulate_state(state)
     for held in accumulate_states(state):
         check_window(held)  # before the parameters are looked at: it knows those of nnx
-    return tx.update(optax.tree.zeros_like(params), state, params, flush=True, **extra)
+    update: Any = tx.update  # optax's own types are narrower than the pytrees that it takes
+    return update(optax.tree.zeros_like(params), state, params, flush=True, **extra)
 
 
 def reset(state: AccumulateState) -> AccumulateState:
@@ -116,9 +138,9 @@ def apply_gradients(
     tx: optax.GradientTransformationExtraArgs,
     grads: optax.Updates,
     state: AccumulateState,
-    params: optax.Params,
+    params: Params,
     **extra: Any,
-) -> tuple[optax.Params, AccumulateState]:
+) -> tuple[Params, AccumulateState]:
     """`tx.update` and `optax.apply_updates` in one: the faster way where the two stand together.
 
     Inside a window the updates are zeros. Here they are not made, and the parameters are left alone; there it would
@@ -145,5 +167,5 @@ def apply_gradients(
             "Where accumulate stands inside another transformation, call tx.update and optax.apply_updates."
         )
     check_window(state)
-    applied: tuple[Any, Any] = tx.update(grads, state, params, and_apply=True, **extra)
-    return applied
+    update: Any = tx.update
+    return update(grads, state, params, and_apply=True, **extra)

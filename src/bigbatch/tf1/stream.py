@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tensorflow as tf
 
@@ -28,7 +28,6 @@ from bigbatch.tf1.window import (
 from bigbatch.tf1.window import Update as Update
 
 v1 = tf.compat.v1
-PARTS = {"accumulate", "apply", "flush", "zero", "pending", "pending_items", "updates", "last"}
 
 
 class Accumulator(v1.train.Optimizer):
@@ -74,6 +73,16 @@ class Accumulator(v1.train.Optimizer):
         TypeError, ValueError: an argument is not as described; nothing was touched.
     """
 
+    # Made by `minimize` or `apply_gradients`.
+    accumulate: tf.Operation
+    apply: tf.Operation
+    flush: tf.Operation
+    zero: tf.Operation
+    pending: tf.Tensor
+    pending_items: tf.Tensor
+    updates: tf.Tensor
+    last: Update
+
     def __init__(
         self,
         optimizer: Any,
@@ -96,12 +105,14 @@ class Accumulator(v1.train.Optimizer):
         super().__init__(use_locking=False, name=name)
         self._built = self._has_loss = False
 
-    def __getattr__(self, name: str) -> Any:
-        if name in PARTS:
-            raise ValueError(
-                f"This Accumulator has no `{name}` yet: minimize or apply_gradients makes it. Call it first."
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # which would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name in Accumulator.__annotations__:
+                raise ValueError(
+                    f"This Accumulator has no `{name}` yet: minimize or apply_gradients makes it. Call it first."
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def minimize(
         self,

@@ -27,6 +27,7 @@ from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_lo
 from bigbatch.torch.collectives import BACKWARD, FLUSH, LOAD, MAKING
 from bigbatch.torch.distributed import Ranks
 from bigbatch.torch.noise import Meter
+from bigbatch.torch.norms import get_total_norm
 from bigbatch.torch.optimizers import parameters_in
 from bigbatch.torch.ownership import Ownership
 from bigbatch.torch.terms import gradient_terms, state_terms, window_terms
@@ -438,7 +439,7 @@ class Gradients:
         """Makes the mean of the sums, and leaves it in `.grad` for the caller."""
         window, gradients, _ = sums
         try:
-            norm = whole(torch.nn.utils.get_total_norm(gradients))
+            norm = whole(get_total_norm(gradients))
             if self.scaler is not None:
                 norm = norm / self.scaler.get_scale()
             totals = sums.read()

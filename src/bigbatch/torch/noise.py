@@ -16,6 +16,7 @@ from bigbatch.engines.torch_dtypes import exact
 from bigbatch.engines.torch_hooks import register
 from bigbatch.noise import Noise, NoiseScale, UntilNoise, one_in
 from bigbatch.torch.distributed import Ranks
+from bigbatch.torch.norms import get_total_norm
 from bigbatch.torch.window import Window, WindowTotals, numbers
 
 
@@ -90,7 +91,7 @@ class Meter:
         """Whether the window closes here. At a look the host waits for the device."""
         if window.micro_batches not in plan.looks or window.micro_batches == plan.at_most:
             return window.micro_batches >= plan.at_most
-        norm = torch.nn.utils.get_total_norm(window.gradients(parameters)) / _scale(scaler)
+        norm = get_total_norm(window.gradients(parameters)) / _scale(scaler)
         noise = self.noise(window.close(), norm, scaler)
         return noise is not None and plan.is_enough(noise.items, noise.trace, noise.squared_norm)
 

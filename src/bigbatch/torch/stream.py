@@ -18,6 +18,7 @@ from bigbatch.torch import scaling
 from bigbatch.torch.checks import check_optimizer, check_scaler, check_scheduler
 from bigbatch.torch.collectives import FLUSH, MAKING
 from bigbatch.torch.gradients import Gradients, Sums
+from bigbatch.torch.norms import get_total_norm
 from bigbatch.torch.optimizers import name_of, parameters_in
 from bigbatch.torch.terms import gradient_terms, update_terms
 from bigbatch.torch.update import Update as Update
@@ -262,7 +263,7 @@ class Accumulator:
         grads, window, gradients = self._gradients, sums.window, sums.gradients
         try:
             with scaling.unscaled(self.scaler, self.optimizer, gradients) as scaler:
-                norm = whole(torch.nn.utils.get_total_norm(gradients))
+                norm = whole(get_total_norm(gradients))
                 totals = sums.read()  # here the host waits
                 noise = grads._meter.noise(totals, norm, scaler, grads._ranks)
                 norm = norm * totals.factor
