@@ -5,6 +5,7 @@ import functools
 import importlib
 import logging
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -524,3 +525,46 @@ def test_buffers_that_are_read_are_those_of_the_piece(how):
     torch.cat(outputs).square().sum().backward()
     agree([p.grad for p in ours.parameters()], [p.grad for p in plain.parameters()])
     assert torch.equal(ours.centre, plain.centre)
+
+
+def test_a_piece_that_does_not_repeat_itself_is_found_by_audit():
+    model, x = Encoder(0.5), torch.randn(N, 5, dtype=F64)
+
+    def loss_fn(noise):
+        encode = bb.chunked(lambda x: model(x * (1 + noise())), micro_batch=2)
+        return lambda x: encode(x).square().mean()
+
+    draw = np.random.default_rng(0)
+    with pytest.raises(RuntimeError, match=r"must repeat itself.*Received: output of examples \d+ to \d+ differs by"):
+        bb.audit(loss_fn(lambda: 0.1 * draw.random()), model, x, micro_batch=4)
+    bb.audit(loss_fn(lambda: 0.1 * torch.rand(())), model, x, micro_batch=4)
+    loss_fn(lambda: 0.1 * draw.random())(x).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_4096_examples_within_the_bound_of_their_rounding(dtype):
+    """Against float64 on the same weights and inputs, for a loss of the mean output over the batch.
+
+    An example adds x · (1 - tanh²) · g to the gradient, and each of the factors and products is rounded: the product
+    with the weights, tanh, its square, the difference, g, two products, the piece's sum, and the whole sum at the end.
+    With |tanh| < 1/2 that is less than 12 roundings of the sum of absolute values. Sums over the pieces do not count,
+    for they are in float32; in 16 bits they would be far outside.
+    """
+    rounding = torch.finfo(dtype).eps / 2
+    torch.manual_seed(0)
+    w = torch.rand(8, 4, dtype=F64).div(32).to(dtype)
+    x = torch.rand(4096, 8, dtype=F64).to(dtype)
+
+    def gradient(dtype, change):
+        v = w.to(dtype).requires_grad_()
+        y = change(lambda x, v: torch.tanh(x @ v))(x.to(dtype), v)
+        y.double().mean(0).square().sum().backward()
+        return v.grad.double()
+
+    right = gradient(F64, lambda f: f)  # all that it adds up is positive, so it is the sum of absolute values
+    options = {"micro_batch": 16, "in_dims": (0, None)}
+    ours = gradient(dtype, lambda f: bb.chunked(f, **options))
+    assert ((ours - right).abs() <= 12 * rounding * right).all()
+    if dtype == torch.bfloat16:
+        narrow = gradient(dtype, lambda f: bb.chunked(f, dtype=None, **options))
+        assert ((narrow - right).abs() > 12 * rounding * right).any()

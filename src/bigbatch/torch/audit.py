@@ -20,6 +20,7 @@ from bigbatch.engines import randomness, torch_rng
 from bigbatch.engines.torch_dtypes import exact
 from bigbatch.torch.batch import children_of, leaves, mapped
 from bigbatch.torch.checks import check_items, check_loss
+from bigbatch.torch.chunked_call import repetitions_checked
 
 
 def audit(
@@ -28,6 +29,8 @@ def audit(
     batch: Any,
     *,
     micro_batch: int,
+    cut: Callable[[Any, Tensor], Any] | None = None,
+    length: int | None = None,
 ) -> Audit:
     """Says whether `bb.backward(loss_fn, batch, micro_batch=…)` gives the batch's own gradient, and if not, why.
 
@@ -45,27 +48,32 @@ def audit(
         model: the module that `loss_fn` uses, or the tensors to compare the gradients of.
         batch: as for `bb.backward`.
         micro_batch: examples in a micro-batch; fewer than the batch holds.
+        cut: as for `bb.backward`. Without it the answer names rows that belong together.
+        length: as for `bb.backward`, with `cut`.
 
     Returns:
         An `Audit`: `verdict`, `exact`, `causes`, `parameters`, `table()` and `figure(path)`.
 
     Raises:
         TypeError, ValueError: an argument, a loss or its items are not as described.
+        RuntimeError: a piece of a `chunked` function gives something else when it runs again.
 
     The model, its buffers and modes, `.grad` and the random state (PyTorch's, NumPy's and Python's) are put back as
     they were; no optimizer is touched. Hooks on parameters do not fire. Only what a forward writes into objects of its
     own, such as a list, stays.
     """
     micro_batch = errors.check_micro_batch(micro_batch, auto=False)
-    length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
+    errors.check_cut(cut, length)
+    if length is None:
+        length = errors.check_lengths([(where, len(leaf)) for where, leaf in leaves(batch, "batch")])
     if micro_batch >= length:
         raise errors.one_micro_batch(micro_batch, length)
     parameters = _parameters(model)
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     own = {p.dtype for p in parameters.values()}
     wide = {exact(p.device) for p in parameters.values()}  # Apple's devices have no float64
-    subject = Subject(loss_fn, modules, parameters, batch, length, micro_batch)
-    with _preserved(parameters.values()):
+    subject = Subject(loss_fn, modules, parameters, batch, length, micro_batch, cut)
+    with _preserved(parameters.values()), repetitions_checked():
         for dtype in (torch.float64, torch.float32):
             if dtype == torch.float32 or wide == {torch.float64}:
                 runner = AuditRunner(subject, dtype)
@@ -83,13 +91,14 @@ class Subject(NamedTuple):
     batch: Any
     length: int
     micro_batch: int
+    cut: Callable[[Any, Tensor], Any] | None
 
 
 class AuditRunner:
     """Runs of one loss function on one batch (see `audit_experiments`), in one dtype; None is the model's own."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype | None):
-        self.loss_fn, modules, parameters, batch, self.length, self.micro_batch = subject
+        self.loss_fn, modules, parameters, batch, self.length, self.micro_batch, self.cut = subject
         self.modules, self.parameters = modules, parameters
         narrowest = min((p.dtype for p in parameters.values()), key=lambda d: d.itemsize)
         self.dtype = str(dtype or narrowest).removeprefix("torch.")
@@ -153,7 +162,8 @@ class AuditRunner:
         def chosen(leaf: Any) -> Any:
             return leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else [leaf[i] for i in rows]
 
-        loss, items = errors.loss_and_items(self.loss_fn(mapped(self.batch, chosen)))
+        part = mapped(self.batch, chosen) if self.cut is None else self.cut(self.batch, index)
+        loss, items = errors.loss_and_items(self.loss_fn(part))
         if torch.is_grad_enabled():
             loss = check_loss(loss)
         return loss, float(check_items(len(rows) if items is None else items))

@@ -1,7 +1,7 @@
 """One call of a chunked function: its pieces run without a graph, and again with one when their gradient is needed."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -26,6 +26,24 @@ class Options(NamedTuple):
     dtype: torch.dtype | None
     planner: Planner
     choice: Choice | None = None  # of the size of the pieces, where it is "auto"
+
+
+_checking = False
+
+
+@contextmanager
+def repetitions_checked() -> Iterator[None]:
+    """Compares what pieces return in their second run with the first, for an audit: a pass over the outputs.
+
+    Raises:
+        RuntimeError: in a backward inside, where they differ.
+    """
+    global _checking  # autograd has threads of its own, which a context variable does not reach
+    before, _checking = _checking, True
+    try:
+        yield
+    finally:
+        _checking = before
 
 
 class _Piece(NamedTuple):
@@ -223,8 +241,22 @@ class Call:
                 leaves = self._differentiable(start, stop)
                 with torch.enable_grad():
                     piece = _Piece(leaves, self.setting.again(moment, *self._arguments(leaves)))
+                if _checking:
+                    self._check_repetition(start, stop, piece.result)
                 yield start, stop, piece
                 del piece, leaves  # before the next one runs
+
+    def _check_repetition(self, start: int, stop: int, result: Any) -> None:
+        for (where, now), (_, whole) in zip(outputs_of(result, "output", None), self.joined, strict=True):
+            then = whole[start:stop].double()
+            difference, largest = ((t.abs().max().item() if t.numel() else 0.0) for t in (now.double() - then, then))
+            if not difference <= (1e-4 if now.element_size() >= 4 else 5e-2) * largest:
+                raise RuntimeError(
+                    "A chunked function must repeat itself: its pieces run again when their gradient is needed. "
+                    f"Received: {where} of examples {start} to {stop - 1} differs by {difference:.3g}. It draws from "
+                    "another generator than PyTorch's, or depends on what it has changed in the first run. Pass what "
+                    "it draws as an argument, or keep all pieces with keep=n."
+                )
 
     def _parts(self, start: int, stop: int) -> list[Any]:
         """What a piece gets of the leaves."""
