@@ -218,6 +218,8 @@ class _Examination:
 
     def blame_loss(self) -> Cause:
         """What the loss is, if it is not the mean over the items it is said to be the mean of."""
+        if (together := self.rows_together()) is not None:
+            return together
         forwards, backwards = self.loss(self.all).loss, self.loss(self.all[::-1]).loss
         if abs(forwards - backwards) > self.allowed * max(abs(forwards), abs(backwards)):
             return Cause(
@@ -238,6 +240,28 @@ class _Examination:
             "The gradients differ, and no experiment showed why.",
             "Try a batch of more, and more different, examples.",
         )
+
+    def rows_together(self) -> Cause | None:
+        """Whether the loss compares pairs of rows: those of the batch's two halves, or neighbours."""
+        length, pairs = self.runner.length, max(1, self.runner.micro_batch // 2)
+        half = length // 2
+        if length % 2 or pairs >= half:
+            return None
+        blocks = [range(i, min(i + pairs, half)) for i in range(0, half, pairs)]
+        halves = [[*block, *(half + i for i in block)] for block in blocks]
+        neighbours = [[2 * i + k for i in block for k in (0, 1)] for block in blocks]
+        full = self.full()
+        for parts, rows in ((halves, f"i and i + {half}"), (neighbours, "2i and 2i + 1")):
+            if not self.differ(full, self.runner.gradient(parts, seed=0, quiet=self.quiet)):
+                return Cause(
+                    "coupling",
+                    (),
+                    f"Rows of the batch belong together: with rows {rows} in the same micro-batch it is exact, as was "
+                    "seen. So it is with chosen and rejected answers.",
+                    "Cut micro-batches so that they stay together (cut= and length= of bb.backward in PyTorch), or let "
+                    "an example hold all of its rows along another dimension.",
+                )
+        return None
 
     def explain(self, kind: str, probe: Probe) -> Cause:
         if kind == "sum":

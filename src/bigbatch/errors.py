@@ -147,6 +147,21 @@ def check_lengths(lengths: Sequence[tuple[str, int]]) -> int:
     return first
 
 
+def check_cut(cut: Any, length: Any) -> None:
+    """Accepts a function that cuts the batch together with how many examples there are to index, or neither."""
+    if cut is None and length is None:
+        return
+    if cut is None or length is None:
+        given, missing = ("cut", "length") if length is None else ("length", "cut")
+        raise ValueError(
+            f"cut and length belong together. Received: {given} without {missing}. "
+            "Pass cut=a function (batch, indices) -> micro-batch, and length=how many examples there are to index."
+        )
+    if not callable(cut):
+        raise TypeError(f"cut must be a function (batch, indices) -> micro-batch. {received('cut', cut)}")
+    _check_count("length", length, "an integer", "Pass how many examples there are to index.")
+
+
 def one_micro_batch(micro_batch: int, length: int) -> Exception:
     """For an audit of a batch that one micro-batch holds."""
     return ValueError(

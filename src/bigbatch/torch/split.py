@@ -12,7 +12,8 @@ from torch import Tensor
 from bigbatch import errors
 from bigbatch.engines.torch_dtypes import gradient_dtype, is_wide
 from bigbatch.lengths import Tokens
-from bigbatch.torch.batch import cut, leaves
+from bigbatch.torch.batch import cut as batch_slice
+from bigbatch.torch.batch import leaves
 from bigbatch.torch.checks import check_dtype, check_flag, check_items, check_loss
 from bigbatch.torch.collectives import SPLIT
 from bigbatch.torch.distributed import Ranks
@@ -34,6 +35,8 @@ def backward(
     fused: bool = True,
     model: torch.nn.Module | None = None,
     sync: Sync | None = None,
+    cut: Callable[[Batch, Tensor], Batch] | None = None,
+    length: int | None = None,
 ) -> Tensor:
     """Puts the whole batch's mean gradient into `.grad`, one micro-batch in memory at a time.
 
@@ -67,6 +70,11 @@ def backward(
             whole. The call is then collective.
         sync: when a fully_shard model adds up over the ranks: "window" (the default) or "micro_batch", as for
             `Accumulator`. Refused with other models.
+        cut: makes a micro-batch where rows of the batch belong together: a function of the batch and of the indices of
+            examples, an integer tensor on the host, in order. Of DPO's batch, whose chosen rows come first and then the
+            rejected ones, `lambda batch, i: batch[torch.cat([i, i + pairs])]`. Not with "auto" or `bb.tokens`.
+        length: how many examples `cut` has to index, such as the number of pairs; the loss is their mean where
+            `loss_fn` returns no items.
 
     Returns:
         The mean loss over all items, a detached scalar of at least float32.
@@ -80,19 +88,8 @@ def backward(
     """
     ranks = ranks_of(model, sync, SPLIT)
     with nullcontext() if ranks is None else ranks.meetings.reporting(SPLIT):
-        tokens = micro_batch if isinstance(micro_batch, Tokens) else None
-        size: Any = micro_batch if tokens is None else tokens.most
-        if ranks is not None and ranks.shards is not None and size == "auto":
-            raise ValueError('micro_batch="auto" cannot be planned for shards. Pass a number with a fully_shard model.')
-        if size != "auto":
-            size = errors.check_micro_batch(size)
-        check_dtype(dtype)
-        check_flag("fused", fused)
-        lengths = [(where, len(leaf)) for where, leaf in leaves(batch, "batch")]
-        empty = ranks is not None and bool(lengths) and not any(length for _, length in lengths)
-        length = 0 if empty else errors.check_lengths(lengths)
-        layout = None if tokens is None or empty else Layout.of(batch, tokens)
-    call = _Call(loss_fn, batch, lengths, length, layout, dtype, fused, ranks)
+        call = _Call(loss_fn, batch, cut, [], 0, None, dtype, fused, ranks)
+        call, size = _checked(call, micro_batch, length)
 
     def run(size: int) -> tuple[_Summed, Tensor | None]:
         summed = _add_up(call, size)
@@ -100,12 +97,12 @@ def backward(
 
     # A rank that runs out of memory runs its own part again, and the others wait for it where all meet.
     with nullcontext() if ranks is None else ranks.working():
-        if size != "auto" or not length:
+        if size != "auto" or not call.length:
             summed, mean = run(1 if size == "auto" else size)
-        elif layout is not None:
-            summed, mean = auto_tokens(run, loss_fn, layout, dtype)
+        elif call.layout is not None:
+            summed, mean = auto_tokens(run, loss_fn, call.layout, dtype)
         else:
-            summed, mean = auto(run, loss_fn, batch, length, dtype)
+            summed, mean = auto(run, loss_fn, batch, call.length, dtype)
     if mean is None:
         mean = _means(call, summed)
     for p, grad in summed.before.items():
@@ -118,6 +115,7 @@ class _Call(NamedTuple):
 
     loss_fn: Callable[[Any], Any]
     batch: Any
+    cut: Callable[[Any, Tensor], Any] | None  # the user's
     lengths: list[tuple[str, int]]  # of the batch's leaves, each with its place
     length: int
     layout: Layout | None  # of the tokens, where micro-batches are cut by them
@@ -129,6 +127,30 @@ class _Call(NamedTuple):
     def sharded(self) -> bool:
         """Whether fully_shard has spread the parameters over the ranks."""
         return self.ranks is not None and self.ranks.shards is not None
+
+
+def _checked(call: _Call, micro_batch: Any, length: int | None) -> tuple[_Call, Any]:
+    """The call with what is known of the batch; and the examples or tokens of a micro-batch, or "auto"."""
+    tokens = micro_batch if isinstance(micro_batch, Tokens) else None
+    size: Any = micro_batch if tokens is None else tokens.most
+    if call.sharded and size == "auto":
+        raise ValueError('micro_batch="auto" cannot be planned for shards. Pass a number with a fully_shard model.')
+    if size != "auto":
+        size = errors.check_micro_batch(size)
+    check_dtype(call.dtype)
+    check_flag("fused", call.fused)
+    errors.check_cut(call.cut, length)
+    if length is not None:
+        if tokens is not None or size == "auto":
+            raise ValueError(
+                f"cut makes micro-batches of a number of examples. {errors.received('micro_batch', micro_batch)} "
+                "Pass a number."
+            )
+        return call._replace(lengths=[("length", length)], length=length), size
+    lengths = [(where, len(leaf)) for where, leaf in leaves(call.batch, "batch")]
+    empty = call.ranks is not None and bool(lengths) and not any(count for _, count in lengths)
+    call = call._replace(lengths=lengths, length=0 if empty else errors.check_lengths(lengths))
+    return call if tokens is None or empty else call._replace(layout=Layout.of(call.batch, tokens)), size
 
 
 class _Part(NamedTuple):
@@ -190,7 +212,14 @@ def _parts(call: _Call, window: Window, size: int) -> list[_Part]:
     slices = None if call.ranks is None else call.ranks.slices(window, call.length, size)
     if slices is None:
         slices = [(start, min(start + size, call.length)) for start in range(0, call.length, size)]
-    return [_Part(stop - start, partial(cut, call.batch, start, max(stop, start + 1))) for start, stop in slices]
+    return [_Part(stop - start, partial(_cut, call, start, max(stop, start + 1))) for start, stop in slices]
+
+
+def _cut(call: _Call, start: int, stop: int) -> Any:
+    """Examples start … stop - 1."""
+    if call.cut is None:
+        return batch_slice(call.batch, start, stop)
+    return call.cut(call.batch, torch.arange(start, stop, device="cpu"))
 
 
 def _loss(call: _Call, window: Window, part: _Part) -> tuple[Tensor, float | Tensor]:
