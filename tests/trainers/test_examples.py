@@ -1,0 +1,22 @@
+"""The examples of Accelerate and Lightning, as their first lines say."""
+
+import re
+import runpy
+import warnings
+from pathlib import Path
+
+import pytest
+
+import trainers.vision  # noqa: F401 - before lightning
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.mark.parametrize("name", ["accelerate_accumulate", "lightning_accumulate"])
+def test_it_learns(name, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    losses = [float(loss) for loss in re.findall(r"loss (\S+) over \d+ tokens", capsys.readouterr().out)]
+    assert len(losses) == 8
+    assert losses[-1] < 0.1 < 1 < losses[0]
