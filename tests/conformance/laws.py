@@ -242,7 +242,7 @@ def missing(adapter: Any) -> None:
 
 def precision(adapter: Any) -> None:
     """8. Half-precision models accumulate in float32: the error does not grow with N."""
-    n, d = 4096, jobs.D
+    n, d = 2048, jobs.D
     rng = np.random.default_rng(0)
     x = _half(adapter.half, 1 + rng.normal(size=(n, d)))
     exact = x.mean(0)

@@ -56,8 +56,9 @@ def fractions(row):
 
 
 def test_any_history_follows_the_law(adapter):
-    # The door has met as many without products; what these add to it is met soon.
-    several = settings(max_examples=15 if adapter.name.endswith("products") else 60, deadline=None)
+    # Elsewhere a graph is traced anew for each example. What products add to their API is met soon.
+    eager = adapter.name.startswith(("torch", "ddp", "fsdp", "reference"))
+    several = settings(max_examples=60 if eager and not adapter.name.endswith("products") else 15, deadline=None)
     actions = st.lists(st.one_of(micro_batches, interruptions), min_size=1, max_size=14)
     several(given(every=st.integers(1, 5), actions=actions)(lambda every, actions: history(adapter, every, actions)))()
 
