@@ -74,7 +74,7 @@ def _edited(whole: Inputs, at: int, units: int, *, kept: int) -> Inputs:
     """So that labels, masks and examples have different shares in the two parts.
 
     The first part keeps two labels a row, one of them at position 0, and the second `kept`, none of them there. The
-    second part's masks are shorter, and its class labels others.
+    second part's masks are shorter, its class labels others, and its tokens in another order.
     """
     edited, shorter = dict(whole), 0
     for key, value in whole.items():
@@ -82,6 +82,8 @@ def _edited(whole: Inputs, at: int, units: int, *, kept: int) -> Inputs:
             edited[key] = _few_labels(value, at, units, kept)
         elif is_labels(key, value) and value.ndim == 1:
             edited[key] = _other_classes(value, at, units)
+        elif key.endswith("input_ids") and isinstance(value, Tensor) and value.ndim == 2:
+            edited[key] = torch.where(_is_second(value, at, units)[:, None], value.roll(1, dims=1), value)
         elif is_mask(key, value):
             shorter += 1
             edited[key] = _shorter(value, at, units, keep=1 / (1 + shorter))
@@ -108,9 +110,12 @@ def _few_labels(labels: Tensor, at: int, units: int, kept: int) -> Tensor:
 
 def _other_classes(labels: Tensor, at: int, units: int) -> Tensor:
     """In the second part with a neighbouring class, so that copies of one example have another loss."""
-    second = torch.arange(len(labels), device=labels.device) % units >= at
     other = torch.where(labels > 0, labels - 1, labels + 1)
-    return torch.where(second & (labels != IGNORED), other, labels)
+    return torch.where(_is_second(labels, at, units) & (labels != IGNORED), other, labels)
+
+
+def _is_second(value: Tensor, at: int, units: int) -> Tensor:
+    return torch.arange(len(value), device=value.device) % units >= at
 
 
 def _shorter(mask: Tensor, at: int, units: int, keep: float) -> Tensor:
