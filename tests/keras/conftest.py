@@ -5,7 +5,7 @@ import os
 import pytest
 
 # Many programs, of which only numbers are looked at.
-MANY = {"test_checkpoint", "test_fit", "test_optimizers"}
+MANY = {"test_checkpoint", "test_fit", "test_loss_over_batch", "test_optimizers"}
 
 
 def pytest_pycollect_makemodule(module_path, parent):

@@ -26,6 +26,7 @@ def accumulate(
     every: Every | None = _NOT_GIVEN,
     partial: Literal["apply", "carry", "drop"] = _NOT_GIVEN,
     noise: bool | int = False,
+    loss_over: Literal["micro_batch", "batch"] = "micro_batch",
 ) -> keras.Model:
     """Makes `fit` take one update from many micro-batches, with the gradient of the batch they make together.
 
@@ -54,6 +55,11 @@ def accumulate(
             time is logged (`logging.getLogger("bigbatch.keras")`).
         noise: measures the gradient noise scale: it is in `fit`'s logs as `noise_scale`, and with its error in
             `bb.noise_scale(model)`. True measures one window in twenty, an integer n one in n. On one device.
+        loss_over: with `micro_batch`, what `compile`'s loss and metrics see. "batch": the whole batch's outputs, for a
+            loss that compares the batch's examples, as contrastive and ranking losses do. The model runs forward one
+            micro-batch at a time, and once more for the gradients, with the same random numbers; in memory are the
+            activations of one micro-batch, and all outputs. Losses of `add_loss` must be means over the examples. On
+            one device, without `noise` and not yet with "auto".
 
     Returns:
         The model, changed in place; copies by `copy` and `pickle` accumulate too. Calling again replaces what was asked
@@ -68,6 +74,9 @@ def accumulate(
         raise TypeError(f"model must be a keras.Model. {errors.received('model', model)}")
     given = _accepted(micro_batch, every, partial)
     measured = one_in(noise)
+    whole = errors.check_choice("loss_over", loss_over, ("micro_batch", "batch")) == "batch"
+    if whole:
+        _check_whole(given, measured)
     if not given:
         if measured:
             raise ValueError(f"noise has no effect where nothing accumulates. {errors.received('noise', noise)}")
@@ -78,17 +87,33 @@ def accumulate(
     check_model(model)
     if "micro_batch" in given:
         check_cut(model)
-    if given.get("micro_batch") == "auto":
+    if whole:
+        check_one_device(model, "loss_over='batch' joins the outputs of one device. Train on one.")
+    elif given.get("micro_batch") == "auto":
         check_one_device(model)
     _restore(model)
     noise_meter.attach(model, measured)
     if "every" in given:
         stream.install(model, given["every"], given.get("partial", "apply"))
     else:
-        split.install(model, given["micro_batch"])
+        split.install(model, given["micro_batch"], whole)
     check_calls(model, cuts="micro_batch" in given)
-    copies.attach(model, accumulate, {**given, "noise": noise})
+    copies.attach(model, accumulate, {**given, "noise": noise, "loss_over": loss_over})
     return model
+
+
+def _check_whole(given: dict[str, Any], measured: int) -> None:
+    """Refuses what does not go with a loss over the whole batch."""
+    if "micro_batch" not in given or given["micro_batch"] == "auto":
+        raise ValueError(
+            f"loss_over='batch' needs micro_batch as a number. Received: {given or 'nothing'}. "
+            "Pass micro_batch=32, and the batch as fit's batch_size: the loss is over what fit calls a batch."
+        )
+    if measured:
+        raise ValueError(
+            f"The noise is measured from the micro-batches' own losses, which loss_over='batch' has none of. "
+            f"{errors.received('noise', measured)} Leave noise out."
+        )
 
 
 def _accepted(micro_batch: Any, every: Any, partial: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ _IN_A_TRAIN_STEP = {
     "torch": "bigbatch.torch.backward, in the place of loss.backward(),",
 }
 
+NOT_PLANNED = 'micro_batch="auto" is not planned across devices yet. Pass a number.'
+
 
 def check_model(model: Any) -> None:
     """Refuses a model that trains in a way that bigbatch would replace or double."""
@@ -32,16 +34,17 @@ def check_model(model: Any) -> None:
                 f"{_IN_A_TRAIN_STEP[keras.backend.backend()]} once for each optimizer in your train_step "
                 "(examples/keras_gan.py)."
             )
-    if keras.backend.backend() == "jax" and keras.config.is_nnx_enabled():
+    nnx = getattr(keras.config, "is_nnx_enabled", bool)  # Keras before 3.11 has no NNX
+    if keras.backend.backend() == "jax" and nnx():
         raise ValueError("With NNX enabled, Keras would pass bigbatch's train_step over. Disable KERAS_NNX_ENABLED.")
     errors.check_accumulates_once(getattr(model, "optimizer", None))
 
 
-def check_one_device(model: Any) -> None:
-    """Refuses to plan for a model that is spread over devices."""
+def check_one_device(model: Any, refusal: str = NOT_PLANNED) -> None:
+    """Refuses, in these words, a model that is spread over devices."""
     replicas = model.distribute_strategy.num_replicas_in_sync if keras.backend.backend() == "tensorflow" else 1
     if replicas > 1 or keras.distribution.distribution() is not None:
-        raise ValueError('micro_batch="auto" is not planned across devices yet. Pass a number.')
+        raise ValueError(refusal)
 
 
 def check_cut(model: Any) -> None:

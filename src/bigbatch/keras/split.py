@@ -3,21 +3,28 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from bigbatch.keras.backends.select import backend
+from bigbatch.keras.backends.select import backend, whole_batch_backend
 from bigbatch.keras.plan import AutoMicroBatch, planner
 
 
-def install(model: Any, micro_batch: int | Literal["auto"]) -> None:
-    """Gives the model a `train_step` of its own; all that `fit` builds around it stays Keras's."""
+def install(model: Any, micro_batch: int | Literal["auto"], whole: bool = False) -> None:
+    """Gives the model a `train_step` of its own; all that `fit` builds around it stays Keras's.
+
+    Args:
+        model: the model.
+        micro_batch: examples in memory at once.
+        whole: whether the loss is computed over the whole batch's outputs.
+    """
     if micro_batch == "auto":
         _install_auto(model)
         return
-    model.train_step = backend().split_step(model, micro_batch)
+    steps = whole_batch_backend() if whole else backend()
+    model.train_step = steps.split_step(model, micro_batch)
 
     def make_train_function(force: bool = False) -> None:
         if model.train_function is None or force:
             # A new function: `jax.jit` would go on with what it traced of this one before `compile`.
-            model.train_step = backend().split_step(model, micro_batch)
+            model.train_step = steps.split_step(model, micro_batch)
             type(model).make_train_function(model, force=True)
 
     model.make_train_function = make_train_function

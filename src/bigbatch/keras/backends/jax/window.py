@@ -2,7 +2,7 @@
 
 The scan carries the sums and the state that a forward changes: seeds, moving statistics, metrics. Micro-batches of one
 shape make one scan; a shorter last one is a scan of its own. All of it is one compiled function, as in plain `fit`.
-`_loop` is all that exactness needs; it asks `bigbatch.fused.jax` to reach the same sums with less work.
+`add_runs` is all that exactness needs; it asks `bigbatch.fused.jax` to reach the same sums with less work.
 """
 
 import functools
@@ -154,10 +154,10 @@ def add_up(
             return micro_step(None, first, *changing)  # the plain step, with nothing to add up
         shapes = jax.eval_shape(lambda leaves: micro_step(None, leaves, *changing)[0], first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return _loop(micro_step, (zeros, *changing), runs)
+        return add_runs(micro_step, (zeros, *changing), runs)
 
 
-def _loop(micro_step: Callable[..., tuple[Sums, Any, Any]], carry: Any, runs: list[list[Any]]) -> Any:
+def add_runs(micro_step: Callable[..., tuple[Sums, Any, Any]], carry: Any, runs: list[list[Any]]) -> Any:
     def body(carry: Any, leaves: list[Any]) -> tuple[Any, None]:
         sums, *changing = carry
         more, *changing = micro_step(sums, leaves, *changing)
@@ -223,31 +223,31 @@ def update(
             jax.debug.callback(skipped.report, *counted)
         return list(state.trainable), list(state.optimizer)
 
-    condition = _condition(model, sums, loss, counted)
-    trainable, optimizer = apply() if condition is None else lax.cond(condition, apply, skip)
+    goes_on = condition(model, sums, loss, counted)
+    trainable, optimizer = apply() if goes_on is None else lax.cond(goes_on, apply, skip)
     return logs, (trainable, state.non_trainable, optimizer, metrics)
 
 
-def _condition(model: Any, sums: Sums, loss: Any, counted: list[Any]) -> Any:
+def condition(model: Any, sums: Sums, loss: Any, counted: list[Any]) -> Any:
     """Whether the update is made, a scalar; None where it always is."""
-    condition = None
+    holds = None
     if not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):  # which tests finiteness itself
         # The sums are tested, not the means, so that the division is part of the update's own pass over them.
-        condition = jnp.isfinite(loss)
+        holds = jnp.isfinite(loss)
         for g in jax.tree.leaves(sums.gradients):
-            condition &= jnp.sum(g - g) == 0  # inf - inf is NaN; one quick pass on a CPU, that makes no array
+            holds &= jnp.sum(g - g) == 0  # inf - inf is NaN; one quick pass on a CPU, that makes no array
     if counted:
         has_items = sum(counted[1:], counted[0]) > 0
-        condition = has_items if condition is None else condition & has_items
-    return condition
+        holds = has_items if holds is None else holds & has_items
+    return holds
 
 
 def _noise_opened(model: Any, state: State) -> noise_window.Window | None:
-    with _optimizer_scope(model, state):
+    with optimizer_scope(model, state):
         return noise_window.opened(model)
 
 
-def _optimizer_scope(model: Any, state: State) -> keras.StatelessScope:
+def optimizer_scope(model: Any, state: State) -> keras.StatelessScope:
     return keras.StatelessScope(list(zip(model.optimizer.variables, state.optimizer, strict=True)))
 
 
@@ -304,7 +304,7 @@ class _MicroStep:
             kinds = losses.kinds(self.terms)
             losses.update_metrics(model, forward)
         non_trainable, metrics = ([scope.get_current_value(v) for v in of_kind] for of_kind in variables[1:])
-        with _optimizer_scope(model, self.state):
+        with optimizer_scope(model, self.state):
             scaled = [model.optimizer.scale_loss(value) for value, _ in kinds]
         totals = [(term.value * term.items, term.items) for term in self.terms]
         return scaled, ([items for _, items in kinds], totals, non_trainable, metrics)

@@ -12,8 +12,13 @@ from bigbatch.keras.backends.tensorflow.update import update
 from bigbatch.keras.backends.tensorflow.window import Run, add_up
 
 
-def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None = None) -> Callable[[Any], Any]:
-    """`train_step` for a whole batch. It returns what `window` makes of the micro-batches: by default, an update."""
+def split_step(
+    model: Any, micro_batch: int, window: Callable[..., Any] | None = None, *, begins: bool = False
+) -> Callable[[Any], Any]:
+    """`train_step` for a whole batch. It returns what `window` makes of the micro-batches: by default, an update.
+
+    `begins` is for a window that begins with the first run's first micro-batch, which must be there, however short.
+    """
     window = window or _updated
 
     def train_step(data: Any) -> Any:
@@ -22,7 +27,7 @@ def split_step(model: Any, micro_batch: int, window: Callable[..., Any] | None =
         length = losses.length(leaves)
         # XLA needs static shapes, as factored gradients do: full micro-batches, then the shorter last one.
         size = min(micro_batch, micro_batch if static is None else static)
-        if static is None and model.jit_compile:
+        if static is None and (model.jit_compile or begins):
             size = tf.minimum(micro_batch, length)
         full = length // size
 

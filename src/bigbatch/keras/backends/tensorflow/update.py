@@ -40,26 +40,27 @@ def update(model: Any, sums: Sums, unit: list[Any], terms: list[losses.Term]) ->
     noise_logs = noise_window.closed(window, sums.noise, measurable, factors, sums.examples, loss)
 
     def mean(variable: Any, *kinds: Any) -> Any:
-        parts = [_times(g, f) for g, f in zip(kinds, factors, strict=True) if g is not None]
+        parts = [times(g, f) for g, f in zip(kinds, factors, strict=True) if g is not None]
         return tf.cast(tf.add_n(parts), variable.dtype) if parts else None
 
     variables = model.trainable_variables
     gradients = in_turn(mean, variables, *sums.gradients)
     if variables:
-        _apply(model, gradients, loss, skipped.counted(terms, items))
+        apply(model, gradients, loss, skipped.counted(terms, items))
     else:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
     return {**model.get_metrics_result(), **noise_logs}
 
 
-def _times(gradient: Any, factor: tf.Tensor) -> tf.Tensor:
+def times(gradient: Any, factor: tf.Tensor) -> tf.Tensor:
+    """A window's sum times a scalar."""
     if hasattr(gradient, "times"):  # a deferred one
         return gradient.times(factor)
     return gradient * tf.cast(factor, gradient.dtype)
 
 
-def _apply(model: Any, gradients: list[Any], loss: Any, counted: list[Any]) -> None:
-    """`optimizer.apply`, unless the window is not finite or has no items."""
+def apply(model: Any, gradients: list[Any], loss: Any, counted: list[Any]) -> None:
+    """`optimizer.apply`, unless the window is not finite or, by what `skipped.counted` returned, has no items."""
     optimizer, variables = model.optimizer, model.trainable_variables
     replicas = model.distribute_strategy.num_replicas_in_sync
     if replicas > 1 and _reads_the_sum(optimizer):

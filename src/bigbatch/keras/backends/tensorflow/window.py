@@ -2,7 +2,7 @@
 
 The first micro-batch stands before a `tf.while_loop` over the others: it shows which gradients and which kinds of items
 there are. Its items are the unit that the others' are divided by, so that a window of one is the plain step. `_loop` is
-all that exactness needs; `add_up` asks `bigbatch.fused.keras_tensorflow` to reach the same sums with less work.
+all that exactness needs; `summed` asks `bigbatch.fused.keras_tensorflow` to reach the same sums with less work.
 """
 
 import functools
@@ -54,19 +54,33 @@ def add_up(model: Any, like: Any, runs: list[Run]) -> tuple[Sums, list[Any], lis
     """Forward and backward of all micro-batches: the sums, the unit of each kind of items, and the loss's terms."""
     build(model, batch.nest(like, runs[0].slice(0)))
     terms: list[losses.Term] = []
-    step = functools.partial(micro_step, model, like, terms)
-    single = len(runs) == 1 and isinstance(runs[0].count, int) and runs[0].count == 1
-    none = tf.zeros([0], model._loss_tracker.dtype)
-    with guarded(model, adds_up=not single):
-        if fused is None or single or model.run_eagerly:
-            sums, unit = _loop(step(), runs, none, single)
-        elif model.jit_compile:
-            sums, unit = _loop(step(fused.with_fast_convolutions), runs, none, single)
-        else:
-            shapes = [v.shape for v in model.trainable_variables]
-            several = sum(run.count for run in runs) > 1
-            sums, unit = fused.loop(step(functools.partial(fused.factored, several, shapes)), runs, none, shapes)
+    with guarded(model, adds_up=not is_single(runs)):
+        sums, unit = summed(model, functools.partial(micro_step, model, like, terms), runs)
     return sums, unit, terms
+
+
+def is_single(runs: list[Run]) -> bool:
+    """Whether there is one micro-batch, as far as the graph knows."""
+    return len(runs) == 1 and isinstance(runs[0].count, int) and runs[0].count == 1
+
+
+def summed(model: Any, make_step: Callable[..., MicroStep], runs: list[Run]) -> tuple[Sums, list[Any]]:
+    """The sums of all micro-batches, and the unit of each kind of items.
+
+    Args:
+        model: a built model.
+        make_step: makes the step of one micro-batch, with the `rewrite` that `micro_step` takes.
+        runs: the micro-batches.
+    """
+    single = is_single(runs)
+    none = tf.zeros([0], model._loss_tracker.dtype)
+    if fused is None or single or model.run_eagerly:
+        return _loop(make_step(), runs, none, single)
+    if model.jit_compile:
+        return _loop(make_step(fused.with_fast_convolutions), runs, none, single)
+    shapes = [v.shape for v in model.trainable_variables]
+    several = sum(run.count for run in runs) > 1
+    return fused.loop(make_step(functools.partial(fused.factored, several, shapes)), runs, none, shapes)
 
 
 def build(model: Any, data: Any) -> None:
@@ -129,7 +143,7 @@ def micro_step(
         for k, (value, (_, items)) in enumerate(zip(scaled, kinds, strict=True)):
             weight = tf.where(unit[k] > 0, tf.math.divide_no_nan(tf.cast(items, unit.dtype), unit[k]), 1)
             of_kind = tape.gradient(value, variables, output_gradients=[tf.cast(weight, value.dtype)])
-            gradients.append([_widened(g) for g in of_kind])
+            gradients.append([widened(g) for g in of_kind])
         gradients, measurable = rewrite(gradients) if rewrite else (gradients, gradients)
         losses.update_metrics(model, forward)
         return Sums(
@@ -143,7 +157,7 @@ def micro_step(
     return step
 
 
-def _widened(gradient: Any) -> Any:
+def widened(gradient: Any) -> Any:
     """A dense gradient, at least in float32; None stays None."""
     if gradient is None:
         return None

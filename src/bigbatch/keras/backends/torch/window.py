@@ -145,7 +145,7 @@ class Sums:
                 else:
                     self.fused.backward(scaled, weight)
             if self.gradients is not None:
-                _drain(self.parameters, own[k] if self.measured else self.gradients[k])
+                drain(self.parameters, own[k] if self.measured else self.gradients[k])
         if self.measured:
             self._measure(own, examples)
 
@@ -159,7 +159,7 @@ class Sums:
                 totals[p] = totals[p].add_(grad) if p in totals else grad
 
 
-def _drain(parameters: list[torch.Tensor], totals: dict[torch.Tensor, torch.Tensor]) -> None:
+def drain(parameters: list[torch.Tensor], totals: dict[torch.Tensor, torch.Tensor]) -> None:
     """Moves the gradients from `.grad` to float32 sums."""
     for p in parameters:
         if p.grad is None:
@@ -189,6 +189,12 @@ def _update(model: Any, sums: Sums, terms: list[losses.Term]) -> dict[str, Any]:
     summed = [[total.get(p) for p in sums.parameters] for total in sums.gradients or []]
     noise_logs = noise_window.closed(sums.noise, sums.noise_parts, summed, factors, sums.examples, loss)
     counted = skipped.counted(terms, totals)
+    apply(model, gradients, loss, counted)
+    return {**model.get_metrics_result(), **noise_logs}
+
+
+def apply(model: Any, gradients: list[torch.Tensor | None], loss: torch.Tensor, counted: list[torch.Tensor]) -> None:
+    """`optimizer.apply`, unless the window is not finite or, by what `skipped.counted` returned, has no items."""
     conditions = [torch.stack(counted).sum() > 0] if counted else []
     if not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):  # which tests finiteness itself
         conditions += _finite(loss, gradients)
@@ -196,7 +202,6 @@ def _update(model: Any, sums: Sums, terms: list[losses.Term]) -> dict[str, Any]:
         skipped.report(*[n.item() for n in counted])
     else:
         model.optimizer.apply(gradients, model.trainable_variables)
-    return {**model.get_metrics_result(), **noise_logs}
 
 
 def _mean_gradients(sums: Sums, terms: list[losses.Term], factors: list[torch.Tensor]) -> list[torch.Tensor | None]:
