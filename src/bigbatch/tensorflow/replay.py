@@ -44,7 +44,7 @@ def effects_of(function: Any, concrete: Any) -> Effects:
     changed = [v for v in variables if id(v.handle) in handles]
     if changed and under_xla():
         raise ValueError(
-            "A chunked function that writes to variables, as BatchNormalization and Dropout's seeds do, cannot run again "
+            "A chunked function that writes to variables, as a BatchNormalization or a Dropout does, cannot run again "
             f"under XLA. Received: {changed[0].name}. Leave jit_compile=True out, or call it with training=False."
         )
     outside = [outer for outer, _ in concrete.graph.captures if outer.dtype.is_floating]
