@@ -84,6 +84,7 @@ def main():
                     in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=check,
                 )  # fmt: skip
                 results[f"shard_map {kind} check_vma={check}"] = measure(mapped, *args, expected=full)
+                results[f"chunked {kind} check_vma={check}"] = chunked(check)
         with jax.set_mesh(mesh([kind, "Auto"], (4, 2))):
             results[f"model {kind}"] = measure(door(axis_name="data"), *placed("model"), expected=full)
 
@@ -187,6 +188,25 @@ def differs():
     with jax.set_mesh(mesh(["Auto"])):
         specs = ({"a": P(), "b": P("data")}, P("data"), P("data"))
         return refused(jax.shard_map(door(axis_name="data", micro_batch=2), in_specs=specs, out_specs=P()), *placed())
+
+
+def chunked(check):
+    """A contrastive loss of all devices' examples, each device's in pieces: 8 examples, of which 3 in memory."""
+
+    def encode(params, x):
+        return jnp.tanh(x @ params["a"]) * params["b"]
+
+    def contrastive(a):
+        return -jnp.diag(jax.nn.log_softmax(a @ jnp.roll(a, 1, 0).T)).mean()
+
+    def of_all(params, x):
+        part = bb.chunked(encode, micro_batch=3)(params, x)
+        return jax.lax.pmean(contrastive(jax.lax.all_gather(part, "data", tiled=True)), "data")
+
+    mapped = jax.shard_map(of_all, in_specs=(P(), P("data")), out_specs=P(), check_vma=check)
+    args = placed()[:2]
+    expected = jax.value_and_grad(lambda params, x: contrastive(encode(params, x)), (0, 1))(PARAMS, X)
+    return measure(jax.value_and_grad(mapped, (0, 1)), *args, expected=expected)
 
 
 def refused(function, *args):

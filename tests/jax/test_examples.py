@@ -29,5 +29,11 @@ def test_example(name, capsys):
         assert lines[-1].startswith("epoch 19  update 39  773 examples")
 
 
+def test_example_of_a_coupled_loss(capsys):
+    runpy.run_path(str(ROOT / "examples/jax_clip.py"))
+    losses = [float(line.split("loss ")[1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < 3.7 < 5.9 < losses[0]
+
+
 def test_the_code_of_the_page_runs():
     assert run_blocks(ROOT / "docs/jax.md")

@@ -25,10 +25,11 @@ MESHES = ["mesh Auto", "mesh Explicit"] + [
 ]
 
 
+CHUNKED = [f"chunked {kind} check_vma={check}" for kind in ("Auto", "Explicit") for check in (True, False)]
 BOTH = [f"{what} {kind}" for what in ("compiler", "model", "spread") for kind in ("Auto", "Explicit")]
 
 
-@pytest.mark.parametrize("case", [*MESHES, *BOTH, "terms", "aux", "ragged", "documented"])
+@pytest.mark.parametrize("case", [*MESHES, *BOTH, *CHUNKED, "terms", "aux", "ragged", "documented"])
 def test_it_is_the_full_batchs(results, case):
     assert results[case]["error"] < 1e-13
 

@@ -23,6 +23,13 @@ def test_example(name, capsys):
         )
 
 
+@pytest.mark.parametrize(("name", "first", "last"), [("clip", 5.9, 3.9), ("head", 3.2, 2.4)])
+def test_example_of_a_coupled_loss(name, first, last, capsys):
+    runpy.run_path(str(ROOT / f"examples/torch_{name}.py"))
+    losses = [float(line.split("loss ")[1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < last < first < losses[0]
+
+
 @pytest.mark.parametrize(
     "page",
     ["README.md", "docs/pytorch.md", "docs/faq.md", "docs/coming-from.md", "docs/semantics.md", "docs/memory.md"],

@@ -65,6 +65,8 @@ class Call:
         setting, leaves = given.setting, given.leaves
         self.cuts = list(_cuts(0, given.length, size))
         self.given = mapped(given.arguments, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
+        args, kwargs = given.arguments
+        self.flat = not kwargs and all(isinstance(arg, Tensor) for arg in args)  # the commonest, by the shortest way
         differentiated = torch.is_grad_enabled()
         self.parameters = setting.parameters() if differentiated else {}
         self.inputs = [k for k, leaf in enumerate(leaves) if differentiated and leaf.needs_gradient]
@@ -270,6 +272,8 @@ class Call:
         return leaves
 
     def _arguments(self, leaves: list[Any]) -> Any:
+        if self.flat:
+            return leaves, {}
         following = iter(leaves)
         return mapped(self.given, lambda _: next(following))
 

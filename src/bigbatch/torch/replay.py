@@ -53,17 +53,10 @@ class Setting:
         self.holder = Holder(list(dict.fromkeys(modules_of(function))))
         self.training = {module: module.training for module in self.holder.modules()}
         self.slots = [(module, name) for module in self.training for name, _ in module.named_buffers(recurse=False)]
-        # A cached cast would belong to the graph of one piece.
-        self.autocast = [
-            functools.partial(
-                torch.autocast,
-                kind,
-                torch.get_autocast_dtype(kind),
-                enabled=torch.is_autocast_enabled(kind),
-                cache_enabled=False,
-            )
+        self.autocast = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in sorted({"cpu", device.type})
-        ]
+        }
         self._seen: list[tuple[Any, int]] = []
         self._copies: list[Any] = []
 
@@ -87,15 +80,19 @@ class Setting:
         copies = {
             id(b): b.clone() if moment.writes and b is not None else b for b in moment.buffers
         }  # tied ones stay so
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._set_buffers, self._buffers())
-            stack.callback(_set_modes, {module: module.training for module in self.training})
-            if moment.random is not None:
-                stack.callback(RandomState(self.device).restore)
+        buffers, random = self._buffers(), RandomState(self.device) if moment.random else None
+        modes = {module: module.training for module in self.training}
+        try:
+            if moment.random:
                 moment.random.restore()
             _set_modes(self.training)
             self._set_buffers([copies[id(b)] for b in moment.buffers])
             return self._called(args, kwargs)
+        finally:
+            self._set_buffers(buffers)
+            _set_modes(modes)
+            if random:
+                random.restore()
 
     def save(self) -> Callable[[], None]:
         """Remembers random states and buffers; the returned function restores them."""
@@ -113,8 +110,10 @@ class Setting:
 
     def _called(self, args: Any, kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            for autocast in self.autocast:
-                stack.enter_context(autocast())
+            for kind, (enabled, dtype) in self.autocast.items():
+                if enabled or torch.is_autocast_enabled(kind):
+                    # A cached cast would belong to the graph of one piece.
+                    stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))
             return self.function(*args, **kwargs)
 
     def _buffers(self) -> list[Any]:
