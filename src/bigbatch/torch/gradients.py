@@ -294,6 +294,7 @@ class Gradients:
         try:
             if self._ranks is not None:
                 self._ranks.before(window, items, plan)
+            owned.check()
             with owned:
                 window.backward(loss, items, self._parameters() if window.dtype is not None else (), self.scaler)
             self._window = window

@@ -32,7 +32,7 @@ _ABANDONED: list[Any] = []
 class Ownership:
     """The parameters of an open window, and what their gradients were after its last backward.
 
-    As a context it surrounds each backward of the window: entering it compares, and inside it hooks after the
+    `check` comes before each backward of the window. As a context it surrounds that: inside it hooks after the
     accumulation may read but not write. `record` follows when nothing of the window moves any more.
 
     Args:
@@ -116,7 +116,6 @@ class Ownership:
         self._handle.remove()
 
     def __enter__(self) -> None:
-        self.check()
         if len(self._versions) < len(self.parameters):  # not before, for a state may be loaded before its model
             new = self.parameters[len(self._versions) :]
             self._versions += map(_version, new)
