@@ -36,3 +36,8 @@ def on_page_markdown(markdown, page, config, files):
         return f"[{text}]({up}{at}{anchor or ''})"
 
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", linked, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Docstrings announce a block of code with two colons, as Sphinx and `help` know them; one is for readers."""
+    return html.replace("::</p>", ":</p>")

@@ -121,6 +121,12 @@ def test_a_package_index_shows_no_link_that_leads_nowhere():
     assert "(docs/" not in shown
 
 
+def test_the_sites_search_needs_no_other_host():
+    """Material's offline plugin adds a script from another host, unless one of this name is there."""
+    (script,) = re.findall(r"polyfills: \[(.*iframe-worker.*)\]", (ROOT / "mkdocs.yml").read_text())
+    assert (ROOT / "docs" / script).exists()
+
+
 def test_each_page_is_in_the_sites_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
