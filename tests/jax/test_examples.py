@@ -37,3 +37,7 @@ def test_example_of_a_coupled_loss(capsys):
 
 def test_the_code_of_the_page_runs():
     assert run_blocks(ROOT / "docs/jax.md")
+
+
+def test_the_code_of_the_guide_to_coupled_losses_runs():
+    assert run_blocks(ROOT / "docs/coupled.md", tab="JAX")

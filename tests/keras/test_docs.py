@@ -27,6 +27,16 @@ def test_example(name, capsys):
         assert lines[-1] == "40 updates"
 
 
+def test_contrastive_example(capsys):
+    runpy.run_path(str(ROOT / "examples/keras_contrastive.py"))
+    losses = [float(line.split("loss ")[1]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert losses[-1] < 4.7 < 6 < losses[0]
+
+
 def test_the_pages_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_blocks(ROOT / "docs/keras.md") == 8
+    assert run_blocks(ROOT / "docs/keras.md") == 9
+
+
+def test_the_code_of_the_guide_to_coupled_losses_runs():
+    assert run_blocks(ROOT / "docs/coupled.md", tab="Keras")

@@ -37,3 +37,7 @@ def test_example_of_a_coupled_loss(name, first, last, capsys):
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_blocks(ROOT / page)
+
+
+def test_the_code_of_the_guide_to_coupled_losses_runs():
+    assert run_blocks(ROOT / "docs/coupled.md", tab="PyTorch")
