@@ -287,8 +287,8 @@ class _Examination:
                 (),
                 "The loss couples examples: what one adds depends on which others are there, as in contrastive, "
                 "ranking and load-balancing losses, and where something is normalized over the batch.",
-                "No accumulation of gradients can be exact. Compute the loss over the whole batch from cached outputs "
-                "(bb.chunked in PyTorch and JAX), or accept the micro-batch's loss as another loss.",
+                "No accumulation of gradients can be exact. Compute the loss over the whole batch, from outputs that "
+                "bb.chunked makes in pieces, or accept the micro-batch's loss as another loss.",
             )
         evidence = "The loss is a mean, but not over the items that it is said to be the mean of"
         evidence += f": an example counts {probe.weight:.3g} × as much as another." if probe.weight else "."

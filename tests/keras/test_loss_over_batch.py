@@ -327,3 +327,12 @@ def test_bad_input(options, text):
     with pytest.raises(ValueError, match=text.replace("'", ".").replace(".", r".")):
         bb.accumulate(model, **options)
     assert "train_step" not in model.__dict__
+
+
+def test_the_audit_names_it_and_has_tried_it():
+    x, y = data(12)
+    found = bb.audit(towers(before=[lambda: layers.Dropout(0.0)]), x, y, micro_batch=4)
+    (cause,) = found.causes
+    assert cause.kind == "coupling"
+    assert 'Pass loss_over="batch" to bb.accumulate: seen to be the full batch\'s gradient, to ' in cause.remedy
+    assert not found.exact

@@ -475,3 +475,11 @@ def test_bad_input(call, error, text, towers):
     with pytest.raises(error) as raised:
         call(towers[0], towers[3])
     assert str(raised.value).startswith(text) or text in str(raised.value)
+
+
+def test_the_audit_names_it(towers):
+    a, b, scale, x, y = towers
+    variables = [a.a, a.b, b.a, b.b]
+    found = bb.audit(lambda batch: info_nce(a(batch[0]), b(batch[1]), scale), (x, y), variables, micro_batch=4)
+    assert [cause.kind for cause in found.causes] == ["coupling"]
+    assert "bb.chunked" in found.causes[0].remedy

@@ -21,10 +21,10 @@ from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
 from bigbatch import errors
-from bigbatch.audit import Audit
+from bigbatch.audit import Audit, Cause, compared, differing, rank
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Run
-from bigbatch.keras import batch, layer_calls, losses, noise, randomness
+from bigbatch.keras import batch, layer_calls, losses, noise, randomness, whole_batch
 from bigbatch.keras.checks import check_cut, check_model
 
 # What to do about each cause in Keras, where `fit` has the loss and no loss function returns its items.
@@ -36,6 +36,7 @@ REMEDIES = {
     "that reduces by itself must be a mean over the examples.",
     "sum": "Divide by the number of examples in the micro-batch. A loss for compile may have reduction='sum'.",
     "terms": "Let compile have each part as the loss of an output: every output counts its own items.",
+    "coupling": 'No accumulation of gradients can be exact. Pass loss_over="batch" to bb.accumulate',
     "not finite": "A mean over nothing is 0/0: let compile have a loss with one value a step, and a mask; or divide by "
     "the larger of the count and 1.",
 }
@@ -91,9 +92,30 @@ def audit(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, 
     if not model.trainable_variables:
         raise ValueError("The model does not have any trainable weights. An audit compares their gradients.")
     with randomness.preserved(model):
-        result = examine(AuditRunner(model, data, length, micro_batch))
-    causes = [replace(cause, remedy=REMEDIES.get(cause.kind, cause.remedy)) for cause in result.causes]
+        runner = AuditRunner(model, data, length, micro_batch)
+        result = examine(runner)
+        causes = [replace(cause, remedy=REMEDIES.get(cause.kind, cause.remedy)) for cause in result.causes]
+        causes = [_with_loss_over_batch(runner, result, cause) for cause in causes]
     return replace(result, causes=causes)
+
+
+def _with_loss_over_batch(runner: "AuditRunner", result: Audit, cause: Cause) -> Cause:
+    """A coupled loss with what the loss over the whole batch was seen to give."""
+    if cause.kind != "coupling":
+        return cause
+    # In inference mode: what a layer draws, or takes over the micro-batch, is another cause.
+    quiet = frozenset(runner.layers)
+    all_rows = range(runner.length)
+    whole, over_batch = (runner.gradient([all_rows], seed=0, quiet=quiet, over_batch=b) for b in (False, True))
+    seen = compared(whole, over_batch)
+    exact = not differing(seen, result.tolerance)
+    worst = max((p.error for p in seen), key=rank)
+    found = (
+        f": seen to be the full batch's gradient, to {worst:.0e}."
+        if exact
+        else ", once the other causes are gone: the outputs of the micro-batches are not those of the batch."
+    )
+    return replace(cause, remedy=cause.remedy + found)
 
 
 class AuditRunner:
@@ -125,14 +147,19 @@ class AuditRunner:
         fresh: bool = False,
         items: Any = None,
         scale: float = 1.0,
+        over_batch: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Plain Keras's gradient of one part; of several the window's, Σ nᵢ·gᵢ / Σ nᵢ for each kind of items."""
+        """Plain Keras's gradient of one part; of several the window's, Σ nᵢ·gᵢ / Σ nᵢ for each kind of items.
+
+        With `over_batch` it is of the whole batch's loss, over outputs that are made micro-batch by micro-batch.
+        """
         losses: list[tuple[Any, Any]] = []
         sums: list[list[np.ndarray]] = []
         counts: list[float] = []
         scale *= self.scale
         with self.restored(seed, quiet) as reset:
-            differentiate = self.program(_backend().gradients, len(parts) == 1, quiet)
+            evaluate = self.total_over_batch if over_batch else self.total if len(parts) == 1 else self.kinds
+            differentiate = self.program(_backend().gradients, evaluate, quiet)
             for i, rows in enumerate(parts):
                 if fresh:
                     reset()
@@ -157,20 +184,19 @@ class AuditRunner:
     def loss(self, rows: Sequence[int], *, seed: int, quiet: frozenset[str]) -> Run:
         """One forward pass over these rows; of several kinds of items, the first one's."""
         with self.restored(seed, quiet):
-            losses, _ = self.program(_backend().losses, False, quiet)(self.select(rows), ops.ones((), self.float))
+            losses, _ = self.program(_backend().losses, self.kinds, quiet)(self.select(rows), ops.ones((), self.float))
             items = next((n for _, n in losses if n is not None), len(rows))
             return Run(sum(_number(value) for value, _ in losses), _number(items))
 
-    def program(self, make: Callable[..., Any], whole: bool, quiet: frozenset[str]) -> Callable[..., Any]:
+    def program(self, make: Callable[..., Any], evaluate: Any, quiet: frozenset[str]) -> Callable[..., Any]:
         """The backend's function of arrays and a scale: it returns (loss, items) for each kind, and gradients."""
-        if (make, whole, quiet) not in self.programs:
-            evaluate = self.total if whole else self.kinds
+        if (make, evaluate, quiet) not in self.programs:
 
             def objective(leaves: list[Any], scale: Any) -> list[tuple[Any, Any]]:
                 return [(value * ops.cast(scale, value.dtype), n) for value, n in evaluate(leaves)]
 
-            self.programs[make, whole, quiet] = make(self.model, objective)
-        return self.programs[make, whole, quiet]
+            self.programs[make, evaluate, quiet] = make(self.model, objective)
+        return self.programs[make, evaluate, quiet]
 
     def select(self, rows: Sequence[int]) -> list[Any]:
         """The arrays of these examples."""
@@ -189,6 +215,21 @@ class AuditRunner:
         if len(total.shape) > 0:
             raise errors.loss_not_scalar(total)
         return [(total, 1.0)]
+
+    def total_over_batch(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
+        """What `loss_over="batch"` differentiates, as a mean over one item."""
+        made = []
+        for start in range(0, self.length, self.micro_batch):
+            x, _, _ = batch.unpack(batch.nest(self.data, [leaf[start : start + self.micro_batch] for leaf in leaves]))
+            made.append(whole_batch.called(self.model, x))
+        arrays = [ops.concatenate(of_one) for of_one in zip(*(one.arrays for one in made), strict=True)]
+        sizes = [min(self.micro_batch, self.length - start) for start in range(0, self.length, self.micro_batch)]
+        added = [
+            sum(value * (n / self.length) for value, n in zip(of_one, sizes, strict=True))
+            for of_one in zip(*(one.added for one in made), strict=True)
+        ]
+        data = batch.nest(self.data, leaves)
+        return [(whole_batch.loss_of(self.model, data, whole_batch.joined(made[0], arrays), added), 1.0)]
 
     def kinds(self, leaves: list[Any]) -> list[tuple[Any, Any]]:
         """What a window differentiates: (loss, items) for each kind of items; items are None for a sum."""

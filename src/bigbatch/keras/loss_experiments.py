@@ -60,7 +60,7 @@ def warn_of_compiled_losses(model: Any, called: list[tuple[str, Callable[..., An
         _warn(
             f"A loss compares the examples of a batch with one another: {_listed(mixing)}. "
             "It sees those of one micro-batch alone.",
-            "A loss whose value for an example depends on that example alone is exact.",
+            'Pass loss_over="batch" to bb.accumulate: the loss then sees the whole batch.',
         )
 
 

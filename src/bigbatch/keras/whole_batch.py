@@ -57,14 +57,20 @@ def forward(model: Any, x: Any, values: list[tuple[Any, Any]], state: list[Any])
     own = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None and id(v) not in given]
     with keras.StatelessScope([*values, *own], collect_losses=True) as scope:
         before = [scope.get_current_value(v) for v in state]
-        y_pred = batch.call(model, x)
-        added = [model._aggregate_additional_loss(loss) for loss in model.losses]
-        model._clear_losses()
+        made = called(model, x)
         after = [scope.get_current_value(v) for v in state]
+    written = [k for k, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new]
+    return made._replace(state=after, written=written)
+
+
+def called(model: Any, x: Any) -> Forward:
+    """The model's outputs in training mode, in whatever scope this is called; without a state."""
+    y_pred = batch.call(model, x)
+    added = [model._aggregate_additional_loss(loss) for loss in model.losses]
+    model._clear_losses()
     outputs = tree.flatten(y_pred)
     masks = [mask for y in outputs if (mask := get_keras_mask(y)) is not None]
-    written = [k for k, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new]
-    return Forward(y_pred, [*outputs, *masks], added, after, written)
+    return Forward(y_pred, [*outputs, *masks], added, [], [])
 
 
 def joined(like: Forward, arrays: list[Any]) -> Any:
