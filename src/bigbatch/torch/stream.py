@@ -115,6 +115,7 @@ class Accumulator:
 
     @every.setter
     def every(self, every: Any) -> None:
+        """Takes effect when the next window opens."""
         self._gradients.every = every
 
     @property
