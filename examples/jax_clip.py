@@ -49,7 +49,7 @@ def loss_fn(params, upper, lower):
 upper_key, lower_key = jax.random.split(jax.random.key(0))
 params = {"upper": tower(upper_key), "lower": tower(lower_key), "scale": jnp.array(2.0)}
 tx = optax.adamw(3e-3)
-opt_state = tx.init(params)
+opt_state, loss = tx.init(params), 0.0
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))

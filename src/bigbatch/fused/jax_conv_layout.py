@@ -1,8 +1,8 @@
 """Convolutions in a loop on a CPU, in the one layout in which XLA computes them fast there.
 
 XLA's fast convolution on a CPU takes examples first and channels last, and kernels as height, width, in, out. Others
-are transposed to that by a pass that looks into no loop (jax-ml/jax#12868): in a loop over micro-batches they are ten
-times slower, and a layer's two gradients never have that layout.
+are transposed to that by a pass that looks into no loop (jax-ml/jax#12868 reports it of a forward): in a loop over
+micro-batches they are ten times slower, and a layer's two gradients never have that layout.
 
 It buys a factor of about ten for convolutional models: benchmarks/jax_window.md, "3 convolutions". It does nothing on
 other devices than CPUs, and for models without convolutions.

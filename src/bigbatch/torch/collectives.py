@@ -153,7 +153,8 @@ def digest_of(terms: Any) -> int:
 
 
 # Tensors that gloo's threads may still hold. A thread frees its tensor a little after the collective returns, and needs
-# the interpreter for one that Python has seen: where that has exited, the process is aborted (pytorch/pytorch#179291).
+# the interpreter for one that Python has seen: where that has exited, the process is aborted, as in
+# pytorch/pytorch#179291.
 _SENT: "weakref.WeakSet[Tensor]" = weakref.WeakSet()
 
 
