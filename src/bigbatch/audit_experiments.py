@@ -256,8 +256,8 @@ class _Examination:
                 return Cause(
                     "coupling",
                     (),
-                    f"The batch has rows that belong together: with rows {rows} in the same micro-batch it is exact, as "
-                    "was seen. So it is with chosen and rejected answers.",
+                    f"The batch has rows that belong together: with rows {rows} in the same micro-batch it is "
+                    "exact, as was seen. So it is with chosen and rejected answers.",
                     "Cut micro-batches so that they stay together (cut= and length= of bb.backward in PyTorch), or let "
                     "an example hold all of its rows along another dimension.",
                 )
