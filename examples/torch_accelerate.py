@@ -1,5 +1,7 @@
 """Accelerate prepares the model and the loader; bigbatch accumulates, in place of `accelerator.accumulate`.
 
+Where that loop is to stay, see accelerate_accumulate.py.
+
 torchrun --nproc-per-node 2 examples/torch_accelerate.py
 """
 

@@ -1,5 +1,7 @@
 """Lightning's manual optimization: bigbatch takes the place of `manual_backward`, `step` and `zero_grad`.
 
+With automatic optimization, see lightning_accumulate.py.
+
 torchrun --nproc-per-node 2 examples/torch_lightning.py
 """
 
