@@ -62,14 +62,14 @@ def one_process(windows: list[list[torch.Tensor]], loss: str) -> list[torch.Tens
     return [p.detach() for p in model.parameters()]
 
 
-def chunked(loss: str, every: int, mine: list[torch.Tensor], items: Any = None) -> tuple[list[torch.Tensor], int]:
-    """Parameters after the windows, and how many reductions of gradients there were."""
+def chunked(loss: str, every: int, closes: bool, mine: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Parameters after the windows, and how many updates there were; the function may close over the model."""
     ddp = DistributedDataParallel(Towers())
-    encode = bb.chunked(ddp, micro_batch=2)
+    encode = bb.chunked((lambda x, y: ddp(x, y)) if closes else ddp, micro_batch=2)
     acc = bb.Accumulator(sgd(ddp), every=every, model=ddp)
     for batch in mine:
         a, b = (bb.gathered(rows) for rows in encode(*batch))
-        acc.backward(LOSSES[loss](a, b, ddp.module.scale), items=1 if items is None else len(batch[0]))
+        acc.backward(LOSSES[loss](a, b, ddp.module.scale), items=1)
     return [p.detach() for p in ddp.parameters()], acc.index
 
 

@@ -25,7 +25,7 @@ def close(got, right):
 def test_ranks_of_unequal_size_give_the_whole_batchs_updates(size, loss):
     each, whole = dealt(size, 4)
     right = in_chunked.one_process([whole[:2], whole[2:]], loss)
-    results = pool(size).run(in_chunked.chunked, loss, 2, each=each)
+    results = pool(size).run(in_chunked.chunked, loss, 2, loss == "siglip", each=each)
     for parameters, updates in results:
         assert updates == 2
         close(parameters, right)

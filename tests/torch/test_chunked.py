@@ -337,6 +337,9 @@ def test_it_cannot_be_differentiated_twice(towers):
         (lambda m, x: bb.chunked(lambda x: x * w, micro_batch=2)(x), ValueError, "a leaf of shape (5,)"),
         (lambda m, x: bb.chunked(lambda x: x * (2 * w), micro_batch=2)(x), ValueError, "a leaf of shape (5,)"),
         (lambda m, x: bb.chunked(lambda x, c=2 * w: x * c, micro_batch=2)(x), ValueError, "a result of MulBackward0"),
+        (lambda m, x: bb.chunked(lambda x, alias=m.a.weight: m(x) + alias.sum(), micro_batch=2)(x), ValueError,
+         "a leaf of shape (64, 5)"),
+        (lambda m, x: bb.chunked(lambda x: v, micro_batch=2)(x), ValueError, "a leaf of shape (2,)"),
         (lambda m, x: bb.chunked(lambda x: x.item, micro_batch=2)(x), TypeError, "must return real tensors"),
     ],
 )  # fmt: skip
@@ -346,7 +349,7 @@ def test_bad_input(call, error, text, towers):
     assert text in str(raised.value)
 
 
-w = torch.ones(5, dtype=F64, requires_grad=True)
+w, v = (torch.ones(n, dtype=F64, requires_grad=True) for n in (5, 2))
 
 
 class Watched(nn.Module):

@@ -52,7 +52,8 @@ def chunked(
         micro_batch: examples in memory at once; the last piece may be shorter. "auto" plans the largest that fits what
             is free, by a dry run on shapes, once for each shape of the arguments, and logs what it chose. Should memory
             run out anyway, it is halved: in the forward all pieces run again, in the backward those that drew no random
-            numbers and wrote to no buffers. The others run again as they were cut.
+            numbers and wrote to no buffers. The others run again as they were cut. A batch that fits as a whole is one
+            piece, which runs again too unless `keep` keeps it.
         in_dims: the dimension that holds the examples, as for `torch.vmap`: one for all positional arguments, or one
             entry for each, where None gives an argument whole to every piece. Tensors in keyword arguments are cut
             along their first dimension. What is no tensor is given whole, but for lists of text, one for each example.
@@ -88,7 +89,7 @@ def chunked(
         length = errors.check_lengths([(leaf.where, leaf.length) for leaf in leaves if leaf.dim is not None])
         device = next((leaf.value.device for leaf in leaves if isinstance(leaf.value, Tensor)), torch.device("cpu"))
         given = Given(Setting(function, device), (args, kwargs), leaves, length)
-        _check_ranks([*replicas, *given.setting.holder.modules()])
+        _check_ranks(replicas, given.setting.holder)
         if size is None:
             return _fitting(given, options)
         return function(*args, **kwargs) if size >= length else Call(given, size, options).outputs()
@@ -115,21 +116,17 @@ def _fitting(given: Given, options: Options) -> Any:
     return fitting(run, choice, given.length, is_out_of_memory, logger, save)
 
 
-def _check_ranks(modules: list[torch.nn.Module]) -> None:
+def _check_ranks(replicas: list[DistributedDataParallel], holder: torch.nn.Module) -> None:
     """Refuses models that would not reduce their gradients, or do so for every piece."""
-    for module in modules:
-        if (
-            isinstance(module, DistributedDataParallel)
-            and torch.is_grad_enabled()
-            and module.require_backward_grad_sync
-        ):
-            raise ValueError(
-                "DistributedDataParallel reduces in the backward of its own forward, which a chunked function does not "
-                "run. Pass the model to bb.Accumulator(..., model=model), which reduces once a window."
-            )
-        if shards_in(module):
-            raise ValueError(
-                "A fully_shard model cannot be chunked. Its ranks gather parameters in each forward and reduce "
-                "gradients in each backward, so all ranks would have to run as many pieces, and every piece would "
-                "reduce. Use DistributedDataParallel, or fewer examples a rank."
-            )
+    replicas = replicas + [module for module in holder.modules() if isinstance(module, DistributedDataParallel)]
+    if torch.is_grad_enabled() and any(replica.require_backward_grad_sync for replica in replicas):
+        raise ValueError(
+            "DistributedDataParallel reduces in the backward of its own forward, and a chunked function does not run "
+            "that. Pass the model to bb.Accumulator(..., model=model), which reduces once a window."
+        )
+    if shards_in(holder):
+        raise ValueError(
+            "A fully_shard model cannot be chunked. Its ranks gather parameters in each forward and reduce gradients "
+            "in each backward, so all ranks would have to run as many pieces, and every piece would reduce. Use "
+            "DistributedDataParallel, or fewer examples a rank."
+        )
