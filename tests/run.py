@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # The longest first, so that the cores are done at the same time.
-BACKENDS = ["keras_tensorflow", "jax", "keras_jax", "tensorflow", "ranks", "torch", "tf1", "keras_torch"]
+BACKENDS = ["keras_tensorflow", "jax", "keras_jax", "tensorflow", "ranks", "trainers", "torch", "tf1", "keras_torch"]
 STEPS = {
     "lint": [
         ["-m", "ruff", "check"],
