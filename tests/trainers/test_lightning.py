@@ -1,9 +1,10 @@
 """`bigbatch.lightning.Accumulate` in Lightning's own loop, against training on the true batches."""
 
+import functools
 import os
 import warnings
 
-import trainers.vision  # noqa: F401 - before lightning
+from trainers import vision  # before lightning
 
 # isort: split
 import lightning.pytorch as pl
@@ -326,6 +327,18 @@ def in_torchrun():
     )
 
 
+@functools.cache
+def ranks():
+    """Two that have imported Lightning already: on a busy machine that takes longer than a rank is waited for."""
+    made = pool(2)
+    for pipe in made.pipes:
+        pipe.send((vision.imported, ()))
+    for pipe in made.pipes:
+        assert pipe.poll(300)
+        assert pipe.recv() is None
+    return made
+
+
 def in_a_rank(count, optimizer, clip):
     in_torchrun()
     rank = int(os.environ["RANK"])
@@ -339,7 +352,7 @@ def in_a_rank(count, optimizer, clip):
 @pytest.mark.parametrize(("optimizer", "clip"), [(tiny.sgd, None), (tiny.adamw, 0.1)])
 def test_two_processes(optimizer, clip):
     """46 examples: twelve micro-batches, the last with two; a process's windows hold four, then two."""
-    results = pool(2).run(in_a_rank, 46, optimizer, clip)
+    results = ranks().run(in_a_rank, 46, optimizer, clip)
     parts = tiny.texts(46).split(4)
     a, b = parts[::2], parts[1::2]
     wanted, seen = tiny.trained([torch.cat([*a[:4], *b[:4]]), torch.cat([*a[4:], *b[4:]])], optimizer, clip)
@@ -372,6 +385,6 @@ def test_two_processes_with_fully_shard():
     parts = tiny.texts(46).split(4)
     a, b = parts[::2], parts[1::2]
     wanted, _ = tiny.trained([torch.cat([*a[:4], *b[:4]]), torch.cat([*a[4:], *b[4:]])])
-    for weights, updates in pool(2).run(in_a_sharded_rank, 46):
+    for weights, updates in ranks().run(in_a_sharded_rank, 46):
         assert tiny.distance(weights, wanted) <= 1e-12
         assert len(updates) == 2
