@@ -217,7 +217,8 @@ def test_lengths_that_the_graph_does_not_know():
     )
     for model in (plain, ours):
         model.fit(batches, verbose=0, shuffle=False)
-    close(ours, plain)
+    for a, b in zip(ours.variables, plain.variables, strict=True):  # plain Keras may count a step after the last batch
+        np.testing.assert_allclose(array(a), array(b), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:BatchNormalization normalizes over each micro-batch")

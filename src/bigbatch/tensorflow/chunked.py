@@ -10,7 +10,7 @@ import functools
 import logging
 import time as clock
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import tensorflow as tf
@@ -20,11 +20,10 @@ from bigbatch.engines.tensorflow_estimate import RESERVE, bytes_of, device_memor
 from bigbatch.plan import budget, choose, log_choice
 from bigbatch.tensorflow.batch import leaves_of, length_of, with_text
 from bigbatch.tensorflow.checks import check_dtype
-from bigbatch.tensorflow.guard import bits_of
-from bigbatch.tensorflow.pieces import MOVED, Call, Recorded, traced
+from bigbatch.tensorflow.pieces import Call, traced
+from bigbatch.tensorflow.pieces_eagerly import Eagerly
 from bigbatch.tensorflow.pieces_in_graph import Back, InGraph
-from bigbatch.tensorflow.replay import Effects, effects_of, refusing_another
-from bigbatch.tensorflow.window import add, mean
+from bigbatch.tensorflow.replay import effects_of, refusing_another
 
 logger = logging.getLogger("bigbatch.tensorflow")
 
@@ -100,10 +99,10 @@ def chunked(
             return _differentiable(InGraph(call, given.tensors, length), given.tensors)
         if (key := (size, given.key())) not in known:
             known[key] = traced(lambda *x: call.run(list(x)), *call.specs(given.tensors, size))
-        return _differentiable(_Eager(call, length, known[key]), given.tensors)
+        return _differentiable(Eagerly(call, length, known[key]), given.tensors)
 
     functools.update_wrapper(run, function, updated=())
-    del run.__wrapped__  # AutoGraph would call that in its place
+    del run.__dict__["__wrapped__"]  # AutoGraph would call that in its place
     return tf.autograph.experimental.do_not_convert(run)
 
 
@@ -131,9 +130,9 @@ class _Given(NamedTuple):
             (where, _), axis = next(leaves) if value is not None else (("", None), None)
             if isinstance(value, tf.RaggedTensor | tf.SparseTensor):
                 raise TypeError(f"An argument must hold dense tensors. {errors.received(where, value)}")
-            if not (tf.is_tensor(value) or isinstance(value, np.ndarray) or hasattr(value, "__array__")):
+            if not _is_array(value):
                 continue
-            value = tf.convert_to_tensor(value)
+            value = tf.convert_to_tensor(cast("Any", value))
             if axis is not None and value.shape.rank is not None and not -value.shape.rank <= axis < value.shape.rank:
                 raise errors.leaf_without_length(where, value)
             given.tensors.append(_moved(value, axis or 0, 0))
@@ -158,6 +157,10 @@ class _Given(NamedTuple):
         """What a trace depends on."""
         shapes = tuple((tuple(x.shape), x.dtype) for x in self.tensors)
         return shapes, tuple(self.axes), tuple(self.places), repr(self.flat)
+
+
+def _is_array(value: Any) -> bool:
+    return tf.is_tensor(value) or isinstance(value, np.ndarray) or hasattr(value, "__array__")
 
 
 def _moved(x: tf.Tensor, start: int, stop: int) -> tf.Tensor:
@@ -221,69 +224,6 @@ def _differentiable(pieces: Any, tensors: list[tf.Tensor]) -> Any:
 
 def _parts(gradient: Any) -> list[Any]:
     return tf.nest.flatten(gradient, expand_composites=True)
-
-
-class _Eager:
-    """A call outside of a `tf.function`: loops that a debugger can step through."""
-
-    def __init__(self, call: Call, length: int, concrete: Any):
-        self.call, self.structure = call, concrete.structured_outputs
-        self.effects: Effects = effects_of(call.function, concrete)
-        self.starts = range(0, length, call.size)
-        self.kept_from = max(0, len(self.starts) - call.keep)
-
-    def forward(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-        """The flat outputs, joined."""
-        self.given, self.bits = tensors, bits_of(self.effects.read)
-
-        def run() -> list[Any]:
-            made = []
-            for start in self.starts[: self.kept_from]:
-                state = [v.read_value() for v in self.effects.written]
-                made.append((state, tf.nest.flatten(self.call.run(self._piece(start)))))
-            return made
-
-        # What recompute_grad runs no tape records: nothing else public does that for tapes that are not ours.
-        made = tf.recompute_grad(run)() if self.kept_from else []
-        self.states = [state for state, _ in made]
-        kept = [self._recorded(start, persistent=True) for start in self.starts[self.kept_from :]]
-        self.kept = dict(enumerate(kept, self.kept_from))
-        parts = [outputs for _, outputs in made] + [piece.outputs for piece in kept]
-        return [tf.concat(of_one, 0) for of_one in zip(*parts, strict=True)]
-
-    def backward(self, dys: list[tf.Tensor], variables: list[Any]) -> tuple[list[Any], list[Any]]:
-        """The gradients of the tensors and of the variables, from those of the floating outputs."""
-        if not bool(tf.reduce_all(tf.equal(self.bits, bits_of(self.effects.read)))):
-            raise RuntimeError(MOVED)
-        written = self.effects.written
-        now = [v.read_value() for v in written]
-        whole, cut = self.call.sources(self.given)
-        summed = [*variables, *self.effects.outside, *whole]
-        sums, parts = [None] * len(summed), [[] for _ in cut]
-        try:
-            for k, start in enumerate(self.starts):
-                for v, value in zip(written, self.states[k] if k not in self.kept else [], strict=k not in self.kept):
-                    v.assign(value)
-                piece = self.kept.get(k) or self._recorded(start)
-                of_piece = [dy[start : start + self.call.size] for dy in dys]
-                gradients, of_cut = piece.gradients(of_piece, variables, self.call.dtype)
-                sums = [add(g, h) for g, h in zip(sums, gradients, strict=True)]
-                parts = [[*before, g] for before, g in zip(parts, of_cut, strict=True)]
-        finally:
-            for v, value in zip(written, now, strict=True):
-                v.assign(value)
-        one = tf.ones(())
-        means = [mean(g, one, x) for g, x in zip(sums, summed, strict=True)]
-        count = len(variables), len(summed) - len(whole)
-        of_tensors = self.call.nest(self.given, means[count[1] :], [tf.concat(of_one, 0) for of_one in parts])
-        return [*of_tensors, *means[count[0] : count[1]]], means[: count[0]]
-
-    def _piece(self, start: int) -> list[tf.Tensor]:
-        size = min(self.call.size, self.starts.stop - start)
-        return self.call.piece(self.given, start, size)
-
-    def _recorded(self, start: int, persistent: bool = False) -> Recorded:
-        return Recorded.of(self.call, self._piece(start), self.effects.outside, persistent)
 
 
 def _planned(call: Call, tensors: list[tf.Tensor], length: Any) -> int:

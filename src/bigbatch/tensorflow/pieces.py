@@ -32,7 +32,7 @@ class Call(NamedTuple):
             if not isinstance(y, tf.Tensor) or y.dtype.is_complex:
                 raise TypeError(f"A chunked function must return real tensors. {errors.received(where, y)}")
             if y.shape.rank == 0 or (length is not None and y.shape.rank and y.shape[0] not in (length, None)):
-                raise errors.output_without_length(where, y, length)
+                raise errors.output_without_length(where, y, self.size if length is None else length)
         return outputs
 
     def piece(self, tensors: list[tf.Tensor], start: Any, size: Any) -> list[tf.Tensor]:

@@ -1,7 +1,7 @@
 """A chunked function's pieces inside a `tf.function`: two `tf.while_loop`s over them.
 
-The second, for the gradients, is the split API's loop, with all that makes that one fast. Kept pieces, which are the
-last, and a shorter last one stand outside of the loops.
+The second, for the gradients, is the split API's loop, with all that makes that one fast. Pieces that are kept,
+the last ones, and a shorter last one stand outside of the loops.
 """
 
 from collections.abc import Callable

@@ -77,9 +77,9 @@ def wide(gradient: Gradient | None, weight: tf.Tensor | None, dtype: tf.DType) -
         return None
     if isinstance(gradient, tf.IndexedSlices) and under_xla():
         gradient = tf.convert_to_tensor(gradient)
-    gradient = cast(gradient, dtype)
-    gradient = gradient if weight is None else scaled(gradient, weight)
-    return SparseRows(gradient.indices, gradient.values) if isinstance(gradient, tf.IndexedSlices) else gradient
+    widened = cast(gradient, dtype)
+    widened = widened if weight is None else scaled(widened, weight)
+    return SparseRows(widened.indices, widened.values) if isinstance(widened, tf.IndexedSlices) else widened
 
 
 def stored(task: Task, window: Window) -> Window:

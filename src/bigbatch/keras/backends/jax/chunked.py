@@ -112,7 +112,7 @@ class _Step:
             runs.append([run, cuts, starts])
             at += count * size
 
-        def micro_step(sums: Any, given: Any) -> tuple[Sums]:
+        def micro_step(sums: Any, given: Any) -> Any:
             leaves, cuts, written = given
             n = len(leaves[0]) / self.length
 

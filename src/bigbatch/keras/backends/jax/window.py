@@ -158,6 +158,8 @@ def add_up(
 
 
 def add_runs(micro_step: Callable[..., tuple[Sums, Any, Any]], carry: Any, runs: list[list[Any]]) -> Any:
+    """The carry, which begins with the sums, after all micro-batches of `runs`."""
+
     def body(carry: Any, leaves: list[Any]) -> tuple[Any, None]:
         sums, *changing = carry
         more, *changing = micro_step(sums, leaves, *changing)
@@ -248,6 +250,7 @@ def _noise_opened(model: Any, state: State) -> noise_window.Window | None:
 
 
 def optimizer_scope(model: Any, state: State) -> keras.StatelessScope:
+    """In it the optimizer's variables have the values of `state`."""
     return keras.StatelessScope(list(zip(model.optimizer.variables, state.optimizer, strict=True)))
 
 

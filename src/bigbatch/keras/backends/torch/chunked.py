@@ -76,7 +76,9 @@ class _Step:
         """The whole batch's outputs, and the means of the losses that are added; the variables move."""
         values = [v.value for v in self.state]
         self.starts: list[Start] = []
-        parts, sums, made = [], [], None
+        parts: list[Any] = []
+        sums: list[Any] = []
+        made: Any = None
         for data in self.micro_batches:
             self.starts.append(Start(values, _random(self.parameters), [b.clone() for b in self.buffers]))
             made = self._forward(data, values)
@@ -131,7 +133,7 @@ class _Step:
         terms = [(y * g).sum() for y, g in pairs if y.requires_grad]
         if not terms:
             return
-        surrogate = sum(terms[1:], terms[0])
+        surrogate: Any = sum(terms[1:], terms[0])
         if self.fused is not None:
             self.fused.backward(surrogate, torch.ones_like(surrogate))
         else:
