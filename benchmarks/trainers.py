@@ -229,9 +229,10 @@ def main():
 HEAD = """# Trainers
 
 *Off by* is the relative distance of the weights from those of the true batches of 16 and 5, trained in plain PyTorch,
-or with TRL's own trainer where its loss is TRL's: SGD, 21 ragged examples, micro-batches of 4 (4 × 4, then 4 + 1), tiny random models in float32. An *epoch* is 4
-windows of 4 × 4 in a model four layers deep, 128 wide, on one thread: `train()`, with all that it does before and after
-the windows. Stock and ours take turns; the ratio is the median over rounds of both times in one round.
+or with TRL's own trainer where its loss is TRL's: SGD, 21 ragged examples, micro-batches of 4 (4 × 4, then 4 + 1), tiny
+random models in float32. An *epoch* is 4 windows of 4 × 4 in a model four layers deep, 128 wide, on one thread:
+`train()`, with all that it does before and after the windows. Stock and ours take turns; the ratio is the median over
+rounds of both times in one round.
 """
 
 

@@ -127,7 +127,7 @@ def test_items_given_by_the_user():
     assert len(counted) == 6
 
 
-def test_the_experiment_is_made_once_and_leaves_no_trace_in_random_numbers():
+def test_the_experiment_is_made_once_and_changes_no_random_numbers():
     """With dropout: the masks, and so the weights, are those of a run whose items are given."""
     calls = []
 

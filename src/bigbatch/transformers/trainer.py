@@ -56,6 +56,7 @@ class BigBatch(_Base):
             raise checks.unexpected_every(kwargs["every"])
         self._items = Items(self, checks.check_items(items))
         self._grads: Gradients | None = None
+        self._differentiated: list[Tensor] = []  # the parameters of `_grads`
         self._planned = self._held = 0  # micro-batches of the open window
         super().__init__(*args, **kwargs)
         checks.check_trainer(self)
@@ -69,7 +70,7 @@ class BigBatch(_Base):
         finally:
             if self._grads is not None and self._grads.pending:
                 self._grads.reset()
-            self._grads, self._planned = None, 0
+            self._grads, self._planned, self._differentiated = None, 0, []
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of the next window, which begins here."""
@@ -108,10 +109,11 @@ class BigBatch(_Base):
         grads: Gradients | None = self._grads
         if grads is not None and grads.pending:
             grads.reset()
-        if grads is None or list(map(id, grads._tensors)) != list(map(id, parameters)):
+        if grads is None or list(map(id, self._differentiated)) != list(map(id, parameters)):
             ranks = self.accelerator.num_processes > 1 or isinstance(model, DistributedDataParallel)
             every, scaler = self.args.gradient_accumulation_steps, self.accelerator.scaler
             grads = Gradients(parameters, every=every, model=model if ranks else None, scaler=scaler)
+            self._differentiated = parameters
         return grads
 
 

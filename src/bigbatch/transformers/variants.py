@@ -38,7 +38,7 @@ def variants(inputs: Mapping[str, Any]) -> list[Parted]:
 def halves(inputs: Mapping[str, Any]) -> int:
     """2 where an even number of rows may be pairs, as in preference data: those chosen first, then those rejected.
 
-    Rows that are no pairs may be taken by twos as well.
+    Where they are no pairs, two of them may be taken together as well.
     """
     return 2 if length_of(inputs) % 2 == 0 else 1
 
