@@ -31,7 +31,8 @@ def items(count: float) -> Items:
     return Items(check_items(count))
 
 
-Every = int | Callable[[int], int] | Items
+# A callable takes the update's index and returns a number: an array or a tensor of each in compiled frameworks.
+Every = int | Callable[[Any], Any] | Items
 
 
 def as_every(every: Any) -> Every:

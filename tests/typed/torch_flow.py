@@ -29,3 +29,6 @@ if tail := acc.flush():
     assert_type(tail.micro_batches, int)
 acc.load_state_dict(acc.state_dict())
 acc.reset()
+
+pair = [torch.optim.SGD([model.weight], lr=1e-2), torch.optim.AdamW([model.bias])]
+bb.Accumulator(pair, every=lambda update: min(64, 4 + update // 100))

@@ -6,7 +6,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -101,7 +101,7 @@ class Gradients:
 
     def __init__(
         self,
-        parameters: Iterable[Tensor] | Optimizer,
+        parameters: Iterable[Tensor] | Optimizer | Sequence[Optimizer],
         every: Every | UntilNoise | None = None,
         *,
         model: torch.nn.Module | Ranks | None = None,

@@ -1,6 +1,6 @@
 """The stream API: your loader yields micro-batches, and bigbatch stands where PyTorch applies a gradient."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -77,7 +77,7 @@ class Accumulator:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         every: Every | UntilNoise,
         *,
         clip_norm: float | None = None,
