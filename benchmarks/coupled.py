@@ -21,8 +21,7 @@ from torch_jobs import Block, peak
 import bigbatch.torch as bb
 
 PAGE = page(__file__, False)
-HEAD = """
-# Coupled losses
+HEAD = """# Coupled losses
 
 Every contender once a round, in an order drawn anew; a ratio is the median over rounds of both times in one round.
 Times are the CPU time of the one thread that does all. *Peak* is the most that tensors held at once in a step, beyond

@@ -35,6 +35,7 @@ MANY_ARENAS = {"MALLOC_ARENA_MAX": None}
 
 SMALL = ["mlp-1", "mlp-16", "mlp-128", "convolutional"]
 PARTS = {
+    "coupled": [([], {}), (["head"], AS_IT_STANDS)],
     "growth": [([framework], {}) for framework in GROWTH],
     "jax_window": [([*SMALL, "mlp-32"], MANY_ARENAS), (["transformer"], {})],
     "keras_fit": [
