@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from keras.src.backend import get_keras_mask
+from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.backend.common import global_state
 from keras.src.losses.loss import apply_mask
 from keras.src.models import cloning
@@ -44,6 +44,20 @@ def test_a_mask_is_read_from_its_tensor():
     y, x = masked()
     assert get_keras_mask(ops.ones((2,))) is None
     np.testing.assert_array_equal(array(get_keras_mask(y)), x == 1)
+
+
+def test_a_mask_is_put_on_a_tensor():
+    y = ops.ones((2,))
+    set_keras_mask(y, ops.array([True, False]))
+    np.testing.assert_array_equal(array(get_keras_mask(y)), [True, False])
+
+
+def test_in_a_stateless_scope_a_regularizer_needs_the_variables_value():
+    dense = keras.layers.Dense(2, kernel_regularizer="l2")
+    dense.build((None, 2))
+    with keras.StatelessScope([(dense.kernel, ops.ones((2, 2)))], collect_losses=True):
+        assert len(dense.losses) == 1
+        dense._clear_losses()
 
 
 def test_ignore_class_leaves_a_mask_on_the_losses_values():
