@@ -40,6 +40,7 @@ clean:
 
 .venv/.test: .venv/.demo
 	$(INSTALL) --editable '.[torch,jax,keras,tensorflow-cpu,demo,docs,dev]'
+	$(INSTALL) --no-deps open_clip_torch # its losses; torchvision's wheel fails beside a PyTorch for a CPU
 	touch $@
 
 .venv/.docs: .venv/bin/python pyproject.toml constraints.txt

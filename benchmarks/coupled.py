@@ -6,7 +6,6 @@ One thread, whose CPU time is measured, so that a busy machine counts for less.
 """
 
 import argparse
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -89,9 +88,6 @@ def pairs() -> dict[str, Callable[[], None]]:
 
 
 def sentences() -> dict[str, Callable[[], None]]:
-    with contextlib.suppress(RuntimeError):  # torchvision that needs CUDA cannot be imported without it otherwise
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import sentence_transformers
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,

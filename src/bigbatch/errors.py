@@ -83,9 +83,9 @@ def check_tokens(most: Any) -> int:
 def items_with_tokens() -> Exception:
     """For a loss without items whose micro-batches hold sequences of different lengths."""
     return TypeError(
-        "With bb.tokens loss_fn must return (loss, items): micro-batches of different lengths hold different numbers of "
-        "examples and of tokens, and the loss alone does not say which it is the mean of. Return the number of tokens "
-        "that count, such as (labels != -100).sum(), or of examples, such as len(labels)."
+        "With bb.tokens loss_fn must return (loss, items): micro-batches of different lengths hold different numbers "
+        "of examples and of tokens, and the loss alone does not say which it is the mean of. Return the number of "
+        "tokens that count, such as (labels != -100).sum(), or of examples, such as len(labels)."
     )
 
 

@@ -30,9 +30,25 @@ def test_example_of_a_coupled_loss(name, first, last, capsys):
     assert losses[-1] < last < first < losses[0]
 
 
+def test_example_of_lengths(capsys):
+    runpy.run_path(str(ROOT / "examples/torch_lengths.py"))
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert float(first.split()[-5]) <= 1.25
+    losses = [float(line.split("loss ")[1]) for line in lines]
+    assert losses[-1] < 0.5 < 2 < losses[0]
+
+
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/pytorch.md", "docs/faq.md", "docs/coming-from.md", "docs/semantics.md", "docs/memory.md"],
+    [
+        "README.md",
+        "docs/pytorch.md",
+        "docs/lengths.md",
+        "docs/faq.md",
+        "docs/coming-from.md",
+        "docs/semantics.md",
+        "docs/memory.md",
+    ],
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

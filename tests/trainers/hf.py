@@ -1,16 +1,11 @@
 """Tiny random Hugging Face models, ragged texts, and the true batches that a trainer's windows stand for."""
 
 import os
-import sys
 import tempfile
 
 import torch
-
-# Here too, since the ranks' processes have no conftest.
-sys.modules.setdefault("torchvision", None)  # pyright: ignore[reportArgumentType]
-
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
-from transformers import (  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import trainers.vision  # noqa: F401 - before lightning
 from documentation import run_blocks
 
 PAGE = Path(__file__).parent.parent.parent / "docs/trainers.md"

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import trainers.vision  # noqa: F401 - before lightning
-
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 

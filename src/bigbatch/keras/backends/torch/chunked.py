@@ -92,7 +92,7 @@ class _Step:
                 for start in self.starts:
                     start.values[k] = before if start.values[k] is own else start.values[k]
                 v.assign(value)
-        joined = [torch.cat(of_one) if len(of_one) > 1 else of_one[0] for of_one in zip(*parts, strict=True)]
+        joined = [torch.cat(ys) if len(ys) > 1 else ys[0] for ys in map(list, zip(*parts, strict=True))]
         return whole_batch.joined(made, joined), [sum(of_one[1:], of_one[0]) for of_one in zip(*sums, strict=True)]
 
     def _forward(self, data: Any, values: list[torch.Tensor]) -> whole_batch.Forward:
