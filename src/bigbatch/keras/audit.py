@@ -24,6 +24,7 @@ from bigbatch import errors
 from bigbatch.audit import Audit, Cause, compared, differing, rank
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Run
+from bigbatch.engines.activations import ActivationDiff
 from bigbatch.keras import batch, layer_calls, losses, noise, randomness, whole_batch
 from bigbatch.keras.checks import check_cut, check_model
 
@@ -240,11 +241,14 @@ class AuditRunner:
     def sources(self, rows: Sequence[int], seed: int, quiet: frozenset[str]) -> list[str]:
         """The layers whose outputs for the first rows differ from those in a run over the whole batch."""
         allowed = 1e-4 if self.dtype in ("float64", "float32") else 5e-2  # some operations may use a narrower dtype
-        compared = layer_calls.ActivationDiff(self.layers, len(rows) == self.length, allowed)
-        for run, selected, with_seed in ((compared.first, range(self.length), 0), (compared.second, rows, seed)):
-            with self.restored(with_seed, quiet), run():
+        diff = ActivationDiff(len(rows) == self.length, allowed)
+        for run, selected, with_seed in (
+            (layer_calls.recording, range(self.length), 0),
+            (layer_calls.comparing, rows, seed),
+        ):
+            with self.restored(with_seed, quiet), run(self.layers, diff):
                 self.kinds(self.select(selected))
-        return list(dict.fromkeys(compared.differing))
+        return list(dict.fromkeys(diff.differing))
 
     @contextlib.contextmanager
     def restored(self, seed: int, quiet: frozenset[str]) -> Iterator[Callable[[], None]]:

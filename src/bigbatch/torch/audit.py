@@ -17,6 +17,7 @@ from bigbatch.audit import Audit
 from bigbatch.audit_experiments import examine
 from bigbatch.audit_probe import Examples, Run
 from bigbatch.engines import randomness, torch_rng
+from bigbatch.engines.activations import ActivationDiff
 from bigbatch.engines.torch_dtypes import exact
 from bigbatch.torch.batch import children_of, leaves, mapped
 from bigbatch.torch.checks import check_items, check_loss
@@ -170,33 +171,23 @@ class AuditRunner:
 
     def sources(self, rows: Examples, seed: int, quiet: frozenset[str]) -> list[str]:
         """The modules whose outputs for the first rows are not those in the whole batch, though their inputs are."""
-        whole = len(rows) == self.length
         allowed = 1e-4 if self.dtype in ("float64", "float32") else 5e-2  # parts may be computed in less
-        seen: list[tuple[str, list[Tensor], list[Tensor]]] = []
-        differing: list[str] = []
+        diff = ActivationDiff(len(rows) == self.length, allowed)
 
-        def note(name: str, inputs: Any, output: Any) -> None:
-            seen.append((name, [t.clone() for t in _tensors(inputs)], [t.clone() for t in _tensors(output)]))
+        def record(name: str, inputs: Any, output: Any) -> None:
+            diff.record(name, *([_array(t) for t in _tensors(nest)] for nest in (inputs, output)))
 
-        def check(name: str, inputs: Any, output: Any) -> None:
-            if not seen or seen[0][0] != name:
-                seen.clear()  # from here on the run calls other modules
-                return
-            _, inputs_then, outputs_then = seen.pop(0)
-            if not _agree(inputs_then, _tensors(inputs), whole, allowed):
-                return
+        def compare(name: str, inputs: Any, output: Any) -> None:
             outputs = _tensors(output)
-            if not _agree(outputs_then, outputs, whole, allowed):
-                differing.append(name)
-                # On with the values of the whole batch, so that each later module is compared on its own.
-                for then, now in zip(outputs_then, outputs, strict=False):
-                    if (part := _part(then, now, whole)) is not None:
-                        now.copy_(part)
+            parts = diff.compare(name, [_array(t) for t in _tensors(inputs)], [_array(t) for t in outputs])
+            for now, part in zip(outputs, parts, strict=False):
+                if part is not None:
+                    now.copy_(torch.from_numpy(part))
 
-        for run, chosen, with_seed in ((note, range(self.length), 0), (check, rows, seed)):
+        for run, chosen, with_seed in ((record, range(self.length), 0), (compare, rows, seed)):
             with self.at_rest(with_seed, quiet), torch.no_grad(), _traced(self.modules, run):
                 self.forward(chosen)
-        return list(dict.fromkeys(differing))
+        return list(dict.fromkeys(diff.differing))
 
     @contextlib.contextmanager
     def at_rest(self, seed: int, quiet: frozenset[str]) -> Iterator[Callable[[], None]]:
@@ -291,25 +282,7 @@ def _tensors(nest: Any) -> list[Tensor]:
     return [t for _, _, child in children_of(nest) or () for t in _tensors(child)]
 
 
-def _part(full: Tensor, part: Tensor, whole: bool) -> Tensor | None:
-    """The rows of the whole batch's tensor that `part` has; None where no axis has the examples."""
-    if whole:
-        return full if full.shape == part.shape else None
-    axes = [axis for axis, (n, k) in enumerate(zip(full.shape, part.shape, strict=False)) if n != k]
-    if full.ndim != part.ndim or len(axes) != 1 or full.shape[axes[0]] < part.shape[axes[0]]:
-        return None
-    return full.narrow(axes[0], 0, part.shape[axes[0]])
-
-
-def _agree(full: list[Tensor], part: list[Tensor], whole: bool, allowed: float) -> bool:
-    """Whether the examples of `part` had the same values in the whole batch."""
-    for then, now in zip(full, part, strict=False):
-        same = _part(then, now, whole)
-        if same is None or same.dtype != now.dtype:
-            continue
-        if not now.is_floating_point():
-            if not torch.equal(same, now):
-                return False
-        elif not torch.allclose(same, now, rtol=0, atol=allowed * max(same.abs().max().item(), 1e-30), equal_nan=True):
-            return False
-    return True
+def _array(tensor: Tensor) -> np.ndarray:
+    """A copy of its values; NumPy has no bfloat16."""
+    values = tensor.detach().to("cpu", copy=True)
+    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
