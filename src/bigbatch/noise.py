@@ -21,7 +21,6 @@ from typing import Any
 from bigbatch import errors
 
 # McCandlish et al. 2018 (arXiv 1812.06162): what a batch B costs at the noise scale 𝓑. Marek et al. 2025 (2507.07101).
-SOURCES = "McCandlish et al. 2018, arXiv 1812.06162; Marek et al. 2025, arXiv 2507.07101"
 
 
 def estimate(micro_batches: Any, items: Any, squares: Any, square: Any) -> tuple[Any, Any]:
