@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# For each extra the tab of the quick start that has to run with it, and Keras's backend.
+# For each extra what has to run with it, a tab of the quick start or an example, and Keras's backend.
 EXTRAS = {
     "torch": ("PyTorch", None),
     "jax": ("JAX", None),
@@ -23,6 +23,9 @@ EXTRAS = {
     "keras-torch": ("Keras", "torch"),
     "keras-jax": ("Keras", "jax"),
     "keras-tensorflow": ("Keras", "tensorflow"),
+    "transformers": ("transformers_trainer.py", None),
+    "lightning": ("lightning_accumulate.py", None),
+    "accelerate": ("accelerate_accumulate.py", None),
 }
 TRAIN = """
 import sys
@@ -32,6 +35,7 @@ root = Path(sys.argv[1])
 assert root not in Path(bigbatch.__file__).parents, bigbatch.__file__
 sys.path.append(str(root / "tests"))
 from documentation import run_blocks
+sys.path.pop()  # or tests/jax would pass for a JAX that is not there
 assert run_blocks(root / "docs/quickstart.md", tab=sys.argv[2]) == 1
 """
 
@@ -57,8 +61,8 @@ def check_contents(wheel: Path, sdist: Path) -> None:
 
 
 def train(extra: str, wheel: Path) -> None:
-    """Installs the wheel with an extra in an empty environment, and runs the quick start there."""
-    tab, backend = EXTRAS[extra]
+    """Installs the wheel with an extra in an empty environment, and runs the quick start or an example there."""
+    what, backend = EXTRAS[extra]
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "venv", folder)
         python = Path(folder, "bin/python")
@@ -66,7 +70,10 @@ def train(extra: str, wheel: Path) -> None:
             f"{wheel}[{extra}]")  # fmt: skip
         environment = {**os.environ, **({"KERAS_BACKEND": backend} if backend else {}), "TF_CPP_MIN_LOG_LEVEL": "2"}
         environment.pop("PYTHONPATH", None)
-        run(python, "-c", TRAIN, ROOT, tab, env=environment)
+        if what.endswith(".py"):
+            run(python, ROOT / "examples" / what, env=environment)
+        else:
+            run(python, "-c", TRAIN, ROOT, what, env=environment)
 
 
 def main(asked: list[str]) -> None:

@@ -154,6 +154,10 @@ def half(step):
     return torch.optim.lr_scheduler.LambdaLR(step, lambda index: 1 - index / 2)
 
 
+# Older versions name it after the gradient.
+CHECKPOINTS = "gradient_checkpointing"
+if hasattr(transformers.TrainingArguments, "activation_checkpointing"):
+    CHECKPOINTS = "activation_checkpointing"
 OPTIONS = {
     "clipping": ({"max_grad_norm": 0.3}, {"clip": 0.3}),
     "AdamW with a schedule": (
@@ -165,9 +169,9 @@ OPTIONS = {
         {"label_smoothing_factor": 0.1},
         {"loss_of": lambda model, batch: smoothed(model, batch)},
     ),
-    "checkpoints": ({"activation_checkpointing": True}, {}),
+    "checkpoints": ({CHECKPOINTS: True}, {}),
     "reentrant checkpoints": (
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {CHECKPOINTS: True, f"{CHECKPOINTS}_kwargs": {"use_reentrant": True}},
         {},
     ),
 }
