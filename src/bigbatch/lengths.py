@@ -45,8 +45,8 @@ class Tokens:
     trim: Sequence[str] | None = None
 
     def __repr__(self) -> str:
-        where = f"mask={self.mask!r}" if self.mask is not None else f"lengths={self.lengths!r}"
-        return f"tokens({self.most}, {where})"
+        option, value = ("mask", self.mask) if self.mask is not None else ("lengths", self.lengths)
+        return f"tokens({self.most}, {option}={getattr(value, '__name__', repr(value))})"
 
 
 def tokens(

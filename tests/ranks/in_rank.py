@@ -66,6 +66,10 @@ def tokens_in(tokens: torch.Tensor) -> int:
     return int((tokens[:, 1:] != PAD).sum())
 
 
+def lengths_of(tokens: torch.Tensor) -> torch.Tensor:
+    return (tokens != PAD).sum(1)
+
+
 def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """The mean over the tokens to be predicted."""
     scores = model(tokens[:, :-1].clamp(min=0))
@@ -172,7 +176,7 @@ def trainer(
 
 
 def split(
-    dealt: list[list[torch.Tensor]], optimizer: Callable[..., Any], micro_batch: int, kind: str = "ddp"
+    dealt: list[list[torch.Tensor]], optimizer: Callable[..., Any], micro_batch: Any, kind: str = "ddp"
 ) -> list[torch.Tensor]:
     """One update a window; of each, this rank holds its own texts, or none."""
     model, given = wrapped(kind)

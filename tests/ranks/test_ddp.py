@@ -102,7 +102,7 @@ def test_items_are_counted_over_all_ranks_which_close_together(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("micro_batch", [1, 2, 100])
+@pytest.mark.parametrize("micro_batch", [1, 2, 100, bb.tokens(12, lengths=in_rank.lengths_of, multiple_of=1)], ids=str)
 def test_split_equals_one_process(size, micro_batch):
     nothing = in_rank.texts(1, seed=0)[0][:0]
     held = [torch.cat(mine) if mine else nothing for mine in deal(UNEVEN[size])]

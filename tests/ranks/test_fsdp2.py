@@ -67,7 +67,7 @@ def test_items_are_counted_over_all_ranks(size, kind):
 
 
 @pytest.mark.parametrize(("size", "kind"), KINDS)
-@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("micro_batch", [1, 3, bb.tokens(12, lengths=in_rank.lengths_of, multiple_of=1)], ids=str)
 def test_split_equals_one_process_with_parts_of_any_length(size, kind, micro_batch):
     # The shortest part has one example, and as many forwards as the longest.
     rows = (5, 1, 7, 2)
