@@ -2,8 +2,8 @@
 
     python benchmarks/trainers.py [Llama SFTTrainer …] [--seconds 60] [--write]
 
-Exactness: SGD, 21 ragged examples, windows of 4 × 4 and of 4 + 1, tiny random models, float32. Time: 4 windows of
-4 × 4 in a model of 4 layers, each contender once a round.
+Exactness: SGD, 21 ragged examples, windows of 4 × 4 and of 4 + 1, tiny random models, float32. Time: 16 windows of
+4 × 4 in a model of 4 layers, width 256 and 8,192 words, each contender once a round.
 """
 
 import argparse
@@ -17,15 +17,13 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.trainers import vision  # noqa: F401, I001 - before lightning
-from tests.trainers import hf
-
 import accelerate
 import datasets
 import lightning
 import torch
 import transformers
 from interleaved import circumstances, measure, ratio
+from tests.trainers import hf
 from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -35,7 +33,12 @@ from bigbatch.lightning import Accumulate
 from bigbatch.torch import causal_items
 
 WINDOW, SIZE = 16, 4
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+WIDE_WORDS = 8192
+
+
+def words(wide):
+    return WIDE_WORDS if wide else hf.WORDS
 
 
 class SFT(bigbatch.transformers.BigBatch, SFTTrainer):
@@ -49,15 +52,15 @@ class DPO(bigbatch.transformers.BigBatch, DPOTrainer):
 def llama(wide):
     sizes = {**hf.SIZES, "hidden_size": 16, **(WIDE if wide else {})}
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=hf.WORDS, **sizes))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=words(wide), **sizes))
 
 
 def gpt2(wide):
     torch.manual_seed(0)
-    sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4} if wide else {"n_embd": 16, "n_layer": 2, "n_head": 2}
+    sizes = {"n_embd": 256, "n_layer": 4, "n_head": 4} if wide else {"n_embd": 16, "n_layer": 2, "n_head": 2}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     special = {"bos_token_id": 1, "eos_token_id": 1}
-    config = transformers.GPT2Config(vocab_size=hf.WORDS, n_positions=32, **sizes, **rates, **special)
+    config = transformers.GPT2Config(vocab_size=words(wide), n_positions=32, **sizes, **rates, **special)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -65,17 +68,17 @@ def bert(wide):
     torch.manual_seed(0)
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     sizes = {**hf.SIZES, "hidden_size": 16, **(WIDE if wide else {})}
-    config = transformers.BertConfig(vocab_size=hf.WORDS, num_labels=3, **sizes, **rates)
+    config = transformers.BertConfig(vocab_size=words(wide), num_labels=3, **sizes, **rates)
     return transformers.BertForSequenceClassification(config)
 
 
 def phrases(columns, count):
     draw = random.Random(0)
-    words = {
+    texts = {
         c: [" ".join(f"w{draw.randint(3, 47)}" for _ in range(draw.randint(1, 6))) for _ in range(count)]
         for c in columns
     }
-    return datasets.Dataset.from_dict({c: [f" {text}" for text in texts] for c, texts in words.items()})
+    return datasets.Dataset.from_dict({c: [f" {text}" for text in lines] for c, lines in texts.items()})
 
 
 def tokenizer():
@@ -181,7 +184,7 @@ def trained(make, ours, size):
 
 def epoch(make, ours):
     """Trains again and again for an epoch. Returns its seconds, less what is done before and after all windows."""
-    run = make(ours, SIZE, 4 * WINDOW, True)
+    run = make(ours, SIZE, 16 * WINDOW, True)
 
     def timed():
         started = time.perf_counter()
@@ -197,7 +200,7 @@ def row(name, make, seconds):
     stock, ours = (hf.distance(trained(make, ours, SIZE), target) for ours in (False, True))
     contenders = {"stock": epoch(make, False), "ours": epoch(make, True)}
     once = measure(contenders, 1, warm_up=1)
-    repetitions = max(7, int(seconds / sum(timing.median for timing in once.values())))
+    repetitions = max(5, int(seconds / sum(timing.median for timing in once.values())))
     timings = measure(contenders, repetitions, warm_up=0)
     medians = " | ".join(f"{timings[each].median:.2f}" for each in contenders)
     return f"| {name} | {stock:.1e} | {ours:.1e} | {medians} | {ratio(timings, 'ours', 'stock'):.2f} |"
@@ -230,9 +233,9 @@ HEAD = """# Trainers
 
 *Off by* is the relative distance of the weights from those of the true batches of 16 and 5, trained in plain PyTorch,
 or with TRL's own trainer where its loss is TRL's: SGD, 21 ragged examples, micro-batches of 4 (4 × 4, then 4 + 1), tiny
-random models in float32. An *epoch* is 4 windows of 4 × 4 in a model four layers deep, 128 wide, on one thread:
-`train()`, with all that it does before and after the windows. Stock and ours take turns; the ratio is the median over
-rounds of both times in one round.
+random models in float32. An *epoch* is 16 windows of 4 × 4 in a model four layers deep, 256 wide, with 8,192 words, on
+one thread: `train()`, with all that it does before and after the windows. Stock and ours take turns; the ratio is the
+median over rounds of both times in one round.
 """
 
 

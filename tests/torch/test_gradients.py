@@ -247,6 +247,17 @@ def test_several_optimizers_are_one_window():
     agree(model, full(model))
 
 
+def test_without_the_norm_the_mean_is_the_same():
+    model = net()
+    report = fill(bb.Gradients(model.parameters(), 3, norm=False), model)
+    agree(model, full(model))
+    assert math.isnan(report.grad_norm)
+    assert report.skipped is None
+    assert report.loss == pytest.approx(loss_of(model, X).item(), rel=1e-12)
+    model.zero_grad()  # the noise needs it
+    assert math.isfinite(fill(bb.Gradients(model.parameters(), 3, norm=False, noise=1), model).grad_norm)
+
+
 def test_noise_is_measured():
     model = net()
     grads = bb.Gradients(model.parameters(), every=3, noise=1)

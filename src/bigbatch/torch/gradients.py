@@ -92,6 +92,8 @@ class Gradients:
         scaler: the `torch.amp.GradScaler` whose scale the losses are multiplied by. The mean in `.grad` is scaled
             once; the caller unscales it, steps through the scaler and updates that.
         noise: measures the gradient noise scale, as for `Accumulator`; under a scaler too.
+        norm: whether to take the mean's norm for `Update.grad_norm`. False spares a pass over the gradients where the
+            caller takes the norm anyway, to clip; `grad_norm` is NaN then.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was touched.
@@ -110,6 +112,7 @@ class Gradients:
         fused: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         noise: bool | int = False,
+        norm: bool = True,
     ):
         agreeing = isinstance(model, Ranks)  # an Accumulator's ranks, which agree on all of its options
         self._ranks = model if agreeing else ranks_of(model, sync, MAKING)
@@ -118,6 +121,7 @@ class Gradients:
             self.optimizer, self._tensors = (None, given) if isinstance(given, list) else (given, [])
             self.every = every if every is None or isinstance(every, UntilNoise) else as_every(every)
             self.scaler, self.dtype, self.fused = check_scaler(scaler), check_dtype(dtype), check_flag("fused", fused)
+            self._norm = check_flag("norm", norm) or bool(noise) or isinstance(every, UntilNoise)
             scaling.check_width(scaler, self._parameters(), dtype)
             self._meter = Meter(every, noise)
             if self._ranks is not None:
@@ -440,7 +444,7 @@ class Gradients:
         """Makes the mean of the sums, and leaves it in `.grad` for the caller."""
         window, gradients, _ = sums
         try:
-            norm = whole(get_total_norm(gradients))
+            norm = whole(get_total_norm(gradients)) if self._norm else torch.tensor(math.nan)
             if self.scaler is not None:
                 norm = norm / self.scaler.get_scale()
             totals = sums.read()

@@ -112,7 +112,9 @@ class BigBatch(_Base):
         if grads is None or list(map(id, self._differentiated)) != list(map(id, parameters)):
             ranks = self.accelerator.num_processes > 1 or isinstance(model, DistributedDataParallel)
             every, scaler = self.args.gradient_accumulation_steps, self.accelerator.scaler
-            grads = Gradients(parameters, every=every, model=model if ranks else None, scaler=scaler)
+            wrapped = model if ranks else None
+            # The trainer takes the norm itself, to clip and to log it.
+            grads = Gradients(parameters, every=every, model=wrapped, scaler=scaler, norm=False)
             self._differentiated = parameters
         return grads
 
