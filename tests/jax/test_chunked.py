@@ -115,8 +115,10 @@ def test_it_is_the_full_batchs_gradient(loss, tied, towers):
     agree(jax.jit(of(loss, bb.chunked(encode, micro_batch=4), tied))(*towers), right)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 9, "auto"])
-@pytest.mark.parametrize("micro_batch", [1, 3, 10, 11, 50])
+@pytest.mark.parametrize(
+    ("micro_batch", "keep"),
+    [(1, 0), (1, 2), (1, "auto"), (3, 0), (3, 1), (3, 9), (10, 0), (10, 1), (10, "auto"), (11, 0), (50, 2)],
+)
 def test_any_cut_and_any_number_of_kept_pieces(micro_batch, keep, towers):
     right = of(info_nce, encode)(*towers)
     agree(of(info_nce, bb.chunked(encode, micro_batch=micro_batch, keep=keep))(*towers), right)
