@@ -39,7 +39,7 @@ clean:
 	touch $@
 
 .venv/.test: .venv/.demo
-	$(INSTALL) --editable '.[torch,jax,keras,tensorflow-cpu,demo,docs,dev]'
+	$(INSTALL) --editable '.[torch,jax,keras,tensorflow-cpu,demo,docs,release,dev]'
 	$(INSTALL) --no-deps open_clip_torch # its losses; torchvision's wheel fails beside a PyTorch for a CPU
 	touch $@
 

@@ -2,6 +2,7 @@
 
 python tests/release.py                 the distributions, and each extra in an empty environment
 python tests/release.py jax keras-jax   only these extras
+python tests/release.py check           the distributions alone, as CI does
 """
 
 import os
@@ -77,6 +78,8 @@ def train(extra: str, wheel: Path) -> None:
 
 
 def main(asked: list[str]) -> None:
+    alone = asked == ["check"]
+    asked = [] if alone else asked
     if unknown := set(asked) - set(EXTRAS):
         sys.exit(f"unknown extras {sorted(unknown)}; there are {list(EXTRAS)}")
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
@@ -84,6 +87,8 @@ def main(asked: list[str]) -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", *(ROOT / "dist").iterdir())
     (wheel,), (sdist,) = (ROOT / "dist").glob("*.whl"), (ROOT / "dist").glob("*.tar.gz")
     check_contents(wheel, sdist)
+    if alone:
+        return
     for extra in asked or EXTRAS:
         train(extra, wheel)
     print(f"ready: {wheel.name} and {sdist.name} are in dist/. Upload them with: python -m twine upload dist/*")

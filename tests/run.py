@@ -32,6 +32,7 @@ STEPS = {
     ],
     "newest": [["tests/versions.py", "quick"]],
     "docs": [["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", "site"]],
+    "package": [["tests/release.py", "check"]],
     "core": [["-m", "pytest", "-q"]],
     **{backend: [["-m", "pytest", "-q", "--durations=10", "--backend", backend]] for backend in BACKENDS},
 }
