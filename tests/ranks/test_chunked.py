@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conformance.ranks_pool import pool
-from ranks import in_chunked
+from ranks import in_chunked, in_rank, test_ddp
 
 ROWS = {2: (5, 3), 4: (5, 3, 1, 4)}  # examples a rank
 
@@ -39,6 +39,16 @@ def test_rows_are_gathered_in_the_order_of_ranks_with_the_sum_of_all_ranks_gradi
         assert torch.equal(rows, torch.cat(parts))
         assert torch.equal(gathered_labels, torch.cat(labels))
         close([grad], [2 * part * (1 + 2 + 3 + 4)])
+
+
+def test_gathered_rows_of_before_are_not_counted_for_a_rank_without_micro_batches():
+    """Rank 2 has none in the first window, and what it has differentiated is no part of that."""
+    parts, labels = [torch.randn(n, 3, dtype=torch.float64) for n in ROWS[4]], [torch.arange(n) for n in ROWS[4]]
+    pool(4).run(_gathered, each=list(zip(parts, labels, strict=True)))
+    held = test_ddp.deal(test_ddp.UNEVEN[4])
+    wanted, _ = in_rank.one_process(test_ddp.windows_of(held, 3), in_rank.adamw)
+    results = pool(4).run(in_rank.stream, held, in_rank.adamw, 3, {})
+    close(test_ddp.alike([parameters for parameters, _ in results]), wanted)
 
 
 def _gathered(given):

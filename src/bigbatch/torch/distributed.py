@@ -172,7 +172,8 @@ class Ranks:
         dense = [grad is not None and not grad.is_sparse for grad in gradients]
         sparse = [grad is not None and grad.is_sparse for grad in gradients]
         numbers = loss * unit, items, window.micro_batches - window.repeats, ending, digest_of((dense, sparse))
-        if take_differentiated() and self.shards is None:
+        # A rank at the end of its data has none: what it differentiated was before this window.
+        if take_differentiated() and window.micro_batches and self.shards is None:
             # Each rank's gradient of gathered rows has all ranks' weights in it.
             terms = {**terms, "items, where losses are of gathered rows": f"{items:g}, after {unit:g} were planned"}
         lines = self.agree(call, terms, numbers)
