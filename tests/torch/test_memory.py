@@ -74,7 +74,7 @@ def test_predicted_against_the_process(model, micro_batch):
     needs, measured, seconds, growth = map(float, said)
     assert measured > 100 * 2**20
     assert needs == pytest.approx(measured, rel=0.15)
-    assert seconds < 2
+    assert seconds < 2  # of the processor, whatever else runs
     assert growth < 50 * 2**20
 
 
